@@ -1,0 +1,314 @@
+"""Refits the temperature and the abstain bias of a trained head."""
+
+import dataclasses
+
+import numpy as np
+
+from keras_halo import geometry, packing
+from keras_halo.fitting import find_head
+from keras_halo.statistics import class_indices
+
+BIAS_METHODS = ("mistakes", "margin", "keep")
+
+# The temperature is looked for within this factor of its present value.
+MAX_FACTOR = 1000.0
+
+_NUM_BINS = 15
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """What `calibrate` changed, what it gained, and the way back.
+
+    The likelihood and the calibration error are those of the class
+    probabilities under the condition that the model does not abstain, on the
+    known samples; P(abstain) is their mean probability of abstaining.
+
+    Args:
+        old_temperature: Float, `gamma` before.
+        temperature: Float, `gamma` after.
+        old_abstain_bias: Float, `b` before.
+        abstain_bias: Float, `b` after.
+        old_nll: Float, mean negative log-likelihood of the labels before.
+        nll: Float, the same after. Never larger, up to rounding.
+        old_ece: Float, expected calibration error before: 15 bins of equal
+            width, weighted by their counts.
+        ece: Float, the same after. Not the objective; it may rise by chance.
+        old_abstain_probability: Float, mean P(abstain) before.
+        abstain_probability: Float, mean P(abstain) after.
+        error_rate: Float, share of the known samples whose most probable
+            class is wrong.
+    """
+
+    old_temperature: float
+    temperature: float
+    old_abstain_bias: float
+    abstain_bias: float
+    old_nll: float
+    nll: float
+    old_ece: float
+    ece: float
+    old_abstain_probability: float
+    abstain_probability: float
+    error_rate: float
+    _head: object = dataclasses.field(repr=False)
+    _old_weights: tuple = dataclasses.field(repr=False)
+
+    def undo(self):
+        """Puts temperature and abstain bias back, to the bit."""
+        raw_gamma, abstain_bias = self._old_weights
+        self._head.raw_gamma.assign(raw_gamma)
+        self._head.abstain_bias.assign(abstain_bias)
+
+    def __str__(self):
+        rows = [
+            ("temperature", self.old_temperature, self.temperature),
+            ("abstain bias", self.old_abstain_bias, self.abstain_bias),
+            ("NLL", self.old_nll, self.nll),
+            ("ECE", self.old_ece, self.ece),
+            (
+                "P(abstain)",
+                self.old_abstain_probability,
+                self.abstain_probability,
+            ),
+        ]
+        lines = [f"{'':12}  {'before':>10}  {'after':>10}"]
+        lines += [f"{name:12}  {a:10.4f}  {b:10.4f}" for name, a, b in rows]
+        return "\n".join(lines)
+
+
+def calibrate(
+    model, x, y, unknown=None, bias="mistakes", batch_size=None, verbose="auto"
+):
+    """Refits temperature and abstain bias on validation data, in place.
+
+    The temperature is the one of largest likelihood of the labels among the
+    classes; the centroids, and with them every distance and every decision
+    between classes, stay. The problem is convex and has one solution.
+
+    The abstain bias cannot be found that way: on known data abstaining only
+    ever costs likelihood, and the best bias would be minus infinity. It needs
+    to be said when abstaining is right:
+
+    - `bias="mistakes"`, the default: where naming the most probable class
+      would be a mistake, which is every misclassified sample and every sample
+      of `unknown`. The likelihood of that event has one maximum; there the
+      mean P(abstain) over all samples equals the share of mistakes (with half
+      a mistake and half a success added, so that it is never 0 or 1). So
+      P(abstain) is right on average, *at the share of unknown inputs that
+      was given*: pass known and unknown samples in the proportion that is
+      expected in use. Without `unknown` it answers for misclassification
+      alone, and a good classifier abstains less than before.
+    - `bias="margin"`: by the relation of `HALODense` between bias and
+      temperature, `b = gamma * (1 - shell) - log(p_hi / p_lo)`, at the new
+      temperature: an embedding of unit norm on the shell around its centroid
+      prefers its class by the same odds as before.
+    - `bias="keep"`: as it is.
+
+    Formulas, with `a_k = s_k / gamma` and `m` mistakes in `n` samples:
+
+    ```python
+    gamma = argmin mean(logsumexp_k(gamma * a_k) - gamma * a_y)
+    sum(sigmoid(b - logsumexp_k(gamma * a_k))) = n * (m + 1/2) / (n + 1)
+    ```
+
+    Refit on data that the model was not trained on. The weights are written
+    after everything has been computed; an error leaves them as they were.
+    A model with a `ClassGaussians` layer may be given as well: the score of
+    that layer follows P(abstain).
+
+    Args:
+        model: A trained model with one `HALODense` head, whose output is
+            packed scores, or a dictionary that holds them as `"scores"`.
+        x: Validation inputs, whatever `model.predict` takes.
+        y: Labels, integers of shape `(N, ...)` or `(N, ..., 1)`, or one-hot
+            of shape `(N, ..., K)`.
+        unknown: Optional inputs of no known class. Only for
+            `bias="mistakes"`. Defaults to `None`.
+        bias: `"mistakes"`, `"margin"` or `"keep"`. Defaults to `"mistakes"`.
+        batch_size: Integer, as in `model.predict`. Defaults to 32.
+        verbose: `"auto"`, 0, 1 or 2, as in `model.predict`.
+
+    Returns:
+        `Calibration`, with the values before and after and with `undo()`.
+
+    Raises:
+        ValueError: If an argument is unknown, the model has not exactly one
+            head or gives no finite packed scores, labels do not fit, or no
+            temperature has the largest likelihood, as when every sample is
+            classified correctly.
+        ImportError: If SciPy is missing.
+
+    Example:
+
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.normal(size=(500, 4)).astype("float32")
+    >>> y = (x[:, 0] + 0.3 * rng.normal(size=500) > 0).astype(int)
+    >>> head = keras_halo.HALODense(2, centroid_initializer="identity")
+    >>> model = keras.Sequential([keras.Input((4,)), head])
+    >>> calibration = calibrate(model, x, 1 - y, verbose=0)
+    >>> calibration.nll < calibration.old_nll
+    True
+    >>> calibration.undo()
+
+    References:
+
+    - Chuan Guo, Geoff Pleiss, Yu Sun, Kilian Weinberger, On Calibration of
+      Modern Neural Networks, 2017.
+    """
+    optimize, special = _import_scipy()
+    if bias not in BIAS_METHODS:
+        raise ValueError(
+            f"`bias` must be one of {', '.join(map(repr, BIAS_METHODS))}. "
+            f"Received: bias={bias!r}."
+        )
+    if unknown is not None and bias != "mistakes":
+        raise ValueError(
+            "`unknown` only serves to find the bias. Received: unknown inputs "
+            f'with bias={bias!r}. Use bias="mistakes" or leave them out.'
+        )
+    head = find_head(model)
+
+    logits, old_gamma, old_bias = _predict(model, x, batch_size, verbose)
+    labels = class_indices(y, logits.shape[-1], logits.shape[:-1]).ravel()
+    logits = logits.reshape(-1, logits.shape[-1])
+    distances = logits / old_gamma
+    gamma = _best_temperature(distances, labels, old_gamma, optimize, special)
+
+    wrong = distances.argmax(axis=-1) != labels
+    if bias == "mistakes":
+        evidence = special.logsumexp(gamma * distances, axis=-1)
+        num_mistakes = int(wrong.sum())
+        if unknown is not None:
+            others, _, _ = _predict(model, unknown, batch_size, verbose)
+            others = others.reshape(-1, others.shape[-1]) / old_gamma
+            evidence = np.concatenate(
+                [evidence, special.logsumexp(gamma * others, axis=-1)]
+            )
+            num_mistakes += len(others)
+        new_bias = _best_bias(evidence, num_mistakes, optimize, special)
+    elif bias == "margin":
+        dim = head.centroids.shape[-1]
+        at_start = geometry.abstain_bias(dim, head.units, head.label_smoothing)
+        change = gamma - geometry.initial_temperature(dim)
+        new_bias = at_start + change * (1.0 - geometry.shell(dim))
+    else:
+        new_bias = old_bias
+
+    def summary(gamma, bias):
+        return _summary(gamma * distances, bias, labels, special)
+
+    old_nll, old_ece, old_abstain = summary(old_gamma, old_bias)
+    nll, ece, abstain = summary(gamma, new_bias)
+    calibration = Calibration(
+        old_temperature=old_gamma,
+        temperature=gamma,
+        old_abstain_bias=old_bias,
+        abstain_bias=new_bias,
+        old_nll=old_nll,
+        nll=nll,
+        old_ece=old_ece,
+        ece=ece,
+        old_abstain_probability=old_abstain,
+        abstain_probability=abstain,
+        error_rate=float(wrong.mean()),
+        _head=head,
+        _old_weights=(
+            np.array(head.raw_gamma.numpy()),
+            np.array(head.abstain_bias.numpy()),
+        ),
+    )
+    head.raw_gamma.assign(geometry.inverse_softplus(gamma))
+    head.abstain_bias.assign(new_bias)
+    return calibration
+
+
+def _import_scipy():
+    try:
+        from scipy import optimize, special
+    except ImportError as error:
+        raise ImportError(
+            "Calibration needs SciPy. Install it with "
+            "`pip install keras-halo[tools]`."
+        ) from error
+    return optimize, special
+
+
+def _predict(model, x, batch_size, verbose):
+    """Class logits in float64, with the temperature and bias behind them."""
+    scores = model.predict(x, batch_size=batch_size, verbose=verbose)
+    if isinstance(scores, dict) and "scores" in scores:
+        scores = scores["scores"]
+    if not isinstance(scores, np.ndarray):
+        raise ValueError(
+            "Expected a model whose output is packed scores, or a dictionary "
+            f'that holds them as "scores". Received: {type(scores).__name__}. '
+            "Pass `keras.Model(model.inputs, packed_scores)`."
+        )
+    packing.check_packed(scores, argument="model.predict(x)")
+    if scores.size == 0:
+        raise ValueError("Expected at least one sample. Received: none.")
+    scores = scores.astype("float64")
+    parts = packing.unpack(scores)
+    first = (0,) * scores.ndim
+    return (
+        parts.logits,
+        float(parts.temperature[first]),
+        float(parts.abstain_logit[first]),
+    )
+
+
+def _best_temperature(distances, labels, old_gamma, optimize, special):
+    # The slope of the convex likelihood rises with gamma: its root is sought.
+    own = np.take_along_axis(distances, labels[:, None], axis=-1)[:, 0]
+
+    def slope(log_gamma):
+        weights = special.softmax(np.exp(log_gamma) * distances, axis=-1)
+        return float(np.mean((weights * distances).sum(axis=-1) - own))
+
+    low, high = np.log(old_gamma) + np.log(MAX_FACTOR) * np.array([-1.0, 1.0])
+    if not slope(low) < 0.0:
+        raise ValueError(
+            "No temperature fits: the labels are no more probable than by "
+            "chance. Received: an accuracy of "
+            f"{np.mean(distances.argmax(axis=-1) == labels):.3f}. Check that "
+            "labels and model number the classes alike."
+        )
+    if not slope(high) > 0.0:
+        raise ValueError(
+            "No temperature fits: the likelihood grows without end, because "
+            "(nearly) every sample is classified correctly. Received: "
+            f"{len(labels)} samples. Pass more validation data, not data that "
+            "the model was trained on."
+        )
+    return float(np.exp(optimize.brentq(slope, low, high, xtol=1e-10)))
+
+
+def _best_bias(evidence, num_mistakes, optimize, special):
+    target = (num_mistakes + 0.5) / (len(evidence) + 1.0)
+
+    def excess(bias):
+        return float(np.mean(special.expit(bias - evidence)) - target)
+
+    # Every sigmoid is below the target at one end and above it at the other.
+    center = special.logit(target)
+    return float(
+        optimize.brentq(
+            excess,
+            evidence.min() + center - 1.0,
+            evidence.max() + center + 1.0,
+            xtol=1e-10,
+        )
+    )
+
+
+def _summary(logits, bias, labels, special):
+    log_p = special.log_softmax(logits, axis=-1)
+    nll = -np.take_along_axis(log_p, labels[:, None], axis=-1).mean()
+    confidence = np.exp(log_p.max(axis=-1))
+    correct = log_p.argmax(axis=-1) == labels
+    bins = np.clip((confidence * _NUM_BINS).astype(int), 0, _NUM_BINS - 1)
+    gaps = np.bincount(bins, weights=confidence - correct)
+    ece = np.abs(gaps).sum() / len(labels)
+    abstain = special.expit(bias - special.logsumexp(logits, axis=-1)).mean()
+    return float(nll), float(ece), float(abstain)

@@ -1,0 +1,126 @@
+"""One reader for everything that `model.predict` takes, labels included."""
+
+import types
+
+import keras
+import numpy as np
+from keras.src.trainers import data_adapters
+
+
+def check_readable(data, where, again=False):
+    """Refuses what cannot be read, or cannot be read to its end.
+
+    Args:
+        data: Arrays or a dataset, see `read_batches`.
+        where: String, the name by which an error calls the data.
+        again: Boolean, whether the data will be read more than once. Defaults
+            to `False`.
+
+    Raises:
+        ValueError: If the data are infinite, or a generator is to be read
+            again.
+
+    Example:
+
+    >>> check_readable((i for i in range(3)), "known", again=True)
+    Traceback (most recent call last):
+        ...
+    ValueError: `known` is a generator, which can be read only once. ...
+    """
+    if isinstance(data, types.GeneratorType):
+        if again:
+            raise ValueError(
+                f"`{where}` is a generator, which can be read only once. "
+                "Expected arrays or a dataset that can be read every epoch, "
+                f"such as `keras.utils.PyDataset`. Received: {data}."
+            )
+        return
+    infinite = (
+        isinstance(data, keras.utils.PyDataset) and data.num_batches is None
+    )
+    if data_adapters.is_tf_dataset(data) and hasattr(data, "cardinality"):
+        # tf.data.INFINITE_CARDINALITY
+        infinite = int(data.cardinality()) == -1
+    if infinite:
+        raise ValueError(
+            f"`{where}` is infinite. Expected data with an end. Received: "
+            f"{type(data).__name__}. Leave out `repeat()`, or take a number of "
+            "batches of it."
+        )
+    if not data_adapters.is_tf_dataset(data):
+        count_batches(data)
+
+
+def count_batches(data, batch_size=None):
+    """Returns the number of batches, or `None` if it cannot be known.
+
+    Example:
+
+    >>> count_batches(np.zeros((70, 3)), batch_size=32)
+    3
+    """
+    if isinstance(data, types.GeneratorType):
+        return None
+    return _to_adapter(data, batch_size).num_batches
+
+
+def read_batches(data, batch_size=None):
+    """Reads data once, batch by batch, inputs together with their labels.
+
+    Args:
+        data: A tuple `(x,)`, `(x, y)` or `(x, y, sample_weight)` of arrays; an
+            array, or a list or dictionary of arrays for a model with many
+            inputs; a `tf.data.Dataset`, a torch `DataLoader`, a
+            `keras.utils.PyDataset` or a generator of such tuples.
+        batch_size: Optional integer, for arrays. Defaults to `None`, which
+            means 32.
+
+    Yields:
+        Tuples `(x, y, sample_weight)` of NumPy arrays, `None` for what is not
+        there.
+
+    Example:
+
+    >>> batches = read_batches((np.zeros((3, 2)), np.arange(3)), batch_size=2)
+    >>> [y.tolist() for _, y, _ in batches]
+    [[0, 1], [2]]
+    """
+    adapter = _to_adapter(data, batch_size)
+    adapter.on_epoch_begin()
+    try:
+        if data_adapters.is_torch_dataloader(data):
+            batches = _torch_batches(data)
+        else:
+            batches = adapter.get_numpy_iterator()
+        for batch in batches:
+            yield keras.utils.unpack_x_y_sample_weight(batch)
+    finally:
+        adapter.on_epoch_end()
+
+
+def _to_adapter(data, batch_size):
+    # A tuple is a batch in Keras's sense; a list is a list of inputs.
+    x, y, sample_weight = (
+        keras.utils.unpack_x_y_sample_weight(data)
+        if isinstance(data, tuple)
+        else (data, None, None)
+    )
+    return data_adapters.get_data_adapter(
+        x,
+        _listed(y),
+        sample_weight=_listed(sample_weight),
+        batch_size=batch_size,
+    )
+
+
+def _listed(values):
+    """Labels in a list: there is one output, so they are no list of arrays."""
+    return np.asarray(values) if isinstance(values, list) else values
+
+
+def _torch_batches(loader):
+    # The adapter would take a batch that is one bare tensor for a tuple.
+    for batch in loader:
+        yield keras.tree.map_structure(
+            lambda t: np.asarray(t.cpu() if hasattr(t, "cpu") else t), batch
+        )

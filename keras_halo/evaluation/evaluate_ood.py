@@ -1,0 +1,204 @@
+import numpy as np
+
+from keras_halo import metrics
+from keras_halo.evaluation.batches import check_readable, count_batches
+from keras_halo.evaluation.ood_report import (
+    KnownResult,
+    OODReport,
+    UnknownResult,
+)
+from keras_halo.evaluation.predicting import (
+    check_score_method,
+    check_sets,
+    name_of_method,
+    predict_answers,
+)
+from keras_halo.evaluation.progress import Progress
+from keras_halo.predictions import decode_predictions
+
+
+def evaluate_ood(
+    model,
+    known,
+    unknown,
+    method="joint",
+    batch_size=None,
+    verbose="auto",
+    num_bins=15,
+    ignore_class=None,
+):
+    """Measures what a model knows, and whether it knows what it does not.
+
+    Every data set is read once, batch by batch, so that a dataset that
+    shuffles itself keeps labels and predictions together. Outputs with more
+    axes than samples and columns, of a token or pixel head, are flattened:
+    every position counts as a sample. Positions with a sample weight of zero,
+    such as padding, are left out; other weights have no effect.
+
+    Args:
+        model: Keras model whose output is packed scores, those of
+            `keras_halo.HALODense`; or a dictionary with packed scores under
+            `"scores"` and a fitted score under `"ood"`.
+        known: Test data of the known classes, with labels: a tuple `(x, y)` or
+            `(x, y, sample_weight)` of arrays, or a dataset that yields such
+            tuples: `tf.data.Dataset`, torch `DataLoader`,
+            `keras.utils.PyDataset` or a generator. Labels are integers or a
+            distribution, one-hot or soft.
+        unknown: Dictionary of name to data of no known class: an array, or a
+            dataset as above. Labels are not looked at. Several inputs are a
+            list or a dictionary; a tuple means `(x, y)`.
+        method: The score, larger for outliers: a name that
+            `keras_halo.ood_score` knows; `"fitted"` for the model's own entry
+            `"ood"`; or a callable that takes packed scores of shape
+            `(N, K + 4)` and returns `N` scores. Defaults to `"joint"`.
+        batch_size: Optional integer, the batch size for arrays. Defaults to
+            `None`, which means 32.
+        verbose: 0 for silence, 1 for a progress bar for each set, 2 for a line
+            for each set. `"auto"`, the default, is 1. Where the output is no
+            terminal, 1 means 2.
+        num_bins: Integer, the number of bins of the calibration error, at most
+            the number of known samples. Defaults to `15`.
+        ignore_class: Optional integer, the label of known positions to leave
+            out, such as -1 or 255 for void pixels. Defaults to `None`.
+
+    Returns:
+        `OODReport`: `print` it for a table; `to_dict`, `to_markdown` and
+        `plot` are its other forms.
+
+    Raises:
+        ValueError: If a set is empty, infinite, or has no name, labels are
+            missing or do not fit, the model emits no packed scores or NaN, or
+            an argument is not one of those listed.
+        ImportError: If scikit-learn is missing.
+
+    Example:
+
+    >>> inputs = keras.Input((4,))
+    >>> head = keras_halo.HALODense(2, centroid_initializer="identity")
+    >>> model = keras.Model(inputs, head(inputs))
+    >>> x = 2 * np.array([[1, -1, 0, 0], [-1, 1, 0, 0]] * 10, "float32")
+    >>> report = keras_halo.evaluate_ood(
+    ...     model, (x, [0, 1] * 10), {"far": 50 * x}, verbose=0
+    ... )
+    >>> report["far"].auroc, report.known.accuracy
+    (1.0, 1.0)
+
+    References:
+
+    - Jingyang Zhang et al., OpenOOD v1.5: Enhanced benchmark for
+      out-of-distribution detection, 2023.
+    """
+    check_score_method(method)
+    check_sets(unknown)
+    metrics.calibration.check_num_bins(num_bins)
+    progress = Progress(verbose, num_sets=1 + len(unknown))
+    sets = {f"unknown[{name!r}]": data for name, data in unknown.items()}
+    for where, data in {"known": known, **sets}.items():
+        check_readable(data, where)
+
+    def answers(data, where, name, **kwargs):
+        progress.start(name, count_batches(data, batch_size))
+        found = predict_answers(
+            model,
+            data,
+            where,
+            method,
+            batch_size,
+            on_batch=progress.step,
+            **kwargs,
+        )
+        progress.finish(len(found.score))
+        return found
+
+    known_result = _known_result(
+        answers(
+            known,
+            "known",
+            "known",
+            with_labels=True,
+            ignore_class=ignore_class,
+        ),
+        num_bins,
+    )
+    return OODReport(
+        method=name_of_method(method),
+        known=known_result,
+        unknown=tuple(
+            _unknown_result(
+                name, known_result.scores, answers(data, where, name)
+            )
+            for (where, data), name in zip(sets.items(), unknown, strict=True)
+        ),
+        num_bins=num_bins,
+    )
+
+
+def _known_result(answers, num_bins):
+    labels, probabilities = answers.labels, _probabilities(answers)
+    renormalized = metrics.renormalize(probabilities)
+
+    def calibration(name, p):
+        return {
+            f"ece_{name}": metrics.expected_calibration_error(
+                labels, p, num_bins
+            ),
+            f"nll_{name}": metrics.negative_log_likelihood(labels, p),
+            f"brier_{name}": metrics.brier_score(labels, p),
+        }
+
+    # Before anything is counted: they check labels and their range.
+    calibrations = {
+        **calibration("renormalized", renormalized),
+        **calibration("with_abstain", probabilities),
+    }
+    correct = _mass_on(labels, probabilities.argmax(axis=-1))
+    answered = ~answers.abstained
+    return KnownResult(
+        count=len(correct),
+        accuracy=float(np.mean(correct * answered)),
+        accuracy_answered=float(correct[answered].mean())
+        if answered.any()
+        else float("nan"),
+        accuracy_forced=float(correct.mean()),
+        abstention_rate=float(1.0 - answered.mean()),
+        **calibrations,
+        aurc=metrics.aurc(1.0 - correct, answers.score),
+        augrc=metrics.augrc(1.0 - correct, answers.score),
+        scores=answers.score,
+        labels=labels,
+        probabilities=probabilities,
+        errors=1.0 - correct,
+    )
+
+
+def _probabilities(answers):
+    return decode_predictions(answers.packed).probabilities
+
+
+def _mass_on(labels, predicted):
+    """Mass of each label on the predicted class: 0 or 1 for integer labels."""
+    if labels.ndim == 1:
+        return (labels == predicted).astype("float64")
+    mass = np.take_along_axis(labels, predicted[:, None], axis=-1)[:, 0]
+    return mass.astype("float64")
+
+
+def _unknown_result(name, known_scores, answers):
+    score = answers.score
+    return UnknownResult(
+        name=name,
+        count=len(score),
+        auroc=metrics.auroc(known_scores, score),
+        aupr_unknown_positive=metrics.aupr(
+            known_scores, score, positive="unknown"
+        ),
+        aupr_known_positive=metrics.aupr(known_scores, score, positive="known"),
+        fpr95_known_positive=metrics.fpr_at_95(
+            known_scores, score, positive="known"
+        ),
+        fpr95_unknown_positive=metrics.fpr_at_95(
+            known_scores, score, positive="unknown"
+        ),
+        abstention_rate=float(answers.abstained.mean()),
+        scores=score,
+    )

@@ -1,0 +1,295 @@
+"""Packed scores, out-of-distribution scores and labels of a whole data set."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+
+from keras_halo import packing
+from keras_halo.evaluation.batches import read_batches
+from keras_halo.ood import OOD_METHODS, check_method, ood_score
+
+FITTED = "fitted"
+
+_TRY = (
+    "Expected packed scores of `keras_halo.HALODense`, or a dictionary with "
+    "the entries 'scores' and, for method='fitted', 'ood'."
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model says of the samples of one data set, flattened.
+
+    Args:
+        packed: Array of shape `(N, K + 4)`.
+        score: Array of shape `(N,)`, larger for outliers.
+        labels: Integers of shape `(N,)`, a distribution of shape `(N, K)`, or
+            `None`.
+    """
+
+    packed: np.ndarray
+    score: np.ndarray
+    labels: np.ndarray | None
+
+    @property
+    def abstained(self):
+        """Boolean array of shape `(N,)`."""
+        logits = packing.answer_logits(self.packed)
+        return np.argmax(logits, axis=-1) == logits.shape[-1] - 1
+
+
+def check_score_method(method):
+    """Raises `ValueError` unless `method` can score a model's output.
+
+    Args:
+        method: A name that `keras_halo.ood_score` knows, `"fitted"`, or a
+            callable that makes scores of packed scores.
+
+    Example:
+
+    >>> check_score_method("distance")
+    Traceback (most recent call last):
+        ...
+    ValueError: `method` must be one of 'joint', ... 'fitted' or a callable ...
+    """
+    if callable(method) or method == FITTED:
+        return
+    try:
+        check_method(method)
+    except ValueError:
+        names = ", ".join(repr(name) for name in (*OOD_METHODS, FITTED))
+        raise ValueError(
+            f"`method` must be one of {names} or a callable that takes packed "
+            f"scores and returns one score a row. Received: method={method!r}."
+        ) from None
+
+
+def name_of_method(method):
+    """Returns the name under which a report states the score.
+
+    Example:
+
+    >>> name_of_method("joint")
+    'joint'
+    """
+    if callable(method):
+        return getattr(method, "__name__", type(method).__name__)
+    return method
+
+
+def check_sets(unknown, reserved=()):
+    """Raises `ValueError` unless `unknown` maps names to data.
+
+    Args:
+        unknown: What should be a dictionary of name to data.
+        reserved: Names that are taken. Defaults to `()`.
+
+    Example:
+
+    >>> check_sets(np.zeros((3, 2)))
+    Traceback (most recent call last):
+        ...
+    ValueError: `unknown` must be a dictionary of name to inputs or dataset, ...
+    """
+    if not isinstance(unknown, Mapping) or not unknown:
+        raise ValueError(
+            "`unknown` must be a dictionary of name to inputs or dataset, with "
+            "at least one entry, such as {'noise': x_noise}. Received: "
+            + (
+                "an empty dictionary."
+                if isinstance(unknown, Mapping)
+                else f"{type(unknown).__name__}."
+            )
+        )
+    for name in unknown:
+        if not isinstance(name, str) or not name.strip() or name in reserved:
+            raise ValueError(
+                "The names of unknown sets must be strings that are not empty"
+                + (f" and none of {tuple(reserved)}" if reserved else "")
+                + f". Received: {name!r}. Rename the set."
+            )
+
+
+def predict_answers(
+    model,
+    data,
+    where,
+    method,
+    batch_size=None,
+    with_labels=False,
+    ignore_class=None,
+    max_batches=None,
+    on_batch=None,
+):
+    """Predicts a data set in one pass, so that labels stay with predictions.
+
+    Args:
+        model: Keras model that emits packed scores.
+        data: Arrays or a dataset, see `read_batches`.
+        where: String, the name by which an error calls the data.
+        method: See `check_score_method`.
+        batch_size: Optional integer, for arrays. Defaults to `None`.
+        with_labels: Boolean, whether labels are needed. Defaults to `False`.
+        ignore_class: Optional integer, the label of positions to leave out.
+            Defaults to `None`.
+        max_batches: Optional integer, how many batches to read. Defaults to
+            `None`, which means all.
+        on_batch: Optional function called after each batch.
+
+    Returns:
+        `Answers`.
+
+    Raises:
+        ValueError: If the data are empty, labels are missing or do not fit, or
+            the model emits no packed scores, or NaN.
+    """
+    parts = []
+    with (
+        _inference(model),
+        contextlib.closing(read_batches(data, batch_size)) as batches,
+    ):
+        for index, (x, y, sample_weight) in enumerate(batches):
+            if index == max_batches:
+                break
+            packed, fitted = _predict_batch(model, x, where)
+            labels = _flat_labels(y, packed, where) if with_labels else None
+            kept = _kept(sample_weight, labels, ignore_class, packed, where)
+            parts.append(
+                [
+                    None if part is None else part[kept]
+                    for part in (_flat(packed), fitted, labels)
+                ]
+            )
+            if on_batch is not None:
+                on_batch()
+    if not sum(len(packed) for packed, _, _ in parts):
+        raise ValueError(
+            f"`{where}` must hold at least one sample. Received: an empty "
+            "data set. Check its path, or the condition that selected from it."
+        )
+    packed, fitted, labels = (
+        None if column[0] is None else np.concatenate(column)
+        for column in zip(*parts, strict=True)
+    )
+    packing.check_packed(packed, argument=f"model output on {where}")
+    return Answers(packed, _score(packed, fitted, method, where), labels)
+
+
+@contextlib.contextmanager
+def _inference(model):
+    """Takes a torch model out of training mode, as `model.predict` does."""
+    if keras.backend.backend() != "torch" or not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+def _predict_batch(model, x, where):
+    """Packed scores of shape `(B, ..., K + 4)`, and fitted scores or `None`."""
+    output = model.predict_on_batch(x)
+    fitted = None
+    if isinstance(output, Mapping):
+        fitted = output.get("ood")
+        output = output.get("scores")
+    if not isinstance(output, np.ndarray):
+        raise ValueError(
+            f"The model's output on `{where}` cannot be evaluated. {_TRY} "
+            f"Received: {type(output).__name__}. Select the output with "
+            "`keras.Model(model.inputs, output)`."
+        )
+    size = len(keras.tree.flatten(x)[0])
+    if len(output) != size:
+        # Under a distribution strategy each replica answers the whole batch.
+        strategy = getattr(model, "distribute_strategy", None)
+        replicas = getattr(strategy, "num_replicas_in_sync", 1)
+        if len(output) != size * replicas:
+            raise ValueError(
+                f"The model must answer every sample of `{where}`. Received: "
+                f"{len(output)} rows for a batch of {size}."
+            )
+        output = output[:size]
+        fitted = None if fitted is None else fitted[:size]
+    packing.count_classes(output.shape)
+    if fitted is not None:
+        fitted = np.asarray(fitted)
+        if fitted.size != output.size // output.shape[-1]:
+            raise ValueError(
+                "The model's entry 'ood' must hold one score for each row of "
+                f"'scores'. Received: {fitted.shape} for {output.shape}."
+            )
+        fitted = fitted.reshape(-1)
+    return output, fitted
+
+
+def _flat(packed):
+    return packed.reshape(-1, packed.shape[-1])
+
+
+def _flat_labels(y, packed, where):
+    """Labels as `(N,)` integers or an `(N, K)` distribution."""
+    shape, num_classes = packed.shape[:-1], packing.count_classes(packed.shape)
+    labels = None if y is None or isinstance(y, (dict, list)) else np.asarray(y)
+    if labels is not None and labels.shape in (shape, (*shape, 1)):
+        return labels.reshape(-1)
+    if labels is not None and labels.shape == (*shape, num_classes):
+        return labels.reshape(-1, num_classes)
+    raise ValueError(
+        f"`{where}` must come with labels that fit the model's {num_classes} "
+        f"classes: integers of shape {shape} or a distribution of shape "
+        f"{(*shape, num_classes)}. Received: "
+        + ("no labels" if labels is None else f"shape={labels.shape}")
+        + ". Pass a tuple `(x, y)` or a dataset that yields such tuples."
+    )
+
+
+def _kept(sample_weight, labels, ignore_class, packed, where):
+    """Boolean array of shape `(N,)`: the positions that count."""
+    shape = packed.shape[:-1]
+    kept = np.ones(shape, "bool")
+    if sample_weight is not None:
+        weight = np.asarray(sample_weight)
+        if weight.shape == (*shape, 1):
+            weight = weight[..., 0]
+        if weight.shape != shape[: weight.ndim]:
+            raise ValueError(
+                f"The sample weights of `{where}` must have the shape "
+                f"{shape[:1]} or {shape}. Received: shape={weight.shape}."
+            )
+        weight = weight.reshape(weight.shape + (1,) * (kept.ndim - weight.ndim))
+        kept &= weight != 0
+    kept = kept.reshape(-1)
+    if ignore_class is not None and labels is not None and labels.ndim == 1:
+        kept = kept & (labels != ignore_class)
+    return kept
+
+
+def _score(packed, fitted, method, where):
+    if method == FITTED:
+        if fitted is None:
+            raise ValueError(
+                "method='fitted' needs a model that emits a dictionary with "
+                "the entries 'scores' and 'ood'. Received: packed scores "
+                "alone. Fit and append the geometry first, or choose another "
+                "method."
+            )
+        score = fitted
+    elif callable(method):
+        score = keras.ops.convert_to_numpy(method(packed))
+    else:
+        score = ood_score(packed, method)
+    score = np.asarray(score)
+    if score.shape != (len(packed),) or not np.isfinite(score).all():
+        raise ValueError(
+            f"The scores of `{where}` must be {len(packed)} finite numbers, "
+            "one a sample and larger for outliers. Received: shape="
+            f"{score.shape}, {int((~np.isfinite(score)).sum())} of them NaN "
+            f"or infinite, from method={name_of_method(method)!r}."
+        )
+    return score.astype("float64")

@@ -1,0 +1,490 @@
+"""The mathematics of HALO as pure functions of `keras.ops`.
+
+Notation of the formulas: `x` is an embedding of size `D`, `c_k` the centred
+centroid of class `k` out of `K`, `gamma` the temperature, and `|v|^2` always
+the *mean* of squares over the `D` components, so that a D-dimensional unit
+Gaussian has `|v|^2` near one whatever `D` is.
+
+Shapes: quantities of a class end in `K`; quantities of a sample end in an axis
+of length one, so that both broadcast against each other. All arguments are
+tensors unless they are said to be numbers.
+
+The functions write products and differences as Python operators rather than
+as `ops.multiply`, `ops.matmul`, `ops.mean` and `ops.maximum`: outside of
+TensorFlow these compute float64 tensors in float32.
+
+References:
+
+- Raphael Pisoni, "I don't know!": Teaching neural networks to abstain with
+  the HALO-Loss, 2026.
+"""
+
+import math
+
+from keras import ops
+
+# Below this squared radius the logarithm of the radial term continues as its
+# tangent, which bounds the push off a centroid that an embedding sits on.
+RADIUS_FLOOR = 1e-3
+
+# A temperature of zero would leave no way back from logits to distances.
+MIN_TEMPERATURE = 1e-6
+
+# Components beyond this are saturated: their squares, times the scale of the
+# packed columns, are the largest that float32 holds.
+MAX_COMPONENT = 1e12
+
+
+def shell(embedding_dim):
+    """Squared radius of the shell on which a unit Gaussian concentrates.
+
+    The mode of a chi-square distribution with `D` degrees of freedom, divided
+    by `D`.
+
+    Formula:
+
+    ```python
+    shell = 1 - 2 / embedding_dim
+    ```
+
+    Args:
+        embedding_dim: Integer, at least 2. The size `D` of an embedding.
+
+    Returns:
+        Float in `[0, 1)`.
+
+    Example:
+
+    >>> shell(10)
+    0.8
+    """
+    return 1.0 - 2.0 / embedding_dim
+
+
+def initial_temperature(embedding_dim):
+    """Temperature at the start of training.
+
+    Formula:
+
+    ```python
+    gamma_0 = 20 / (2 - shell(embedding_dim))
+    ```
+
+    Args:
+        embedding_dim: Integer, at least 2. The size `D` of an embedding.
+
+    Returns:
+        Float, between 10 and 20.
+
+    Example:
+
+    >>> round(initial_temperature(10), 4)
+    16.6667
+    """
+    return 20.0 / (2.0 - shell(embedding_dim))
+
+
+def inverse_softplus(value):
+    """Returns the number whose softplus is `value`.
+
+    Formula:
+
+    ```python
+    inverse_softplus(value) = log(exp(value) - 1)
+    ```
+
+    Args:
+        value: Positive float.
+
+    Returns:
+        Float.
+
+    Example:
+
+    >>> round(inverse_softplus(1.0), 4)
+    0.5413
+    """
+    # exp(value) - 1 = exp(value) * (1 - exp(-value)) does not overflow.
+    return value + math.log(-math.expm1(-value))
+
+
+def abstain_bias(embedding_dim, num_classes, label_smoothing):
+    """Logit of the abstain class: the margin a class must beat to be named.
+
+    The centroid of the abstain class is the origin, whose distance logit is
+    zero once the common shift `gamma * |x|^2` is taken out. The bias places
+    the boundary so that an embedding of unit squared norm on the shell around
+    its centroid prefers its class to abstaining by exactly the odds that the
+    smoothed label gives it over another class.
+
+    Formula:
+
+    ```python
+    bias = initial_temperature * (1 - shell) - log(p_hi / p_lo)
+    p_hi = 1 - label_smoothing + label_smoothing / num_classes
+    p_lo = label_smoothing / num_classes
+    # without smoothing: p_hi = 0.99, p_lo = 0.01 / num_classes
+    ```
+
+    Args:
+        embedding_dim: Integer, at least 2. The size `D` of an embedding.
+        num_classes: Integer, at least 2. The number `K` of classes.
+        label_smoothing: Float in `[0, 1)`.
+
+    Returns:
+        Float.
+
+    Example:
+
+    >>> round(abstain_bias(10, 10, 0.1), 4)
+    -1.1775
+    """
+    if label_smoothing:
+        p_hi = 1.0 - label_smoothing + label_smoothing / num_classes
+        p_lo = label_smoothing / num_classes
+    else:
+        p_hi = 0.99
+        p_lo = 0.01 / num_classes
+    margin = initial_temperature(embedding_dim) * (1.0 - shell(embedding_dim))
+    return margin - math.log(p_hi / p_lo)
+
+
+def to_temperature(raw_gamma):
+    """Temperature of the distances, positive whatever the raw weight is.
+
+    Formula:
+
+    ```python
+    gamma = max(softplus(raw_gamma), 1e-6)
+    ```
+
+    Args:
+        raw_gamma: Tensor of any shape, the unconstrained weight.
+
+    Returns:
+        Tensor like `raw_gamma`.
+
+    Example:
+
+    >>> float(ops.round(to_temperature(ops.array(0.5413)), 3))
+    1.0
+    """
+    gamma = ops.softplus(raw_gamma)
+    return ops.where(
+        gamma > MIN_TEMPERATURE, gamma, ops.ones_like(gamma) * MIN_TEMPERATURE
+    )
+
+
+def centered(centroids):
+    """Centroids moved so that their mean, the abstain class, is the origin.
+
+    Formula:
+
+    ```python
+    c = centroids - mean(centroids, axis=0)
+    ```
+
+    Args:
+        centroids: Tensor of shape `(K, D)`.
+
+    Returns:
+        Tensor of shape `(K, D)`; the gradient flows through the centring.
+
+    Example:
+
+    >>> ops.convert_to_numpy(
+    ...     centered(ops.array([[1.0, 0.0], [3.0, 4.0]]))
+    ... ).tolist()
+    [[-1.0, -2.0], [1.0, 2.0]]
+    """
+    num_classes = centroids.shape[0]
+    return centroids - ops.sum(centroids, axis=0, keepdims=True) / num_classes
+
+
+def mean_square(vectors):
+    """Mean of squares over the components: the squared distance to the origin.
+
+    Formula:
+
+    ```python
+    |v|^2 = mean(vectors ** 2, axis=-1)
+    ```
+
+    Args:
+        vectors: Tensor of shape `(..., D)`.
+
+    Returns:
+        Tensor of shape `(..., 1)`.
+
+    Example:
+
+    >>> float(mean_square(ops.array([[3.0, 4.0]]))[0, 0])
+    12.5
+    """
+    total = ops.sum(vectors * vectors, axis=-1, keepdims=True)
+    return total / vectors.shape[-1]
+
+
+def class_logits(embeddings, centroids, temperature):
+    """Distance logits of the classes, up to the shift that softmax ignores.
+
+    Formula:
+
+    ```python
+    s_k = gamma * (2 * dot(x, c_k) / D - |c_k|^2)
+        = -gamma * |x - c_k|^2 + gamma * |x|^2
+    ```
+
+    One matrix product; no pairwise difference is ever formed.
+
+    Args:
+        embeddings: Tensor `x` of shape `(..., D)`.
+        centroids: Tensor of centred centroids of shape `(K, D)`.
+        temperature: Tensor `gamma`, a scalar.
+
+    Returns:
+        Tensor of shape `(..., K)`.
+
+    Example:
+
+    >>> x = ops.array([[1.0, 1.0]])
+    >>> c = ops.array([[1.0, 1.0], [-1.0, -1.0]])
+    >>> ops.convert_to_numpy(class_logits(x, c, 2.0)).tolist()
+    [[2.0, -6.0]]
+    """
+    # The factors go into the small operands, not into the (..., K) product.
+    scaled = embeddings * (temperature * (2.0 / centroids.shape[-1]))
+    offset = temperature * ops.squeeze(mean_square(centroids), axis=-1)
+    return scaled @ ops.transpose(centroids) - offset
+
+
+def squared_radii(logits, squared_norm, temperature):
+    """Squared distances to the centroids, recovered from the logits.
+
+    Formula:
+
+    ```python
+    r_k^2 = |x|^2 - s_k / gamma
+    ```
+
+    Args:
+        logits: Tensor `s` of shape `(..., K)`.
+        squared_norm: Tensor `|x|^2` of shape `(..., 1)`.
+        temperature: Tensor `gamma` of shape `(..., 1)` or a scalar.
+
+    Returns:
+        Tensor of shape `(..., K)`. Rounding can leave a value that should be
+        zero slightly negative.
+
+    Example:
+
+    >>> r2 = squared_radii(ops.array([[2.0, -6.0]]), ops.array([[1.0]]), 2.0)
+    >>> ops.convert_to_numpy(r2).tolist()
+    [[0.0, 4.0]]
+    """
+    return squared_norm - logits / temperature
+
+
+def floored_log(squared_radius):
+    """Logarithm that continues as its own tangent below `RADIUS_FLOOR`.
+
+    Formula:
+
+    ```python
+    log(r^2)                                      if r^2 >= floor
+    log(floor) + (r^2 - floor) / floor            otherwise
+    ```
+
+    The bare logarithm diverges when an embedding meets its centroid. The
+    tangent keeps the push outwards, bounds it, and is defined for the slightly
+    negative squared radii that rounding produces.
+
+    Args:
+        squared_radius: Tensor of any shape.
+
+    Returns:
+        Tensor like `squared_radius`.
+
+    Example:
+
+    >>> round(float(floored_log(ops.array(0.0))), 4)
+    -7.9078
+    """
+    above = squared_radius > RADIUS_FLOOR
+    # The branch that is not taken gets one, so that its gradient is not
+    # 0 * inf.
+    logarithm = ops.log(ops.where(above, squared_radius, 1.0))
+    tangent = squared_radius * (1.0 / RADIUS_FLOOR) + (
+        math.log(RADIUS_FLOOR) - 1.0
+    )
+    return ops.where(above, logarithm, tangent)
+
+
+def radial_nll(squared_radius, embedding_dim):
+    """Negative log density of a radius around its centroid, per dimension.
+
+    Formula:
+
+    ```python
+    R(r^2) = r^2 / 2 - (1 / 2 - 1 / D) * log(r^2)
+    ```
+
+    The radius of a D-dimensional unit Gaussian follows a chi distribution;
+    this is its negative log density in `D * r^2`, divided by `D`, without the
+    constant. It is smallest on the shell, `r^2 = 1 - 2 / D`. The logarithm is
+    `floored_log`.
+
+    Args:
+        squared_radius: Tensor `r^2` of any shape.
+        embedding_dim: `D`, a number or a tensor that broadcasts against
+            `squared_radius`.
+
+    Returns:
+        Tensor like `squared_radius`.
+
+    Example:
+
+    >>> int(ops.argmin(radial_nll(ops.array([0.4, 0.8, 1.6]), 10)))
+    1
+    """
+    volume = 0.5 - 1.0 / embedding_dim
+    return 0.5 * squared_radius - volume * floored_log(squared_radius)
+
+
+def smoothed_targets(labels, label_smoothing):
+    """Soft targets of plain label smoothing over the classes.
+
+    Formula:
+
+    ```python
+    q = (1 - label_smoothing) * labels + label_smoothing / K
+    ```
+
+    The abstain class gets no target mass.
+
+    Args:
+        labels: Tensor of shape `(..., K)`, a label distribution.
+        label_smoothing: Float in `[0, 1)`.
+
+    Returns:
+        Tensor of shape `(..., K)`.
+
+    Example:
+
+    >>> q = smoothed_targets(ops.array([[1.0, 0.0]]), 0.5)
+    >>> ops.convert_to_numpy(q).tolist()
+    [[0.75, 0.25]]
+    """
+    if not label_smoothing:
+        return labels
+    spread = label_smoothing / labels.shape[-1]
+    return labels * (1.0 - label_smoothing) + spread
+
+
+def distilled_targets(
+    labels, logits, squared_norm, temperature, label_smoothing
+):
+    """Soft targets that the network teaches itself: how near the others are.
+
+    Formula for the one-hot label `y`:
+
+    ```python
+    z_y = 0
+    z_k = min(s_k - gamma * |x|^2, 0) / label_smoothing    for k != y
+    q = softmax(z)
+    ```
+
+    A label distribution `Y` gets the mixture `sum_y Y_y q^(y)`, which needs no
+    K x K table: with `e_k = exp(z_k)` taken for every class,
+
+    ```python
+    Z_y = 1 + sum_{k != y} e_k
+    W = sum_y Y_y / Z_y
+    q_k = Y_k / Z_k + e_k * (W - Y_k / Z_k)
+    ```
+
+    The abstain class gets no target mass, and no gradient flows into targets.
+
+    Args:
+        labels: Tensor `Y` of shape `(..., K)`, a label distribution.
+        logits: Tensor `s` of shape `(..., K)`.
+        squared_norm: Tensor `|x|^2` of shape `(..., 1)`.
+        temperature: Tensor `gamma` of shape `(..., 1)` or a scalar.
+        label_smoothing: Float in `[0, 1)`. Zero gives the labels themselves.
+
+    Returns:
+        Tensor of shape `(..., K)`.
+
+    Example:
+
+    >>> q = distilled_targets(
+    ...     ops.array([[1.0, 0.0]]), ops.array([[2.0, 1.9]]), 1.0, 2.0, 0.1
+    ... )
+    >>> ops.convert_to_numpy(q).round(3)
+    array([[0.731, 0.269]], dtype=float32)
+    """
+    if not label_smoothing:
+        return labels
+    distances = ops.relu(temperature * squared_norm - logits)
+    nearness = ops.exp(distances * (-1.0 / label_smoothing))
+    total = ops.sum(nearness, axis=-1, keepdims=True)
+    own = labels / (1.0 + (total - nearness))
+    weight = ops.sum(own, axis=-1, keepdims=True)
+    return ops.stop_gradient(own + nearness * (weight - own))
+
+
+def log_probabilities(logits, abstain_logit):
+    """Log-probabilities of the classes and of abstaining.
+
+    Formula:
+
+    ```python
+    log_p = log_softmax([s_1, ..., s_K, b])
+    ```
+
+    Args:
+        logits: Tensor `s` of shape `(..., K)`.
+        abstain_logit: Tensor `b` of shape `(..., 1)`.
+
+    Returns:
+        Tensor of shape `(..., K + 1)`, abstain last.
+
+    Example:
+
+    >>> log_p = log_probabilities(ops.array([[0.0, 0.0]]), ops.array([[0.0]]))
+    >>> ops.convert_to_numpy(ops.exp(log_p)).round(4)
+    array([[0.3333, 0.3333, 0.3333]], dtype=float32)
+    """
+    return ops.log_softmax(ops.concatenate([logits, abstain_logit], axis=-1))
+
+
+def cross_entropy(targets, logits, abstain_logit):
+    """Cross-entropy of soft class targets over the classes and abstaining.
+
+    Formula:
+
+    ```python
+    H = -sum_k q_k * log softmax([s_1, ..., s_K, b])_k
+    ```
+
+    Abstaining competes in the softmax and is never a target: it wins by
+    geometry alone.
+
+    Args:
+        targets: Tensor `q` of shape `(..., K)`.
+        logits: Tensor `s` of shape `(..., K)`.
+        abstain_logit: Tensor `b` of shape `(..., 1)`.
+
+    Returns:
+        Tensor of shape `(..., 1)`.
+
+    Example:
+
+    >>> h = cross_entropy(
+    ...     ops.array([[1.0, 0.0]]), ops.array([[0.0, 0.0]]), ops.array([[0.0]])
+    ... )
+    >>> round(float(h[0, 0]), 4)
+    1.0986
+    """
+    log_p = log_probabilities(logits, abstain_logit)[..., :-1]
+    return -ops.sum(targets * log_p, axis=-1, keepdims=True)

@@ -1,0 +1,74 @@
+import keras
+from keras import ops
+
+from keras_halo import ood, packing
+from keras_halo.precision import computation_dtype
+
+
+@keras.saving.register_keras_serializable(package="keras_halo")
+class OODScore(keras.layers.Layer):
+    """Turns packed scores into one out-of-distribution score an input.
+
+    Append it to a trained model to deploy the score with the model: in a
+    functional model with two outputs, the packed scores and this one.
+
+    Formula: that of `keras_halo.ood_score` for the same `method`.
+
+    Args:
+        method: String, one of `keras_halo.OOD_METHODS`. Defaults to
+            `"joint"`.
+        **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
+
+    Input shape:
+        Packed scores of shape `(batch_size, ..., K + 4)`.
+
+    Output shape:
+        `(batch_size, ...)`. float32 whatever the dtype policy, float64 under a
+        float64 policy.
+
+    Raises:
+        ValueError: If `method` is not known or the input has fewer than 6
+            columns.
+
+    Example:
+
+    >>> scores = keras_halo.HALODense(3)(np.zeros((2, 8), "float32"))
+    >>> tuple(keras_halo.layers.OODScore("nearest")(scores).shape)
+    (2,)
+    """
+
+    def __init__(self, method="joint", **kwargs):
+        ood.check_method(method)
+        super().__init__(**kwargs)
+        # Packed scores do not survive a cast to 16 bits.
+        self.autocast = False
+        self.method = method
+        self.input_spec = keras.layers.InputSpec(min_ndim=2)
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        packing.count_classes(input_shape)
+        self.input_spec = keras.layers.InputSpec(
+            min_ndim=2, axes={-1: input_shape[-1]}
+        )
+        self.built = True
+
+    @property
+    def head_dtype(self):
+        """String, the dtype in which the layer computes and answers."""
+        return computation_dtype(self.compute_dtype)
+
+    def call(self, inputs):
+        return ood.ood_score(ops.cast(inputs, self.head_dtype), self.method)
+
+    def compute_output_shape(self, input_shape):
+        return tuple(input_shape[:-1])
+
+    def compute_output_spec(self, inputs):
+        packing.count_classes(inputs.shape)
+        return keras.KerasTensor(
+            self.compute_output_shape(inputs.shape), dtype=self.head_dtype
+        )
+
+    def get_config(self):
+        return {**super().get_config(), "method": self.method}

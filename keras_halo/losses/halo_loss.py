@@ -1,0 +1,301 @@
+import keras
+import numpy as np
+from keras import ops
+from keras.src import backend
+
+from keras_halo import geometry, packing
+from keras_halo.labels import are_integer_labels
+from keras_halo.precision import computation_dtype
+from keras_halo.validation import check_label_smoothing
+
+
+@keras.saving.register_keras_serializable(package="keras_halo")
+def halo_loss(
+    y_true,
+    y_pred,
+    label_smoothing=0.1,
+    distill=True,
+    radial_weight=1.0,
+    ignore_class=None,
+):
+    """Computes the HALO loss of packed scores, sample by sample.
+
+    Formula:
+
+    ```python
+    loss = cross_entropy(targets, [s | b]) + radial_weight * sum_k Y_k R(r_k^2)
+    ```
+
+    Args:
+        y_true: Labels: integers of shape `(...)` or `(..., 1)`, or a
+            distribution (one-hot or soft) of shape `(..., K)`.
+        y_pred: Packed scores of shape `(..., K + 4)`, the output of
+            `HALODense`.
+        label_smoothing: Float in `[0, 1)`. Defaults to `0.1`.
+        distill: Boolean, distilled or plain soft targets. Defaults to `True`.
+        radial_weight: Non-negative float. Defaults to `1.0`.
+        ignore_class: Optional integer, a label that does not count. Needs
+            integer labels. Defaults to `None`.
+
+    Returns:
+        Tensor of shape `(...)`. Where an integer label is neither in `[0, K)`
+        nor `ignore_class`, or a row does not hold packed scores, it is NaN.
+
+    Raises:
+        ValueError: If the shapes of labels and scores do not fit, or
+            `ignore_class` is given with a label distribution.
+
+    Example:
+
+    >>> scores = keras_halo.HALODense(3)(np.zeros((2, 8), "float32"))
+    >>> tuple(keras_halo.losses.halo_loss(np.array([0, 2]), scores).shape)
+    (2,)
+    """
+    y_pred = ops.convert_to_tensor(y_pred)
+    y_pred = ops.cast(y_pred, computation_dtype(y_pred.dtype))
+    y_true = ops.convert_to_tensor(y_true)
+    scores = packing.unpack(y_pred)
+
+    known = None
+    counted = None
+    if are_integer_labels(y_true.shape, y_pred.shape):
+        if len(y_true.shape) == len(y_pred.shape):
+            y_true = ops.squeeze(y_true, axis=-1)
+        num_classes = scores.logits.shape[-1]
+        in_range = ops.logical_and(y_true >= 0, y_true < num_classes)
+        # What `one_hot` makes of a label out of range differs by backend.
+        indices = ops.cast(
+            ops.where(in_range, y_true, ops.zeros_like(y_true)), "int32"
+        )
+        labels = ops.one_hot(indices, num_classes, dtype=y_pred.dtype)
+        # Scores of another layer would train without a word: say NaN instead.
+        known = ops.logical_and(
+            in_range, ops.squeeze(scores.embedding_dim, axis=-1) >= 2.0
+        )
+        if ignore_class is not None:
+            counted = ops.not_equal(y_true, ignore_class)
+            known = ops.logical_or(known, ops.logical_not(counted))
+    elif ignore_class is not None:
+        raise ValueError(
+            "`ignore_class` needs integer labels of shape "
+            f"{tuple(y_pred.shape[:-1])}. Received: labels of shape "
+            f"{tuple(y_true.shape)} with ignore_class={ignore_class}. Pass "
+            "integer labels, or give the samples to ignore a `sample_weight` "
+            "of zero."
+        )
+    else:
+        labels = ops.cast(y_true, y_pred.dtype)
+
+    losses = _losses_of_distribution(
+        labels, scores, label_smoothing, distill, radial_weight
+    )
+
+    if known is not None:
+        losses = ops.where(known, losses, float("nan"))
+    if counted is not None:
+        losses = ops.where(counted, losses, 0.0)
+        # As Keras's own losses do, so that ignored samples leave the mean.
+        backend.set_keras_mask(losses, mask=counted)
+    return losses
+
+
+def _losses_of_distribution(
+    labels, scores, label_smoothing, distill, radial_weight
+):
+    if distill:
+        targets = geometry.distilled_targets(
+            labels,
+            scores.logits,
+            scores.squared_norm,
+            scores.temperature,
+            label_smoothing,
+        )
+    else:
+        targets = geometry.smoothed_targets(labels, label_smoothing)
+    losses = geometry.cross_entropy(
+        targets, scores.logits, scores.abstain_logit
+    )
+    if radial_weight:
+        radii = geometry.squared_radii(
+            scores.logits, scores.squared_norm, scores.temperature
+        )
+        radial = geometry.radial_nll(radii, scores.embedding_dim)
+        losses = losses + radial_weight * ops.sum(
+            labels * radial, axis=-1, keepdims=True
+        )
+    return ops.squeeze(losses, axis=-1)
+
+
+@keras.saving.register_keras_serializable(package="keras_halo")
+class HALOLoss(keras.losses.Loss):
+    """Cross-entropy on distances to centroids, with embeddings kept on shells.
+
+    Takes the place of `CategoricalCrossentropy` or
+    `SparseCategoricalCrossentropy` in a model that ends in `HALODense`. It
+    pulls an embedding towards the centroid of its class and away from the
+    others, but only as far as the shell on which a Gaussian around the
+    centroid would have its mass: confidence is bounded, and the origin stays
+    free for what belongs to no class.
+
+    Labels are integers or a distribution; the loss sees which from their
+    shape. It computes in float32 whatever the dtype policy, in float64 under
+    a float64 policy.
+
+    Formula:
+
+    ```python
+    cross_entropy = -sum_k q_k * log softmax([s_1, ..., s_K, b])_k
+    R(r^2) = r^2 / 2 - (1 / 2 - 1 / D) * log(r^2)
+    loss = cross_entropy + radial_weight * sum_k Y_k * R(r_k^2)
+    ```
+
+    where `q` are the soft targets made of the labels `Y`, and `r_k^2` is the
+    mean squared distance to the centroid of class `k`. Below `r^2 = 1e-3` the
+    logarithm continues as its tangent.
+
+    Args:
+        label_smoothing: Float in `[0, 1)`. With `distill=False`, the share of
+            the target spread evenly over the classes. With `distill=True`, the
+            temperature at which the distances to the other classes become
+            target mass. `0` takes the labels as they are in both cases. Give
+            `HALODense` the same value. Defaults to `0.1`.
+        distill: Boolean. `True` makes the soft targets of the network's own
+            distances, so that a class close by gets more than one far away;
+            no gradient flows into them. `False` smooths evenly. Defaults to
+            `True`.
+        radial_weight: Non-negative float, the weight of the radial term `R`.
+            Defaults to `1.0`.
+        ignore_class: Optional integer, a label that does not count, such as
+            -1 or 255 for void pixels; needs integer labels. Defaults to
+            `None`.
+        reduction: Type of reduction to apply to the loss, one of
+            `"sum_over_batch_size"`, `"sum"`, `"mean"`,
+            `"mean_with_sample_weight"`, `"none"` or `None`, with the meaning
+            they have in `keras.losses`. Defaults to `"sum_over_batch_size"`.
+        name: Optional name for the loss instance.
+        dtype: The dtype of the loss's computations; 16-bit dtypes are raised
+            to float32. Defaults to `None`, which means the compute dtype of
+            `keras.config.dtype_policy()`.
+
+    Call arguments:
+        y_true: Integers of shape `(batch_size, ...)` or
+            `(batch_size, ..., 1)`, or a distribution, one-hot or soft, of
+            shape `(batch_size, ..., K)`.
+        y_pred: Packed scores of shape `(batch_size, ..., K + 4)`.
+        sample_weight: Optional weights, as for every Keras loss.
+
+    Labels out of range: a NumPy array that holds an integer label neither in
+    `[0, K)` nor equal to `ignore_class` is refused with a `ValueError`. In a
+    tensor, where values cannot be inspected without a stop, the loss of such a
+    sample is NaN on TensorFlow, JAX and PyTorch alike, while gradients of
+    the other samples remain intact; `keras.callbacks.TerminateOnNaN` turns
+    that into a stop. Labels at masked positions are never read.
+
+    Raises:
+        ValueError: If an argument is out of range, if the shapes of labels
+            and scores do not fit, or if `y_pred` cannot be packed scores.
+
+    Example:
+
+    >>> scores = keras_halo.HALODense(3)(np.ones((2, 8), "float32"))
+    >>> loss = keras_halo.HALOLoss()
+    >>> integer = loss(np.array([0, 2]), scores)
+    >>> one_hot = loss(np.array([[1, 0, 0], [0, 0, 1]]), scores)
+    >>> bool(integer == one_hot)
+    True
+
+    References:
+
+    - Raphael Pisoni, "I don't know!": Teaching neural networks to abstain
+      with the HALO-Loss, 2026.
+    """
+
+    def __init__(
+        self,
+        label_smoothing=0.1,
+        distill=True,
+        radial_weight=1.0,
+        ignore_class=None,
+        reduction="sum_over_batch_size",
+        name="halo_loss",
+        dtype=None,
+    ):
+        check_label_smoothing(label_smoothing)
+        if not radial_weight >= 0.0:
+            raise ValueError(
+                "`radial_weight` must be non-negative: a negative weight would "
+                "reward embeddings for leaving their shell. Received: "
+                f"radial_weight={radial_weight}. Use 0 to switch the radial "
+                "term off."
+            )
+        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+        super().__init__(
+            name=name,
+            reduction=reduction,
+            dtype=computation_dtype(policy.compute_dtype),
+        )
+        self.label_smoothing = label_smoothing
+        self.distill = distill
+        self.radial_weight = radial_weight
+        self.ignore_class = ignore_class
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        if isinstance(y_pred, (np.ndarray, list, tuple)):
+            y_pred = np.asarray(y_pred)
+            packing.check_packed(y_pred, argument="y_pred")
+        mask = backend.get_keras_mask(y_pred)
+        if mask is not None:
+            y_true = _without_masked_labels(y_true, y_pred.shape, mask)
+        elif isinstance(y_true, (np.ndarray, list, tuple)):
+            y_true = np.asarray(y_true)
+            _check_label_range(y_true, y_pred.shape, self.ignore_class)
+        return super().__call__(y_true, y_pred, sample_weight=sample_weight)
+
+    def call(self, y_true, y_pred):
+        return halo_loss(
+            y_true,
+            y_pred,
+            label_smoothing=self.label_smoothing,
+            distill=self.distill,
+            radial_weight=self.radial_weight,
+            ignore_class=self.ignore_class,
+        )
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "label_smoothing": self.label_smoothing,
+                "distill": self.distill,
+                "radial_weight": self.radial_weight,
+                "ignore_class": self.ignore_class,
+                "dtype": self.dtype,
+            }
+        )
+        return config
+
+
+def _without_masked_labels(y_true, y_pred_shape, mask):
+    """Replaces labels at masked positions, often -1, by a harmless class."""
+    y_true = ops.convert_to_tensor(y_true)
+    are_integer_labels(y_true.shape, y_pred_shape)
+    if len(y_true.shape) == len(y_pred_shape):
+        mask = ops.expand_dims(mask, axis=-1)
+    return ops.where(mask, y_true, ops.zeros_like(y_true))
+
+
+def _check_label_range(y_true, y_pred_shape, ignore_class):
+    if not are_integer_labels(y_true.shape, y_pred_shape):
+        return
+    num_classes = packing.count_classes(y_pred_shape)
+    wrong = ~((y_true >= 0) & (y_true < num_classes))
+    if ignore_class is not None:
+        wrong &= y_true != ignore_class
+    if wrong.any():
+        raise ValueError(
+            f"Labels must be in [0, {num_classes})"
+            + ("" if ignore_class is None else f" or {ignore_class}")
+            + f". Received: {int(wrong.sum())} of {wrong.size} labels out of "
+            f"range, among them {y_true[wrong].flat[0]}. Number the classes "
+            "from zero, or name the label to leave out as `ignore_class`."
+        )

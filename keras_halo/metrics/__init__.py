@@ -1,0 +1,42 @@
+from keras_halo.metrics.abstention_rate import AbstentionRate
+from keras_halo.metrics.calibration import (
+    ReliabilityBins,
+    brier_score,
+    expected_calibration_error,
+    negative_log_likelihood,
+    reliability_bins,
+    renormalize,
+)
+from keras_halo.metrics.coverage import Coverage
+from keras_halo.metrics.expected_calibration import ExpectedCalibrationError
+from keras_halo.metrics.on_probabilities import OnProbabilities
+from keras_halo.metrics.ranking import aupr, auroc, fpr_at_95, fpr_at_recall
+from keras_halo.metrics.selective import (
+    RiskCoverageCurve,
+    augrc,
+    aurc,
+    risk_coverage_curve,
+)
+from keras_halo.metrics.selective_accuracy import SelectiveAccuracy
+
+__all__ = [
+    "AbstentionRate",
+    "Coverage",
+    "ExpectedCalibrationError",
+    "OnProbabilities",
+    "ReliabilityBins",
+    "RiskCoverageCurve",
+    "SelectiveAccuracy",
+    "augrc",
+    "aupr",
+    "aurc",
+    "auroc",
+    "brier_score",
+    "expected_calibration_error",
+    "fpr_at_95",
+    "fpr_at_recall",
+    "negative_log_likelihood",
+    "reliability_bins",
+    "renormalize",
+    "risk_coverage_curve",
+]

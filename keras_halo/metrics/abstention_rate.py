@@ -1,0 +1,79 @@
+import keras
+from keras import ops
+
+from keras_halo.metrics.packed_mean import PackedMean
+
+
+def abstained(logits):
+    """Tells for each sample whether abstaining is the most probable answer.
+
+    A class that ties with abstaining is named.
+
+    Args:
+        logits: Tensor of shape `(N, K + 1)`, that of abstaining last.
+
+    Returns:
+        Boolean tensor of shape `(N,)`.
+
+    Example:
+
+    >>> logits = ops.array([[0.0, 1.0, 2.0], [0.0, 2.0, 2.0]])
+    >>> ops.convert_to_numpy(abstained(logits)).tolist()
+    [True, False]
+    """
+    return logits[:, -1] > ops.max(logits[:, :-1], axis=-1)
+
+
+@keras.saving.register_keras_serializable(package="keras_halo")
+class AbstentionRate(PackedMean):
+    """Share of the samples on which the model says "I don't know".
+
+    A sample counts as abstained when abstaining is the most probable of the
+    `K + 1` answers. Labels are not read, so that the rate can be taken of
+    outliers too.
+
+    Formula:
+
+    ```python
+    abstention_rate = mean(argmax([s_1, ..., s_K, b]) == K)
+    ```
+
+    Args:
+        ignore_class: Optional integer, a label that does not count, such as
+            255 for void pixels; needs integer labels. Defaults to `None`.
+        name: Optional name for the metric instance.
+        dtype: The dtype of the metric's computations; 16-bit dtypes are raised
+            to float32. Defaults to `None`, which means
+            `keras.config.floatx()`.
+
+    The result is NaN before the first sample that counts, and if a row that
+    counts holds no packed scores.
+
+    Example:
+
+    >>> scores = keras_halo.HALODense(3)(np.zeros((2, 8), "float32"))
+    >>> metric = keras_halo.metrics.AbstentionRate()
+    >>> metric.update_state(None, scores)
+    >>> float(metric.result())
+    1.0
+
+    Usage with `compile()` API:
+
+    ```python
+    model.compile(
+        "adam",
+        loss=keras_halo.HALOLoss(),
+        metrics=["accuracy", keras_halo.metrics.AbstentionRate()],
+    )
+    ```
+    """
+
+    reads_labels = False
+
+    def __init__(self, ignore_class=None, name="abstention_rate", dtype=None):
+        super().__init__(ignore_class=ignore_class, name=name, dtype=dtype)
+        # Metric should be minimized during optimization.
+        self._direction = "down"
+
+    def values_and_weights(self, samples, weights):
+        return ops.cast(abstained(samples.logits), self.dtype), weights

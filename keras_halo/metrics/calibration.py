@@ -1,0 +1,338 @@
+"""Whether probabilities mean what they say, on a whole data set.
+
+Probabilities are those of the `K` classes, shape `(N, K)`. The probability of
+abstaining is not among them: the rows of `Predictions.probabilities` sum to
+less than one. Pass such rows as they are to hold the mass of abstaining
+against the model, or through `renormalize` first to judge the classes under
+the condition that the model answers.
+"""
+
+import collections
+
+import numpy as np
+
+from keras_halo.metrics.checks import check_finite, to_array
+
+# The smallest normal float32: about what a float32 model can output at all.
+PROBABILITY_FLOOR = float(np.finfo("float32").tiny)
+
+# How far rounding, also that of 16-bit models, may take a sum from one.
+_TOLERANCE = 1e-2
+
+ReliabilityBins = collections.namedtuple(
+    "ReliabilityBins", ["confidence", "accuracy", "count", "edges"]
+)
+ReliabilityBins.__doc__ = """Confidence against accuracy in bins of confidence.
+
+Args:
+    confidence: Array of shape `(num_bins,)`, the mean confidence of the
+        samples in each bin; NaN where there is none.
+    accuracy: Array of shape `(num_bins,)`, how often their most probable class
+        is the label; NaN where there is none.
+    count: Integer array of shape `(num_bins,)`, the number of samples.
+    edges: Array of shape `(num_bins + 1,)`, from 0 to 1.
+"""
+
+
+def check_num_bins(num_bins):
+    """Raises `ValueError` unless `num_bins` is a positive integer."""
+    if (
+        not isinstance(num_bins, (int, np.integer))
+        or isinstance(num_bins, bool)
+        or num_bins < 1
+    ):
+        raise ValueError(
+            "`num_bins` must be a positive integer. Received: "
+            f"num_bins={num_bins}. 15 is customary."
+        )
+
+
+def bin_edges(num_bins):
+    """Edges of equally wide bins of confidence.
+
+    Args:
+        num_bins: Positive integer.
+
+    Returns:
+        Float64 array of shape `(num_bins + 1,)`, from 0 to 1.
+
+    Example:
+
+    >>> bin_edges(4).tolist()
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    return np.linspace(0.0, 1.0, num_bins + 1)
+
+
+def renormalize(probabilities):
+    """Class probabilities under the condition that the model answers.
+
+    Formula:
+
+    ```python
+    p = probabilities / sum(probabilities, axis=-1, keepdims=True)
+    ```
+
+    A row of zeros, where abstaining has taken all of the mass, says nothing of
+    the classes and becomes uniform.
+
+    Args:
+        probabilities: Array of shape `(N, K)`, rows that sum to one or less.
+
+    Returns:
+        Float64 array of shape `(N, K)`, rows that sum to one.
+
+    Raises:
+        ValueError: If the array holds no probabilities of at least two
+            classes.
+
+    Example:
+
+    >>> renormalize([[0.75, 0.0], [0.0, 0.0]]).tolist()
+    [[1.0, 0.0], [0.5, 0.5]]
+    """
+    probabilities = _checked_probabilities(probabilities)
+    largest = probabilities.max(axis=-1, keepdims=True)
+    empty = largest == 0.0
+    # Dividing by the largest first keeps sums of denormal numbers exact.
+    scaled = np.where(empty, 1.0, probabilities / np.where(empty, 1.0, largest))
+    return scaled / scaled.sum(axis=-1, keepdims=True)
+
+
+def reliability_bins(labels, probabilities, num_bins=15):
+    """Sorts samples into bins of confidence: what a reliability diagram shows.
+
+    The confidence of a sample is the largest of its class probabilities. The
+    bins are equally wide and closed below, the last one also above: confidence
+    0 belongs to the first bin, confidence 1 to the last.
+
+    Args:
+        labels: Integers of shape `(N,)` or `(N, 1)`, or a distribution,
+            one-hot or soft, of shape `(N, K)`. With soft labels the accuracy
+            of a sample is the mass on its most probable class.
+        probabilities: Array of shape `(N, K)`, rows that sum to one or less.
+        num_bins: Positive integer, at most `N`. Defaults to `15`.
+
+    Returns:
+        `ReliabilityBins`.
+
+    Raises:
+        ValueError: If labels and probabilities do not fit each other or are no
+            such thing, or there are fewer samples than bins.
+
+    Example:
+
+    >>> p = [[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]]
+    >>> bins = reliability_bins([0, 1, 1], p, num_bins=2)
+    >>> bins.count.tolist(), bins.accuracy.round(2).tolist()
+    ([0, 3], [nan, 0.67])
+
+    References:
+
+    - Chuan Guo et al., On calibration of modern neural networks, 2017.
+    """
+    check_num_bins(num_bins)
+    labels, probabilities = _checked(labels, probabilities)
+    if len(probabilities) < num_bins:
+        raise ValueError(
+            "Expected at least as many samples as bins. Received: "
+            f"{len(probabilities)} samples for num_bins={num_bins}. Use fewer "
+            "bins or more samples."
+        )
+    edges = bin_edges(num_bins)
+    predicted = probabilities.argmax(axis=-1)[:, None]
+    confidence = np.take_along_axis(probabilities, predicted, axis=-1)[:, 0]
+    accuracy = np.take_along_axis(labels, predicted, axis=-1)[:, 0]
+    index = np.searchsorted(edges[1:-1], confidence, side="right")
+    count = np.bincount(index, minlength=num_bins)
+
+    def mean(values):
+        total = np.bincount(index, weights=values, minlength=num_bins)
+        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+    return ReliabilityBins(mean(confidence), mean(accuracy), count, edges)
+
+
+def expected_calibration_error(labels, probabilities, num_bins=15):
+    """Expected distance between confidence and accuracy.
+
+    Formula:
+
+    ```python
+    ece = sum_b count_b / N * abs(accuracy_b - confidence_b)
+    ```
+
+    over the bins of `reliability_bins`.
+
+    Args:
+        labels: Integers of shape `(N,)` or `(N, 1)`, or a distribution,
+            one-hot or soft, of shape `(N, K)`.
+        probabilities: Array of shape `(N, K)`, rows that sum to one or less.
+        num_bins: Positive integer, at most `N`. Defaults to `15`.
+
+    Returns:
+        Float in `[0, 1]`; 0 for calibrated probabilities.
+
+    Raises:
+        ValueError: If labels and probabilities do not fit each other or are no
+            such thing, or there are fewer samples than bins.
+
+    Example:
+
+    >>> p = [[0.75, 0.25], [0.75, 0.25], [0.75, 0.25], [0.75, 0.25]]
+    >>> expected_calibration_error([0, 0, 0, 1], p, num_bins=4)
+    0.0
+    >>> expected_calibration_error([0, 0, 1, 1], p, num_bins=4)
+    0.25
+
+    References:
+
+    - Chuan Guo et al., On calibration of modern neural networks, 2017.
+    """
+    bins = reliability_bins(labels, probabilities, num_bins)
+    filled = bins.count > 0
+    gap = np.abs(bins.accuracy - bins.confidence)[filled]
+    return float(np.sum(bins.count[filled] * gap) / bins.count.sum())
+
+
+def brier_score(labels, probabilities):
+    """Mean squared distance between probabilities and labels.
+
+    Formula:
+
+    ```python
+    brier = mean_n(sum_k (p_nk - Y_nk) ** 2)
+    ```
+
+    The sum goes over all classes, as in Brier's article, not over the positive
+    class alone. Mass on abstaining is missing from the label's class.
+
+    Args:
+        labels: Integers of shape `(N,)` or `(N, 1)`, or a distribution,
+            one-hot or soft, of shape `(N, K)`.
+        probabilities: Array of shape `(N, K)`, rows that sum to one or less.
+
+    Returns:
+        Float in `[0, 2]`; smaller is better.
+
+    Raises:
+        ValueError: If labels and probabilities do not fit each other or are no
+            such thing.
+
+    Example:
+
+    >>> brier_score([0, 1], [[1.0, 0.0], [0.5, 0.5]])
+    0.25
+
+    References:
+
+    - Glenn W. Brier, Verification of forecasts expressed in terms of
+      probability, 1950.
+    """
+    labels, probabilities = _checked(labels, probabilities)
+    return float(np.mean(np.sum((probabilities - labels) ** 2, axis=-1)))
+
+
+def negative_log_likelihood(labels, probabilities):
+    """Mean negative log-probability of the labels, in nats.
+
+    Formula:
+
+    ```python
+    nll = mean_n(-sum_k Y_nk * log(max(p_nk, floor)))
+    ```
+
+    with `floor = 1.18e-38`, the smallest normal float32: a model that gives
+    the label no probability at all is charged 87.3 nats for it, not infinity.
+    Mass on abstaining is missing from the label's class.
+
+    Args:
+        labels: Integers of shape `(N,)` or `(N, 1)`, or a distribution,
+            one-hot or soft, of shape `(N, K)`.
+        probabilities: Array of shape `(N, K)`, rows that sum to one or less.
+
+    Returns:
+        Float, between 0 and 87.3; smaller is better.
+
+    Raises:
+        ValueError: If labels and probabilities do not fit each other or are no
+            such thing.
+
+    Example:
+
+    >>> round(negative_log_likelihood([0, 1], [[1.0, 0.0], [0.5, 0.5]]), 4)
+    0.3466
+    >>> round(negative_log_likelihood([1], [[1.0, 0.0]]), 1)
+    87.3
+    """
+    labels, probabilities = _checked(labels, probabilities)
+    logarithms = np.log(np.maximum(probabilities, PROBABILITY_FLOOR))
+    return float(np.mean(-np.sum(labels * logarithms, axis=-1)))
+
+
+def _checked(labels, probabilities):
+    """Labels as a distribution of shape `(N, K)`, and the probabilities."""
+    probabilities = _checked_probabilities(probabilities)
+    num_samples, num_classes = probabilities.shape
+    labels = to_array(labels)
+    if labels.shape == (num_samples, num_classes):
+        _check_distribution(labels)
+        return labels, probabilities
+    if labels.shape not in ((num_samples,), (num_samples, 1)):
+        raise ValueError(
+            "Labels do not fit the probabilities: expected integers of shape "
+            f"{(num_samples,)} or a distribution of shape "
+            f"{(num_samples, num_classes)}. Received: labels of shape "
+            f"{labels.shape}. Pass both for the same samples; flatten "
+            "positions of tokens or pixels into samples."
+        )
+    labels = labels.reshape(num_samples)
+    wrong = ~np.isin(labels, np.arange(num_classes))
+    if wrong.any():
+        raise ValueError(
+            f"Labels must be integers in [0, {num_classes}). Received: "
+            f"{int(wrong.sum())} of {wrong.size} labels out of range, among "
+            f"them {labels[wrong][0]:g}. Leave samples of no class out."
+        )
+    return np.eye(num_classes)[labels.astype("int64")], probabilities
+
+
+def _checked_probabilities(probabilities):
+    probabilities = to_array(probabilities)
+    if (
+        probabilities.ndim != 2
+        or probabilities.shape[0] < 1
+        or probabilities.shape[1] < 2
+    ):
+        raise ValueError(
+            "`probabilities` must have the shape `(N, K)` with at least one "
+            f"sample and two classes. Received: shape={probabilities.shape}. "
+            "Write a single column p of class 1 as `np.stack([1 - p, p], -1)`."
+        )
+    check_finite(probabilities, "probabilities")
+    wrong = (probabilities < 0.0).any(axis=-1) | (
+        probabilities.sum(axis=-1) > 1.0 + _TOLERANCE
+    )
+    if wrong.any():
+        raise ValueError(
+            "`probabilities` must be non-negative with rows that sum to one, "
+            "or to less where the column of abstaining was cut off. Received: "
+            f"{int(wrong.sum())} of {wrong.size} rows that do not, the first "
+            f"{probabilities[wrong][0]}. Pass "
+            "`keras_halo.decode_predictions(scores).probabilities`."
+        )
+    return probabilities
+
+
+def _check_distribution(labels):
+    check_finite(labels, "labels")
+    wrong = (labels < 0.0).any(axis=-1) | (
+        np.abs(labels.sum(axis=-1) - 1.0) > _TOLERANCE
+    )
+    if wrong.any():
+        raise ValueError(
+            "Labels with one column a class must be distributions: "
+            "non-negative rows that sum to one. Received: "
+            f"{int(wrong.sum())} of {wrong.size} rows that do not, the first "
+            f"{labels[wrong][0]}."
+        )

@@ -1,0 +1,241 @@
+import keras
+from keras import ops
+
+from keras_halo.metrics.samples import (
+    are_distributions,
+    check_labels_given,
+    class_probabilities,
+    one_hot,
+    to_samples,
+)
+from keras_halo.precision import computation_dtype
+
+
+@keras.saving.register_keras_serializable(package="keras_halo")
+class OnProbabilities(keras.Metric):
+    """Feeds any Keras metric with the class probabilities of packed scores.
+
+    `"accuracy"` and the other metrics that only look for the largest column
+    can read packed scores themselves. `AUC`, `Precision`, `F1Score`, `MeanIoU`
+    and their like cannot: wrapped, they receive what a model with a softmax
+    would have given them.
+
+    Formula:
+
+    ```python
+    renormalize=True:    p = softmax([s_1, ..., s_K])
+    renormalize=False:   p = softmax([s_1, ..., s_K, b])[:K]
+    class_id=None:       metric.update_state(y_true, p)
+    class_id=c:          metric.update_state(y_true == c, p[c])
+    ```
+
+    What the metric gets has flattened positions: `(N, K)` probabilities and
+    `(N,)` integer or `(N, K)` one-hot labels, or `(N, 1)` of both with a
+    `class_id`. So a metric that takes two axes only, such as `F1Score`, works
+    on token and pixel heads too.
+
+    - A binary question (`AUC`, `Precision`, `Recall`, `BinaryAccuracy`,
+      `BinaryIoU` on `HALODense(2)`): `class_id=1`. More generally `class_id=c`
+      asks for class `c` against the rest, whatever form the labels have. `AUC`
+      sorts probabilities into 200 bins of equal width and cannot tell apart
+      those that share one; `keras_halo.metrics.auroc` is exact.
+    - Many classes (`F1Score`, `AUC(multi_label=True)`, `TopK...`,
+      `CategoricalAccuracy`): `class_id=None`, labels one-hot.
+    - Metrics that compare classes (`Sparse...`, `MeanIoU(num_classes=K)`):
+      `class_id=None`, labels integer. An IoU with `sparse_y_pred=True`, the
+      default of Keras, gets the most probable class for its prediction.
+
+    Args:
+        metric: A `keras.Metric`, owned by this one from then on.
+        renormalize: Boolean. `True`, the default, judges the classes under the
+            condition that the model answers. `False` leaves the mass of
+            abstaining out, so that the rows sum to less than one.
+        class_id: Optional integer, the class whose probability alone is fed.
+            Defaults to `None`.
+        one_hot_labels: Optional boolean, whether the metric gets labels
+            one-hot or as integers, into which the given ones are turned. Not
+            together with `class_id`. `None`, the default, gives integers to
+            metrics whose name begins with "Sparse", to those made of such a
+            function and to an IoU with `sparse_y_true=True`, and one-hot
+            labels to all others. State it for a metric of your own.
+        ignore_class: Optional integer, a label that does not count, such as
+            255 for void pixels; needs integer labels. Defaults to `None`.
+        name: Optional name for the metric instance. Defaults to that of
+            `metric`.
+        dtype: The dtype in which probabilities are computed; 16-bit dtypes are
+            raised to float32. Defaults to `None`, which means
+            `keras.config.floatx()`.
+
+    An integer label out of range belongs to no class: it becomes a row of
+    zeros among one-hot labels, and not class `c` with a `class_id`.
+
+    Raises:
+        ValueError: If `metric` is no `keras.Metric`, `class_id` is negative or
+            not below the number of classes, or both `class_id` and
+            `one_hot_labels` are given.
+
+    Example:
+
+    >>> layer = keras_halo.HALODense(
+    ...     2, centroid_initializer=keras.initializers.Identity()
+    ... )
+    >>> scores = layer(np.array([[0.3, 0], [0.2, 0.1], [0.1, 0.2], [0, 0.3]]))
+    >>> auc = keras_halo.metrics.OnProbabilities(
+    ...     keras.metrics.AUC(name="auc"), class_id=1
+    ... )
+    >>> auc.update_state(np.array([0, 1, 0, 1]), scores)
+    >>> round(float(auc.result()), 2)
+    0.75
+
+    Usage with `compile()` API:
+
+    ```python
+    model.compile(
+        "adam",
+        loss=keras_halo.HALOLoss(),
+        metrics=[keras_halo.metrics.OnProbabilities(keras.metrics.F1Score())],
+    )
+    ```
+    """
+
+    def __init__(
+        self,
+        metric,
+        renormalize=True,
+        class_id=None,
+        one_hot_labels=None,
+        ignore_class=None,
+        name=None,
+        dtype=None,
+    ):
+        _check_arguments(metric, class_id, one_hot_labels)
+        policy = keras.dtype_policies.get(dtype or keras.config.floatx())
+        super().__init__(
+            name=name or metric.name,
+            dtype=computation_dtype(policy.compute_dtype),
+        )
+        self.metric = metric
+        self.renormalize = renormalize
+        self.class_id = class_id
+        self.one_hot_labels = one_hot_labels
+        self.ignore_class = ignore_class
+        # Callbacks ask for it to tell better from worse.
+        if hasattr(metric, "_direction"):
+            self._direction = metric._direction
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        """Feeds a batch to the wrapped metric.
+
+        Args:
+            y_true: Labels: integers of shape `(...)` or `(..., 1)`, or a
+                distribution of shape `(..., K)`.
+            y_pred: Packed scores of shape `(..., K + 4)`; their mask is
+                honoured.
+            sample_weight: Optional weights of shape `(...)`, or of its first
+                axes. Defaults to `None`.
+        """
+        check_labels_given(y_true, type(self).__name__)
+        samples = to_samples(
+            y_true, y_pred, sample_weight, self.ignore_class, self.dtype
+        )
+        probabilities = class_probabilities(samples.logits, self.renormalize)
+        if self.class_id is None:
+            labels = self._encode(samples.labels, probabilities.shape[-1])
+            if getattr(self.metric, "sparse_y_pred", False):
+                probabilities = ops.argmax(probabilities, axis=-1)
+        else:
+            labels, probabilities = _one_against_rest(
+                samples.labels, probabilities, self.class_id
+            )
+        weights = samples.weights
+        if weights is None:
+            self.metric.update_state(labels, probabilities)
+            return
+        if sample_weight is None and "int" in str(self.metric.dtype):
+            # A mask keeps an integer metric an integer one.
+            weights = ops.cast(weights, self.metric.dtype)
+        self.metric.update_state(labels, probabilities, sample_weight=weights)
+
+    def _encode(self, labels, num_classes):
+        """Labels in the form that the wrapped metric takes."""
+        wants_one_hot = self.one_hot_labels
+        if wants_one_hot is None:
+            wants_one_hot = not _takes_integers(self.metric)
+        if are_distributions(labels) == wants_one_hot:
+            return labels
+        if wants_one_hot:
+            return one_hot(labels, num_classes, self.dtype)
+        return ops.cast(ops.argmax(labels, axis=-1), "int32")
+
+    def reset_state(self):
+        self.metric.reset_state()
+
+    def result(self):
+        return self.metric.result()
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "metric": keras.saving.serialize_keras_object(self.metric),
+                "renormalize": self.renormalize,
+                "class_id": self.class_id,
+                "one_hot_labels": self.one_hot_labels,
+                "ignore_class": self.ignore_class,
+            }
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        metric = keras.saving.deserialize_keras_object(config["metric"])
+        return cls(**{**config, "metric": metric})
+
+
+def _one_against_rest(labels, probabilities, class_id):
+    num_classes = probabilities.shape[-1]
+    if class_id >= num_classes:
+        raise ValueError(
+            f"`class_id` must be below the number of classes, {num_classes}. "
+            f"Received: class_id={class_id}. Number the classes from zero."
+        )
+    column = slice(class_id, class_id + 1)
+    if not are_distributions(labels):
+        labels = one_hot(labels, num_classes, probabilities.dtype)
+    return labels[:, column], probabilities[:, column]
+
+
+def _takes_integers(metric):
+    if hasattr(metric, "sparse_y_true"):
+        return metric.sparse_y_true
+    function = getattr(metric, "_fn", None)
+    return type(metric).__name__.startswith("Sparse") or getattr(
+        function, "__name__", ""
+    ).startswith("sparse")
+
+
+def _check_arguments(metric, class_id, one_hot_labels):
+    if not isinstance(metric, keras.Metric):
+        raise ValueError(
+            "`metric` must be a `keras.Metric`. Received: "
+            f"metric={metric!r}. Pass an instance, such as "
+            "`keras.metrics.AUC()`."
+        )
+    if class_id is None:
+        if isinstance(metric, keras.metrics.BinaryIoU):
+            raise ValueError(
+                "`BinaryIoU` asks about one class. Received: class_id=None. "
+                "Name the class, for two classes with `class_id=1`."
+            )
+        return
+    if not isinstance(class_id, int) or class_id < 0:
+        raise ValueError(
+            "`class_id` must be a non-negative integer. Received: "
+            f"class_id={class_id}. Number the classes from zero."
+        )
+    if one_hot_labels is not None:
+        raise ValueError(
+            "With a `class_id` the labels are those of this class against the "
+            f"rest. Received: class_id={class_id}, one_hot_labels="
+            f"{one_hot_labels}. Give one of the two."
+        )

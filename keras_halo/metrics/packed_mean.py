@@ -1,0 +1,148 @@
+import keras
+from keras import ops
+
+from keras_halo.metrics.samples import check_labels_given, to_samples
+from keras_halo.precision import computation_dtype
+
+
+def compensated_add(total, correction, increment):
+    """Adds to a running sum and keeps what rounding lost, for a later sum.
+
+    Formula:
+
+    ```python
+    new_total = round(total + increment)
+    new_correction = correction + (total + increment - new_total)
+    ```
+
+    The difference is exact (Knuth's two-sum), so `total + correction` stays
+    right to the last digits after any number of additions. A bare float32 sum
+    of counts stops growing at 16.8 million.
+
+    Args:
+        total: Tensor, the sum so far.
+        correction: Tensor like `total`, what its roundings lost so far.
+        increment: Tensor like `total`.
+
+    Returns:
+        Tuple of two tensors like `total`: `(new_total, new_correction)`.
+
+    Example:
+
+    >>> total, rest = compensated_add(
+    ...     ops.array(2.0**24), ops.array(0.0), ops.array(1.0)
+    ... )
+    >>> float(total), float(rest)
+    (16777216.0, 1.0)
+    """
+    new_total = total + increment
+    added = new_total - total
+    lost = (total - (new_total - added)) + (increment - added)
+    return new_total, correction + lost
+
+
+class PackedMean(keras.Metric):
+    """Base of the metrics that are a weighted mean over samples.
+
+    A subclass says in `values_and_weights` what is averaged. The result is the
+    same however the samples are split into batches.
+
+    Args:
+        shape: Tuple, the shape of the value of one sample. Defaults to `()`.
+        ignore_class: Optional integer, a label that does not count; needs
+            integer labels. Defaults to `None`.
+        name: Optional name for the metric instance.
+        dtype: The dtype of the metric's computations; 16-bit dtypes are raised
+            to float32. Defaults to `None`, which means
+            `keras.config.floatx()`.
+    """
+
+    # Whether the value of a sample depends on its label.
+    reads_labels = True
+
+    def __init__(self, shape=(), ignore_class=None, name=None, dtype=None):
+        policy = keras.dtype_policies.get(dtype or keras.config.floatx())
+        super().__init__(
+            name=name, dtype=computation_dtype(policy.compute_dtype)
+        )
+        self.ignore_class = ignore_class
+        self.total = self._add_sum("total", shape)
+        self.total_correction = self._add_sum("total_correction", shape)
+        self.weight = self._add_sum("weight", ())
+        self.weight_correction = self._add_sum("weight_correction", ())
+
+    def _add_sum(self, name, shape):
+        return self.add_variable(
+            shape=shape, initializer="zeros", dtype=self.dtype, name=name
+        )
+
+    def values_and_weights(self, samples, weights):
+        """What is averaged, and the weight it has.
+
+        Args:
+            samples: `keras_halo.metrics.samples.Samples` of `N` samples.
+            weights: Tensor of shape `(N,)`, the weights of the samples; NaN
+                where a sample counts and holds no packed scores.
+
+        Returns:
+            Tuple of tensors: values of shape `(*shape, N)` and weights of
+            shape `(N,)`.
+        """
+        raise NotImplementedError
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        """Adds a batch.
+
+        Args:
+            y_true: Labels: integers of shape `(...)` or `(..., 1)`, or a
+                distribution of shape `(..., K)`. `None` where the metric does
+                not read labels.
+            y_pred: Packed scores of shape `(..., K + 4)`; their mask is
+                honoured.
+            sample_weight: Optional weights of shape `(...)`, or of its first
+                axes. Defaults to `None`.
+        """
+        if not self.reads_labels and self.ignore_class is None:
+            y_true = None
+        else:
+            check_labels_given(y_true, type(self).__name__)
+        samples = to_samples(
+            y_true, y_pred, sample_weight, self.ignore_class, self.dtype
+        )
+        weights = samples.weights
+        if weights is None:
+            weights = ops.ones_like(samples.logits[:, 0])
+        # Scores of another layer, or of a diverged model, must not pass for a
+        # result; what does not count may hold anything.
+        weights = ops.where(
+            ops.logical_or(samples.packed, ops.equal(weights, 0.0)),
+            weights,
+            float("nan"),
+        )
+        values, weights = self.values_and_weights(samples, weights)
+        weighted = ops.where(ops.equal(weights, 0.0), 0.0, values * weights)
+        self._accumulate(
+            self.total, self.total_correction, ops.sum(weighted, axis=-1)
+        )
+        self._accumulate(self.weight, self.weight_correction, ops.sum(weights))
+
+    def _accumulate(self, total, correction, increment):
+        new_total, new_correction = compensated_add(
+            ops.convert_to_tensor(total),
+            ops.convert_to_tensor(correction),
+            increment,
+        )
+        total.assign(new_total)
+        correction.assign(new_correction)
+
+    def result(self):
+        total = self.total + self.total_correction
+        weight = self.weight + self.weight_correction
+        # Written so that a NaN weight stays one.
+        nothing = ops.equal(weight, 0.0)
+        return ops.where(
+            nothing, float("nan"), total / ops.where(nothing, 1.0, weight)
+        )
+
+    def get_config(self):
+        return {**super().get_config(), "ignore_class": self.ignore_class}

@@ -1,0 +1,242 @@
+"""The packed scores: one tensor that carries a HALO head's whole answer.
+
+A Keras loss sees `y_pred` and nothing else, yet the radial term needs the
+embedding's norm, the temperature and the embedding size. The head therefore
+emits one tensor of `K + 4` columns,
+
+```
+[ s_1 ... s_K | b | neutral(|x|^2) | neutral(gamma) | neutral(D) ]
+```
+
+with `neutral(u) = -2^40 * (1 + u)`. The last three columns are so negative that
+a softmax gives them probability exactly zero and neither an argmax nor a top-k
+ever picks them; scaling by a power of two is undone without loss. Code written
+for ordinary logits keeps working on packed scores.
+
+This module alone knows the layout.
+"""
+
+import collections
+
+import numpy as np
+from keras import ops
+
+# Abstain logit and the three neutral columns.
+NUM_EXTRA_COLUMNS = 4
+
+# The smallest packed scores: two classes.
+MIN_COLUMNS = 2 + NUM_EXTRA_COLUMNS
+
+_NEUTRAL_SCALE = 2.0**40
+
+_WHAT_TO_DO = "The last layer of the model must be `keras_halo.HALODense`."
+
+PackedScores = collections.namedtuple(
+    "PackedScores",
+    ["logits", "abstain_logit", "squared_norm", "temperature", "embedding_dim"],
+)
+PackedScores.__doc__ = """The parts of packed scores.
+
+Args:
+    logits: Shape `(..., K)`, the class logits `s`.
+    abstain_logit: Shape `(..., 1)`, the logit `b` of abstaining.
+    squared_norm: Shape `(..., 1)`, the mean square `|x|^2` of the embedding.
+    temperature: Shape `(..., 1)`, the temperature `gamma`.
+    embedding_dim: Shape `(..., 1)`, the size `D` of the embedding.
+"""
+
+
+def packed_width(num_classes):
+    """Returns the number of columns of packed scores.
+
+    Args:
+        num_classes: Integer, the number `K` of classes.
+
+    Returns:
+        Integer, `K + 4`.
+
+    Example:
+
+    >>> packed_width(10)
+    14
+    """
+    return num_classes + NUM_EXTRA_COLUMNS
+
+
+def count_classes(shape):
+    """Returns the number of classes in packed scores of a given shape.
+
+    Args:
+        shape: Tuple, the shape `(..., K + 4)` of packed scores.
+
+    Returns:
+        Integer, `K`.
+
+    Raises:
+        ValueError: If the width is unknown or leaves fewer than two classes.
+
+    Example:
+
+    >>> count_classes((5, 14))
+    10
+    """
+    width = shape[-1] if len(shape) else None
+    if width is None or width < MIN_COLUMNS:
+        raise ValueError(
+            "Expected packed scores of shape `(..., num_classes + "
+            f"{NUM_EXTRA_COLUMNS})` with at least {MIN_COLUMNS} columns. "
+            f"Received: shape={tuple(shape)}. {_WHAT_TO_DO}"
+        )
+    return width - NUM_EXTRA_COLUMNS
+
+
+def _to_neutral(value):
+    return (value + 1.0) * -_NEUTRAL_SCALE
+
+
+def _from_neutral(column):
+    return column / -_NEUTRAL_SCALE - 1.0
+
+
+def pack(logits, abstain_logit, squared_norm, temperature, embedding_dim):
+    """Joins logits and geometry into packed scores.
+
+    Formula:
+
+    ```python
+    packed = [s | b | neutral(|x|^2) | neutral(gamma) | neutral(D)]
+    neutral(u) = -2^40 * (1 + u)
+    ```
+
+    Args:
+        logits: Tensor of shape `(..., K)`, float32 or float64.
+        abstain_logit: Scalar, or tensor of shape `(..., 1)`.
+        squared_norm: Tensor of shape `(..., 1)`.
+        temperature: Scalar, or tensor of shape `(..., 1)`.
+        embedding_dim: Scalar, or tensor of shape `(..., 1)`.
+
+    Returns:
+        Tensor of shape `(..., K + 4)`.
+
+    Example:
+
+    >>> logits = ops.array([[2.0, -6.0]])
+    >>> packed = pack(logits, -1.0, ops.array([[1.0]]), 2.0, 2)
+    >>> tuple(packed.shape)
+    (1, 6)
+    >>> int(ops.argmax(packed, axis=-1)[0])
+    0
+    """
+    ones = ops.ones_like(squared_norm)
+    return ops.concatenate(
+        [
+            logits,
+            ones * abstain_logit,
+            _to_neutral(squared_norm),
+            ones * _to_neutral(temperature),
+            ones * _to_neutral(embedding_dim),
+        ],
+        axis=-1,
+    )
+
+
+def unpack(scores):
+    """Splits packed scores into logits and geometry; the inverse of `pack`.
+
+    Args:
+        scores: Tensor of shape `(..., K + 4)`.
+
+    Returns:
+        `PackedScores`.
+
+    Raises:
+        ValueError: If the width is unknown or leaves fewer than two classes.
+
+    Example:
+
+    >>> logits = ops.array([[2.0, -6.0]])
+    >>> packed = pack(logits, -1.0, ops.array([[1.0]]), 2.0, 2)
+    >>> float(unpack(packed).temperature[0, 0])
+    2.0
+    """
+    num_classes = count_classes(scores.shape)
+    columns = [
+        scores[..., i : i + 1] for i in range(num_classes, num_classes + 4)
+    ]
+    abstain_logit, squared_norm, temperature, embedding_dim = columns
+    return PackedScores(
+        logits=scores[..., :num_classes],
+        abstain_logit=abstain_logit,
+        squared_norm=_from_neutral(squared_norm),
+        temperature=_from_neutral(temperature),
+        embedding_dim=_from_neutral(embedding_dim),
+    )
+
+
+def answer_logits(scores):
+    """Returns the logits of the `K` classes and of abstaining, in that order.
+
+    Args:
+        scores: Tensor of shape `(..., K + 4)`.
+
+    Returns:
+        Tensor of shape `(..., K + 1)`.
+
+    Raises:
+        ValueError: If the width is unknown or leaves fewer than two classes.
+
+    Example:
+
+    >>> logits = ops.array([[2.0, -6.0]])
+    >>> packed = pack(logits, -1.0, ops.array([[1.0]]), 2.0, 2)
+    >>> ops.convert_to_numpy(answer_logits(packed)).tolist()
+    [[2.0, -6.0, -1.0]]
+    """
+    return scores[..., : count_classes(scores.shape) + 1]
+
+
+def check_packed(scores, argument="scores"):
+    """Checks that a NumPy array holds packed scores, by value.
+
+    Args:
+        scores: Array of shape `(..., K + 4)`.
+        argument: String, the name by which an error calls the array.
+
+    Raises:
+        ValueError: If the width, a non-finite value, or the last three columns
+            show that the array did not come from a HALO head.
+
+    Example:
+
+    >>> check_packed(np.zeros((1, 14)))
+    Traceback (most recent call last):
+        ...
+    ValueError: The last 3 columns of `scores` hold no packed geometry ...
+    """
+    count_classes(scores.shape)
+    finite = np.isfinite(scores)
+    if not finite.all():
+        raise ValueError(
+            f"`{argument}` must be finite. Received: "
+            f"{int((~finite).sum())} of {finite.size} values are NaN or "
+            "infinite. Look for the step at which training diverged, or for "
+            "NaN in the inputs of the model."
+        )
+    scores = np.asarray(scores, "float64")
+    squared_norm, temperature, embedding_dim = (
+        _from_neutral(scores[..., column]) for column in (-3, -2, -1)
+    )
+    packed = (
+        (squared_norm >= 0.0)
+        & (temperature > 0.0)
+        & (embedding_dim >= 2.0)
+        & (embedding_dim == np.round(embedding_dim))
+    )
+    if not packed.all():
+        raise ValueError(
+            f"The last 3 columns of `{argument}` hold no packed geometry "
+            f"in {int((~packed).sum())} of {packed.size} rows. Expected "
+            "packed scores of shape `(..., num_classes + "
+            f"{NUM_EXTRA_COLUMNS})`. Received: shape={tuple(scores.shape)}, "
+            f"such a row ends in {scores[~packed][0, -3:]}. {_WHAT_TO_DO}"
+        )

@@ -1,0 +1,100 @@
+from collections.abc import Mapping
+
+import numpy as np
+
+from keras_halo.metrics.checks import finite_vector
+from keras_halo.plots import drawing
+
+_SUFFIX = "_abstention_rate"
+
+
+def abstention_over_training(history, ax=None, frequency=1):
+    """Draws how often a model says "I don't know", epoch by epoch.
+
+    Needs a training with `keras_halo.OODMonitor`: the abstention rate on the
+    known inputs should fall to a few percent while that on the unknown sets
+    rises.
+
+    Args:
+        history: What `model.fit` returned (a `keras.callbacks.History`), or
+            its dictionary `history`.
+        ax: Optional matplotlib `Axes` to draw on. Defaults to `None`, the axes
+            of a new figure.
+        frequency: Integer, the `frequency` of the monitor. Defaults to `1`.
+
+    Returns:
+        The `Axes`.
+
+    Raises:
+        ValueError: If the history holds no abstention rates.
+        ImportError: If matplotlib is missing.
+
+    Example:
+
+    >>> ax = keras_halo.plots.abstention_over_training(
+    ...     {
+    ...         "known_abstention_rate": [0.9, 0.2, 0.05],
+    ...         "noise_abstention_rate": [0.9, 0.7, 0.8],
+    ...     }
+    ... )
+    >>> [line.get_label() for line in ax.get_lines()]
+    ['known', 'noise']
+    """
+    rates = _abstention_rates(history)
+    if not isinstance(frequency, int) or frequency < 1:
+        raise ValueError(
+            "`frequency` must be a positive integer, that of the "
+            f"`keras_halo.OODMonitor`. Received: frequency={frequency}."
+        )
+    ax = drawing.axes_or_new(ax)
+    known = rates.pop("known", None)
+    mean = rates.pop("ood", None)
+    if known is not None:
+        _draw(ax, known, frequency, "known", color=drawing.KNOWN_COLOR, lw=3)
+    for index, (name, values) in enumerate(rates.items()):
+        _draw(ax, values, frequency, name, **drawing.unknown_style(index))
+    # The mean of a single set is that set.
+    if mean is not None and len(rates) != 1:
+        _draw(
+            ax,
+            mean,
+            frequency,
+            "mean of unknown",
+            color=drawing.text_color(),
+            linestyle=":",
+        )
+    ax.set(
+        ylim=(-0.02, 1.02),
+        xlabel="epoch",
+        ylabel="abstention rate",
+    )
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(loc="best", frameon=False)
+    return ax
+
+
+def _abstention_rates(history):
+    logs = getattr(history, "history", history)
+    if not isinstance(logs, Mapping):
+        raise ValueError(
+            "`history` must be what `model.fit` returned, or its dictionary "
+            f"`history`. Received: history of type {type(history).__name__}."
+        )
+    rates = {
+        key.removesuffix(_SUFFIX): finite_vector(values, key)
+        for key, values in logs.items()
+        if key.endswith(_SUFFIX)
+    }
+    if not rates:
+        raise ValueError(
+            "`history` holds no abstention rates. Expected keys that end in "
+            f"'{_SUFFIX}'. Received: keys={sorted(logs)}. Train with "
+            "`callbacks=[keras_halo.OODMonitor(known, unknown)]`."
+        )
+    return rates
+
+
+def _draw(ax, values, frequency, name, **style):
+    epochs = frequency * np.arange(1, len(values) + 1)
+    style = {"lw": 1.8, "marker": "o", "markersize": 3.5, **style}
+    ax.plot(epochs, values, label=name, **style)

@@ -1,0 +1,28 @@
+"""The one rule about number formats: the head never computes below float32."""
+
+import keras
+
+
+def computation_dtype(dtype):
+    """Returns the dtype in which head and loss compute under a given dtype.
+
+    Squared distances overflow float16 at norms of a few hundred and cancel to
+    zero in both 16-bit formats, so everything below float32 is raised to it.
+    float64 stays float64.
+
+    Args:
+        dtype: String, the compute dtype of a policy, e.g. `"bfloat16"`.
+
+    Returns:
+        `"float64"` for float64, `"float32"` for every other dtype.
+
+    Example:
+
+    >>> computation_dtype("float16")
+    'float32'
+    >>> computation_dtype("float64")
+    'float64'
+    """
+    if keras.backend.standardize_dtype(dtype) == "float64":
+        return "float64"
+    return "float32"

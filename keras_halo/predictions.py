@@ -1,0 +1,121 @@
+import dataclasses
+
+import numpy as np
+from keras import ops
+
+from keras_halo import geometry, packing
+
+ABSTAINED = -1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a HALO model says of each sample, decoded from packed scores.
+
+    Immutable: the fields cannot be set and their arrays cannot be written to.
+
+    Args:
+        labels: Integer array of shape `(...)`: the most probable class, or -1
+            where abstaining is more probable than every class.
+        probabilities: Array of shape `(..., K)`, the probabilities of the
+            classes. With `abstain_probability` they sum to one.
+        abstain_probability: Array of shape `(...)`, the probability of "I
+            don't know".
+        squared_radius: Array of shape `(..., K)`, the mean squared distance of
+            the embedding to the centroid of every class. A typical member of
+            a class has `1 - 2 / embedding_dim`.
+        squared_norm: Array of shape `(...)`, the mean squared distance of the
+            embedding to the origin.
+        temperature: Array of shape `(...)`, the temperature of the distances.
+        embedding_dim: Integer, the size of the embedding.
+
+    References:
+
+    - Raphael Pisoni, "I don't know!": Teaching neural networks to abstain
+      with the HALO-Loss, 2026.
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+    abstain_probability: np.ndarray
+    squared_radius: np.ndarray
+    squared_norm: np.ndarray
+    temperature: np.ndarray
+    embedding_dim: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                value.flags.writeable = False
+
+    @property
+    def abstained(self):
+        """Boolean array of shape `(...)`, true where the model abstained."""
+        return self.labels == ABSTAINED
+
+    def __len__(self):
+        return len(self.labels)
+
+
+def decode_predictions(scores):
+    """Decodes packed scores, e.g. of `model.predict`, into a readable result.
+
+    Args:
+        scores: NumPy array (or what converts to one) of packed scores with
+            shape `(..., K + 4)`, as `HALODense` emits them.
+
+    Returns:
+        `Predictions`: labels with -1 for abstained, class probabilities,
+        probability of abstaining, squared radii, squared norm, temperature
+        and embedding size.
+
+    Raises:
+        ValueError: If the array holds NaN, infinite values or no packed
+            scores, or mixes embeddings of different sizes.
+
+    Example:
+
+    >>> scores = keras_halo.HALODense(3)(np.zeros((2, 8), "float32"))
+    >>> predictions = keras_halo.decode_predictions(scores)
+    >>> predictions.labels.tolist(), predictions.embedding_dim
+    ([-1, -1], 8)
+    """
+    scores = ops.convert_to_numpy(scores)
+    packing.check_packed(scores)
+    parts = packing.unpack(ops.convert_to_tensor(scores))
+    radii = geometry.squared_radii(
+        parts.logits, parts.squared_norm, parts.temperature
+    )
+    probabilities = ops.convert_to_numpy(
+        ops.softmax(packing.answer_logits(scores))
+    )
+    embedding_dims = np.unique(ops.convert_to_numpy(parts.embedding_dim))
+    if embedding_dims.size > 1:
+        raise ValueError(
+            "`scores` mixes embeddings of different sizes. Expected the "
+            "output of one model. Received: embedding sizes "
+            f"{embedding_dims.astype(int).tolist()}. Decode the output of each "
+            "model by itself."
+        )
+    if embedding_dims.size == 0:
+        raise ValueError(
+            "Expected at least one row of packed scores. Received: "
+            f"shape={scores.shape}."
+        )
+    labels = np.argmax(probabilities, axis=-1)
+    num_classes = probabilities.shape[-1] - 1
+    return Predictions(
+        labels=np.where(labels == num_classes, ABSTAINED, labels),
+        probabilities=probabilities[..., :-1],
+        abstain_probability=probabilities[..., -1],
+        # Rounding may leave a zero slightly negative; a distance is not.
+        squared_radius=np.maximum(ops.convert_to_numpy(radii), 0.0),
+        squared_norm=_per_sample(parts.squared_norm),
+        temperature=_per_sample(parts.temperature),
+        embedding_dim=int(embedding_dims[0]),
+    )
+
+
+def _per_sample(column):
+    return np.array(ops.convert_to_numpy(column)[..., 0])

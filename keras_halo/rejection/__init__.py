@@ -1,0 +1,19 @@
+from keras_halo.rejection.conformal_rule import ConformalRule
+from keras_halo.rejection.coverage_rule import CoverageRule
+from keras_halo.rejection.decisions import Decisions
+from keras_halo.rejection.false_positive_rate_rule import (
+    FalsePositiveRateRule,
+)
+from keras_halo.rejection.rejection_rule import RejectionRule
+from keras_halo.rejection.selective_risk_rule import SelectiveRiskRule
+from keras_halo.rejection.storage import load_rule
+
+__all__ = [
+    "ConformalRule",
+    "CoverageRule",
+    "Decisions",
+    "FalsePositiveRateRule",
+    "RejectionRule",
+    "SelectiveRiskRule",
+    "load_rule",
+]

@@ -1,0 +1,302 @@
+"""The statistics behind the rejection rules, as pure functions of NumPy.
+
+Nothing is assumed of how scores are distributed, only that calibration data
+and new inputs are drawn independently from the same source. A sample is
+accepted when its score is at most the threshold.
+"""
+
+import math
+
+import numpy as np
+
+from keras_halo.extras import require
+
+# Doubles that should be an integer, such as 0.07 * 100, may miss it by this.
+_ROUNDING = 1e-12
+
+
+def samples_for_coverage(coverage, delta=None):
+    """Smallest calibration set that can promise a coverage.
+
+    Formula:
+
+    ```python
+    n >= coverage / (1 - coverage)         # on average
+    n >= log(delta) / log(coverage)        # with confidence 1 - delta
+    ```
+
+    Args:
+        coverage: Float in `(0, 1)`.
+        delta: Float in `(0, 1)`, or `None` for a promise on average. Defaults
+            to `None`.
+
+    Returns:
+        Integer.
+
+    Example:
+
+    >>> samples_for_coverage(0.95), samples_for_coverage(0.95, delta=0.05)
+    (19, 59)
+    """
+    if delta is None:
+        return _ceil(coverage / (1.0 - coverage))
+    return _ceil(math.log(delta) / math.log(coverage))
+
+
+def coverage_rank(num_samples, coverage, delta=None):
+    """Rank of the calibration score below which a coverage is kept.
+
+    The share of the population up to the k-th smallest of n scores follows a
+    Beta(k, n + 1 - k) distribution (with ties it is larger), whatever the
+    scores are.
+
+    Formula:
+
+    ```python
+    k = ceil((n + 1) * coverage)                         # mean of the Beta
+    k = min{k : P(Beta(k, n + 1 - k) < coverage) <= delta}
+    ```
+
+    Args:
+        num_samples: Integer `n`, at least `samples_for_coverage`.
+        coverage: Float in `(0, 1)`.
+        delta: Float in `(0, 1)`, or `None` for a promise on average. Defaults
+            to `None`.
+
+    Returns:
+        Integer in `[1, n]`.
+
+    Example:
+
+    >>> coverage_rank(100, 0.95), coverage_rank(100, 0.95, delta=0.05)
+    (96, 99)
+    """
+    if delta is None:
+        return _ceil((num_samples + 1) * coverage)
+    # P(Beta(k, n + 1 - k) < c) = P(Binomial(n, c) >= k).
+    return (
+        int(require("scipy.stats").binom.isf(delta, num_samples, coverage)) + 1
+    )
+
+
+def coverage_bound(rank, num_samples, delta):
+    """Coverage that a rank keeps with a given confidence.
+
+    Formula:
+
+    ```python
+    bound = quantile(Beta(rank, num_samples + 1 - rank), delta)
+    ```
+
+    Args:
+        rank: Integer in `[1, num_samples]`.
+        num_samples: Integer, the size of the calibration set.
+        delta: Float in `(0, 1)`.
+
+    Returns:
+        Float: with probability `1 - delta` over calibration sets, at least
+        this share of the population has scores up to that rank.
+
+    Example:
+
+    >>> round(coverage_bound(96, 100, 0.05), 4)
+    0.9108
+    """
+    return float(
+        require("scipy.stats").beta.ppf(delta, rank, num_samples + 1 - rank)
+    )
+
+
+def conformal_p_values(scores, calibration_scores):
+    """Probability that a known input scores at least as high, by rank.
+
+    Formula:
+
+    ```python
+    p(s) = (1 + #{i : calibration_scores[i] >= s}) / (n + 1)
+    ```
+
+    For a new known input `P(p <= alpha) <= alpha` at every `alpha`, whatever
+    the distribution of scores.
+
+    Args:
+        scores: Array of any shape.
+        calibration_scores: Sorted array of shape `(n,)`.
+
+    Returns:
+        Array shaped as `scores`, values in `(0, 1]`.
+
+    Example:
+
+    >>> conformal_p_values(np.array([0.5, 9.0]), np.arange(4.0)).tolist()
+    [0.8, 0.2]
+
+    References:
+
+    - Vladimir Vovk, Alex Gammerman, Glenn Shafer, Algorithmic Learning in a
+      Random World, 2005.
+    """
+    below = np.searchsorted(calibration_scores, scores, side="left")
+    n = len(calibration_scores)
+    return (1.0 + (n - below)) / (n + 1.0)
+
+
+def samples_for_risk(risk, delta):
+    """Smallest calibration set that can promise a selective risk.
+
+    Even without a single error `n` samples leave `(1 - risk) ** n` of doubt.
+    One more sample sets the first threshold that is tested.
+
+    Formula:
+
+    ```python
+    n >= log(delta) / log(1 - risk) + 1
+    ```
+
+    Args:
+        risk: Float in `(0, 1)`.
+        delta: Float in `(0, 1)`.
+
+    Returns:
+        Integer.
+
+    Example:
+
+    >>> samples_for_risk(0.05, 0.05)
+    60
+    """
+    return _ceil(math.log(delta) / math.log1p(-risk)) + 1
+
+
+def risk_bound(errors, num_samples, delta):
+    """Upper bound of an error rate, exact (Clopper-Pearson).
+
+    Formula:
+
+    ```python
+    bound = quantile(Beta(errors + 1, num_samples - errors), 1 - delta)
+    ```
+
+    Args:
+        errors: Integer or array of integers.
+        num_samples: Integer or array of integers, at least `errors`.
+        delta: Float in `(0, 1)`.
+
+    Returns:
+        Array: with probability `1 - delta` the error rate is below it.
+
+    Example:
+
+    >>> float(risk_bound(3, 100, 0.05).round(4))
+    0.0757
+    """
+    bound = require("scipy.stats").beta.ppf(
+        1.0 - delta, np.add(errors, 1), np.subtract(num_samples, errors)
+    )
+    return np.where(np.equal(errors, num_samples), 1.0, bound)
+
+
+def accepted_at_risk(scores, errors, risk, delta):
+    """Number of lowest scores that can be accepted at a guaranteed risk.
+
+    Let `R(t)` be the error rate of the population among scores up to `t`. The
+    hypothesis "`R(t) > risk`" is rejected for a threshold when the binomial
+    test of the `e` errors among the `n` samples up to it says so,
+
+    ```python
+    p(t) = P(Binomial(n, risk) <= e) <= level
+    ```
+
+    which is: the Clopper-Pearson bound at `level` is at most `risk`. The
+    thresholds, all real numbers, are tested upwards from the score of a start
+    rank, and testing goes on until one test fails (fixed-sequence testing);
+    the last threshold that passed is taken. Starts lie at a half, a quarter,
+    ... of the samples, and `delta` is divided among these few starts alone,
+    not among the thresholds; a chain of passed tests that reaches the next
+    start takes that start's share along (the fallback procedure), so that a
+    chain from the lowest start arrives with the whole `delta`.
+
+    Why `P(R(threshold) > risk) <= delta`: ties are broken at random, so scores
+    may be taken to be continuous, and with them `R`. Accepting a threshold
+    beyond the risk takes a chain that runs, from its start `u`, through the
+    first `t >= u` with `R(t) > risk`.
+
+    - If `R(u) <= risk`, that first `t` has `R(t) = risk`, and so has the last
+      such point `a` below `u`, if there is one. Hence also the samples in
+      `(a, t]` alone have error rate `risk`, and given how many samples lie
+      below `a` and `t`, which decides on what side of them the start ranks
+      fall, the errors up to `t` are Binomial(n, risk): the test at `t` passes
+      with probability at most its level, the sum of the shares of the starts
+      within `(a, t]`.
+    - If `R(u) > risk`, the samples below the start rank are, given the score
+      `u` at that rank, independent draws from below `u`; the test at a start
+      counts these alone and passes with probability at most its share.
+
+    The shares sum to `delta`, whatever start falls where.
+
+    Args:
+        scores: Array of shape `(n,)`.
+        errors: Boolean array of shape `(n,)`.
+        risk: Float in `(0, 1)`.
+        delta: Float in `(0, 1)`.
+
+    Returns:
+        Integer in `[0, n]`; zero if no threshold passes. Equal scores are
+        accepted together or not at all.
+
+    Example:
+
+    >>> scores = np.arange(1000)
+    >>> errors = (scores >= 600) & (scores % 2 == 0)
+    >>> accepted_at_risk(scores, errors, risk=0.05, delta=0.05)
+    644
+
+    References:
+
+    - Yonatan Geifman, Ran El-Yaniv, Selective Classification for Deep Neural
+      Networks, 2017.
+    - Anastasios N. Angelopoulos et al., Learn then Test: Calibrating
+      Predictive Algorithms to Achieve Risk Control, 2021.
+    - Brian L. Wiens, Alexei Dmitrienko, The Fallback Procedure for Evaluating
+      a Single Family of Hypotheses, 2005.
+    """
+    n = len(scores)
+    # The order of the samples may depend on their labels: shuffle it away.
+    tie_breaker = np.random.default_rng(0).permutation(n)
+    order = np.lexsort((tie_breaker, scores))
+    scores = scores[order]
+    counts = np.arange(n + 1)
+    totals = np.concatenate([[0], np.cumsum(errors[order])])
+    p_values = require("scipy.stats").binom.cdf(totals, counts, risk)
+
+    starts = _start_ranks(n, risk, delta)
+    passed = np.zeros(n + 1, bool)
+    level = 0.0
+    for start, stop in zip(starts, [*starts[1:], n + 1], strict=True):
+        level += delta / len(starts)
+        # The last sample of the chain so far, or the samples below the start.
+        if p_values[start - 1] > level:
+            level = 0.0
+            continue
+        failures = np.flatnonzero(p_values[start:stop] > level)
+        if failures.size:
+            stop = start + failures[0]
+            level = 0.0
+        passed[start:stop] = True
+    # The sample after the last accepted one must have a larger score.
+    passed[1:-1] &= scores[:-1] < scores[1:]
+    return int(np.flatnonzero(passed)[-1]) if passed.any() else 0
+
+
+def _start_ranks(n, risk, delta):
+    """Ranks at a half, a quarter, ... of `n` that leave room for an error."""
+    lowest = min(2 * samples_for_risk(risk, delta), n)
+    starts = []
+    while n // 2 >= lowest:
+        n //= 2
+        starts.insert(0, n)
+    return starts or [lowest]
+
+
+def _ceil(value):
+    return math.ceil(value * (1.0 - _ROUNDING))

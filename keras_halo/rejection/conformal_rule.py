@@ -1,0 +1,139 @@
+import numpy as np
+
+from keras_halo.extras import require
+from keras_halo.rejection import bounds
+from keras_halo.rejection.readings import check_fraction
+from keras_halo.rejection.rejection_rule import RejectionRule
+from keras_halo.rejection.wording import percent
+
+
+class ConformalRule(RejectionRule):
+    """Rejects inputs that rank too high among calibration data to be known.
+
+    Every input gets a p-value, the chance that a known input scores as high:
+    its rank among the calibration scores of known inputs. Rejecting where
+    `p <= alpha` raises a false alarm for a known input with probability at
+    most `alpha`, calibration set and input both random: the decisions of
+    `CoverageRule(1 - alpha)`, with a p-value for each.
+
+    With `fdr=True` the p-values of all inputs (and positions) in one call of
+    `predict` are judged together by the procedure of Benjamini and Hochberg:
+    among the inputs it rejects, on average over calibration sets and batches
+    at most `alpha` are known (the share counts as zero where none is
+    rejected). The more outliers a batch holds, the lower the p-value that
+    suffices; a batch without any is left alone with probability `1 - alpha`
+    at least. As no p-value is below `1 / (n + 1)`, a batch of `B` inputs with
+    fewer than `B / (alpha * (n + 1))` outliers has all of them accepted:
+    calibrate on several times `B / alpha` samples to find single ones. The
+    control of false discoveries is proved for scores without ties; ties only
+    make p-values larger.
+
+    Formula:
+
+    ```python
+    p(s) = (1 + #{i : calibration_scores[i] >= s}) / (n + 1)
+    rejected = p <= alpha                                     # fdr=False
+    rejected = benjamini_hochberg(p) <= alpha                 # fdr=True
+    ```
+
+    Args:
+        alpha: Float in `(0, 1)`, the rate of false alarms, or of false
+            discoveries. Defaults to `0.05`.
+        method: String, one of `keras_halo.OOD_METHODS`, for packed scores;
+            `None` for plain scores. Defaults to `"joint"`.
+        fdr: Boolean, whether to control false discoveries of whole batches
+            instead of false alarms of single inputs. Defaults to `False`.
+
+    Raises:
+        ValueError: If an argument is out of range. `fit` raises it if there
+            are fewer than `1 / alpha - 1` calibration samples.
+
+    Example:
+
+    >>> rule = ConformalRule(0.1, method=None).fit(np.arange(99.0))
+    >>> rule.p_values([49.0, 500.0]).tolist()
+    [0.51, 0.01]
+    >>> rule.predict([49.0, 500.0]).accepted.tolist()
+    [True, False]
+
+    References:
+
+    - Stephen Bates, Emmanuel Candes, Lihua Lei, Yaniv Romano, Matteo Sesia,
+      Testing for Outliers with Conformal p-values, 2023.
+    - Yoav Benjamini, Yosef Hochberg, Controlling the False Discovery Rate: A
+      Practical and Powerful Approach to Multiple Testing, 1995.
+    """
+
+    _parameters = ("alpha", "fdr")
+    _keeps_scores = True
+
+    def __init__(self, alpha=0.05, method="joint", fdr=False):
+        super().__init__(method)
+        self.alpha = check_fraction("alpha", alpha)
+        if not isinstance(fdr, bool):
+            raise ValueError(
+                f"`fdr` must be True or False. Received: fdr={fdr!r}. The "
+                "level is `alpha` in both cases."
+            )
+        self.fdr = fdr
+
+    @property
+    def threshold(self):
+        """Float, the largest score that is accepted.
+
+        With `fdr=True` inputs up to it are accepted in every batch; what else
+        is accepted depends on the batch.
+        """
+        return super().threshold
+
+    def p_values(self, scores):
+        """Computes the conformal p-value of each input.
+
+        Args:
+            scores: Scores of the kind and the model that the rule was fitted
+                on: packed of shape `(..., K + 4)`, or plain of shape `(...)`.
+
+        Returns:
+            Array of shape `(...)`, small for outliers, at least `1 / (n + 1)`.
+
+        Raises:
+            ValueError: If the rule is not fitted, or the scores are not usable
+                or come from another model.
+        """
+        reading = self._read(scores)
+        return bounds.conformal_p_values(reading.scores, self._fitted.scores)
+
+    def _calibrate(self, scores, wrong):
+        coverage = 1.0 - self.alpha
+        self._require_samples(
+            len(scores), bounds.samples_for_coverage(coverage)
+        )
+        scores = np.sort(scores)
+        rank = bounds.coverage_rank(len(scores), coverage)
+        return float(scores[rank - 1]), scores
+
+    def _accepts(self, scores):
+        if not self.fdr:
+            return super()._accepts(scores)
+        p_values = bounds.conformal_p_values(scores, self._fitted.scores)
+        adjusted = require("scipy.stats").false_discovery_control(
+            p_values.ravel(), method="bh"
+        )
+        return (adjusted > self.alpha).reshape(scores.shape)
+
+    def _promise(self):
+        if self.fdr:
+            return (
+                f"On average at most {percent(self.alpha)} of the inputs that "
+                "are rejected in a batch are known inputs."
+            )
+        return (
+            f"On average at most {percent(self.alpha)} of known inputs to come "
+            "are rejected."
+        )
+
+    def _achieved(self, calibration):
+        if not self.fdr:
+            yield from super()._achieved(calibration)
+            return
+        yield f"smallest p-value {1.0 / (calibration.samples + 1.0):.3g}"

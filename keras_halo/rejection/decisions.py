@@ -1,0 +1,49 @@
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decisions:
+    """What a rejection rule decided for each input.
+
+    Immutable: the fields cannot be set and their arrays cannot be written to.
+
+    Args:
+        accepted: Boolean array of shape `(...)`.
+        labels: Integer array of shape `(...)`: the most probable class where
+            the input is accepted, -1 where it is rejected. `None` for a rule
+            on plain scores, which carry no classes.
+        scores: Array of shape `(...)`, the scores that the rule judged, larger
+            for outliers.
+
+    Example:
+
+    >>> rule = keras_halo.rejection.CoverageRule(0.9, method=None)
+    >>> decisions = rule.fit(np.arange(100.0)).predict([3.0, 250.0])
+    >>> decisions.accepted.tolist(), decisions.coverage
+    ([True, False], 0.5)
+    """
+
+    accepted: np.ndarray
+    labels: np.ndarray | None
+    scores: np.ndarray
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                value.flags.writeable = False
+
+    @property
+    def rejected(self):
+        """Boolean array of shape `(...)`, the opposite of `accepted`."""
+        return ~self.accepted
+
+    @property
+    def coverage(self):
+        """Float, the share that is accepted."""
+        return float(self.accepted.mean())
+
+    def __len__(self):
+        return len(self.accepted)

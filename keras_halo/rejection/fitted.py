@@ -1,0 +1,181 @@
+"""What a rule remembers of its calibration data.
+
+The classes check their values, because these also arrive from files.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+# Temperature and bias reach packed scores through float32, from whatever
+# backend; one step of training moves them further than this.
+_TOLERANCE = 1e-5
+
+
+def nearly_equal(a, b):
+    """Whether two numbers are the same but for float32 rounding.
+
+    Args:
+        a: Float.
+        b: Float.
+
+    Returns:
+        Boolean.
+
+    Example:
+
+    >>> nearly_equal(16.0, 16.00001), nearly_equal(16.0, 16.001)
+    (True, False)
+    """
+    return abs(a - b) <= _TOLERANCE * max(1.0, abs(a), abs(b))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What packed scores tell of the head that they came from.
+
+    Args:
+        num_classes: Integer, the number `K` of classes.
+        embedding_dim: Integer, the size `D` of the embedding.
+        temperature: Float, the temperature of the distances.
+        abstain_logit: Float, the logit of abstaining.
+
+    Raises:
+        ValueError: If a value cannot be that of a head.
+
+    Example:
+
+    >>> Fingerprint(10, 64, 19.4, -1.2).embedding_dim
+    64
+    """
+
+    num_classes: int
+    embedding_dim: int
+    temperature: float
+    abstain_logit: float
+
+    def __post_init__(self):
+        sizes = (self.num_classes, self.embedding_dim)
+        values = (self.temperature, self.abstain_logit)
+        if not (
+            all(type(size) is int and size >= 2 for size in sizes)
+            and all(_is_finite_float(value) for value in values)
+            and self.temperature > 0.0
+        ):
+            raise ValueError(f"this is no head: {self}")
+
+    def check_same(self, other):
+        """Raises `ValueError` unless `other` may be of the same head."""
+        pairs = {
+            field.name: (getattr(self, field.name), getattr(other, field.name))
+            for field in dataclasses.fields(self)
+        }
+        differences = [
+            f"{name} {received:.7g} instead of {expected:.7g}"
+            for name, (expected, received) in pairs.items()
+            if not nearly_equal(expected, received)
+        ]
+        if differences:
+            raise ValueError(
+                "`scores` come from another model than the rule was fitted "
+                f"on. Received: {', '.join(differences)}. Its promise does "
+                "not carry over: fit a rule on predictions of this model, or "
+                "use the model that the rule was fitted on."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Size of the calibration data, and what was achieved on them.
+
+    Args:
+        samples: Integer, the number of scores.
+        inputs: Integer, the length of the batch axis; less than `samples` if
+            an input has several positions.
+        accepted: Integer, how many samples are accepted.
+        errors: Integer, how many are answered wrongly, or `None` if unknown.
+        accepted_errors: Integer, how many of them are accepted, or `None`.
+        known: Integer, the number of known samples next to outliers, or
+            `None`.
+        known_accepted: Integer, how many of them are accepted, or `None`.
+
+    Raises:
+        ValueError: If the numbers contradict each other.
+
+    Example:
+
+    >>> Calibration(samples=100, inputs=100, accepted=95).accepted
+    95
+    """
+
+    samples: int
+    inputs: int
+    accepted: int
+    errors: int | None = None
+    accepted_errors: int | None = None
+    known: int | None = None
+    known_accepted: int | None = None
+
+    def __post_init__(self):
+        counts = [
+            value for value in dataclasses.astuple(self) if value is not None
+        ]
+        pairs = [
+            (self.accepted, self.samples),
+            (self.accepted_errors, self.errors),
+            (self.known_accepted, self.known),
+        ]
+        if not (
+            all(type(count) is int and count >= 0 for count in counts)
+            and 0 < self.inputs <= self.samples
+            and all(
+                (part is None) == (whole is None)
+                and (part is None or part <= whole)
+                for part, whole in pairs
+            )
+        ):
+            raise ValueError(f"its counts contradict each other: {self}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fitted:
+    """All that a rule learned.
+
+    Args:
+        threshold: Float, the largest score that is accepted.
+        calibration: `Calibration`.
+        fingerprint: `Fingerprint` of the head, `None` for plain scores.
+        scores: Sorted array of all calibration scores, if the rule needs them,
+            or `None`.
+
+    Raises:
+        ValueError: If the threshold or a score is not finite, or the scores
+            are not sorted or not as many as the samples.
+
+    Example:
+
+    >>> Fitted(2.5, Calibration(100, 100, 95), None).threshold
+    2.5
+    """
+
+    threshold: float
+    calibration: Calibration
+    fingerprint: Fingerprint | None
+    scores: np.ndarray | None = None
+
+    def __post_init__(self):
+        if not _is_finite_float(self.threshold):
+            raise ValueError(
+                f"the threshold is no finite float: {self.threshold!r}"
+            )
+        if self.scores is not None and not (
+            self.scores.shape == (self.calibration.samples,)
+            and np.isfinite(self.scores).all()
+            and (np.diff(self.scores) >= 0.0).all()
+        ):
+            raise ValueError("its calibration scores are not a sorted list")
+
+
+def _is_finite_float(value):
+    return type(value) is float and math.isfinite(value)

@@ -1,0 +1,269 @@
+"""From what a user passes to a rule to what the rule works with."""
+
+import dataclasses
+import numbers
+
+import numpy as np
+from keras import ops
+
+from keras_halo import ood, packing
+from keras_halo.rejection.fitted import Fingerprint, nearly_equal
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+    """Scores as a rule works with them.
+
+    Args:
+        scores: float64 array of shape `(...)`, larger for outliers.
+        labels: Integer array of shape `(...)`, the most probable class; `None`
+            for plain scores.
+        fingerprint: `Fingerprint`; `None` for plain scores.
+    """
+
+    scores: np.ndarray
+    labels: np.ndarray | None
+    fingerprint: Fingerprint | None
+
+
+def check_fraction(name, value):
+    """Returns `value` as a float, or raises unless it lies in `(0, 1)`.
+
+    Args:
+        name: String, the name by which an error calls the value.
+        value: Number.
+
+    Raises:
+        ValueError: If it is no number, NaN, or outside of `(0, 1)`.
+
+    Example:
+
+    >>> check_fraction("risk", 5)
+    Traceback (most recent call last):
+        ...
+    ValueError: `risk` must be a number between 0 and 1, both excluded. ...
+    """
+    if (
+        not isinstance(value, numbers.Real)
+        or isinstance(value, bool)
+        or not 0.0 < value < 1.0
+    ):
+        raise ValueError(
+            f"`{name}` must be a number between 0 and 1, both excluded. "
+            f"Received: {name}={value!r}. Write 5 % as 0.05."
+        )
+    return float(value)
+
+
+def read_scores(scores, method, argument="scores"):
+    """Reads packed or plain scores.
+
+    Args:
+        scores: Packed scores of shape `(..., K + 4)`; with `method=None` plain
+            scores of shape `(...)`.
+        method: String, one of `keras_halo.OOD_METHODS`, or `None`.
+        argument: String, the name by which an error calls the scores.
+
+    Returns:
+        `Reading`.
+
+    Raises:
+        ValueError: If the scores are empty, of a wrong shape or kind, not
+            finite, or of several models.
+
+    Example:
+
+    >>> read_scores([1.5, 2.0], method=None).scores.tolist()
+    [1.5, 2.0]
+    """
+    array = _to_array(scores, argument)
+    if method is None:
+        return Reading(_plain(array, argument), None, None)
+    if array.ndim < 2:
+        raise ValueError(
+            f"`{argument}` must be packed scores of shape `(batch_size, ..., "
+            f"num_classes + {packing.NUM_EXTRA_COLUMNS})`, of which the rule "
+            f"computes method={method!r}. Received: shape={array.shape}. For "
+            "plain scores of your own use a rule with `method=None`."
+        )
+    packing.check_packed(array, argument)
+    parts = packing.unpack(array)
+    return Reading(
+        _finite(_ood_scores(array, method), argument),
+        np.argmax(parts.logits, axis=-1),
+        Fingerprint(
+            num_classes=packing.count_classes(array.shape),
+            embedding_dim=int(_common(parts.embedding_dim, argument)),
+            temperature=_common(parts.temperature, argument),
+            abstain_logit=_common(parts.abstain_logit, argument),
+        ),
+    )
+
+
+def read_errors(reading, labels=None, errors=None):
+    """Marks the samples whose most probable class is wrong.
+
+    Args:
+        reading: `Reading`.
+        labels: Integers of shape `(...)` or `(..., 1)`, or one-hot of shape
+            `(..., K)`. Defaults to `None`.
+        errors: Booleans of shape `(...)`, true where the prediction is wrong.
+            Defaults to `None`.
+
+    Returns:
+        Boolean array of shape `(...)`, or `None` if neither was given.
+
+    Raises:
+        ValueError: If both are given, `labels` with plain scores, or one of
+            another shape or with values that are not possible.
+
+    Example:
+
+    >>> read_errors(read_scores([1.5, 2.0], None), errors=[0, 1]).tolist()
+    [False, True]
+    """
+    if labels is not None and errors is not None:
+        raise ValueError(
+            "Received both `labels` and `errors`. Pass one of them: `errors` "
+            "says directly which predictions are wrong."
+        )
+    if errors is not None:
+        return _checked_errors(_to_array(errors, "errors"), reading)
+    if labels is None:
+        return None
+    if reading.labels is None:
+        raise ValueError(
+            "`labels` need packed scores, which hold the predicted classes. "
+            "Received: `labels` for a rule with method=None. Pass "
+            "`errors=predicted != labels` instead."
+        )
+    labels = _class_indices(_to_array(labels, "labels"), reading)
+    return labels != reading.labels
+
+
+def _ood_scores(array, method):
+    """Scores of packed rows, computed for few different numbers of rows.
+
+    JAX compiles anew for every shape it has not seen, which takes seconds; so
+    a rule that judges batches of any length fills them up to a power of two.
+    """
+    rows = array.reshape(-1, array.shape[-1])
+    filling = (1 << (len(rows) - 1).bit_length()) - len(rows)
+    filled = np.pad(rows, ((0, filling), (0, 0)), mode="edge")
+    scores = ood.ood_score(filled, method)[: len(rows)]
+    return scores.reshape(array.shape[:-1]).astype("float64")
+
+
+def _to_array(values, argument):
+    if not isinstance(values, np.ndarray):
+        values = ops.convert_to_numpy(values)
+    array = np.asarray(values)
+    if array.dtype.name == "bfloat16":
+        array = array.astype("float32")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"`{argument}` must be an array of real numbers. Received: "
+            f"dtype={array.dtype}. Convert it with `np.asarray(values, "
+            '"float32")`.'
+        )
+    if array.size == 0:
+        raise ValueError(
+            f"`{argument}` must hold at least one sample. Received: "
+            f"shape={array.shape}."
+        )
+    return array
+
+
+def _plain(array, argument):
+    if _is_packed(array):
+        raise ValueError(
+            f"`{argument}` are packed scores, but the rule has method=None and "
+            "expects plain scores, one number a sample. Received: "
+            f"shape={array.shape}. Use a rule with `method='joint'`, or pass "
+            "`keras_halo.ood_score(scores)`."
+        )
+    if array.ndim == 0:
+        raise ValueError(
+            f"`{argument}` must have a batch axis. Received: a single number. "
+            "Pass a list of one."
+        )
+    return _finite(array.astype("float64"), argument)
+
+
+def _finite(scores, argument):
+    finite = np.isfinite(scores)
+    if not finite.all():
+        raise ValueError(
+            f"`{argument}` must be finite. Received: {int((~finite).sum())} "
+            f"of {finite.size} scores are NaN or infinite. Look for NaN in the "
+            "inputs of the model; clip scores that overflow."
+        )
+    return scores
+
+
+def _is_packed(array):
+    if array.ndim < 2:
+        return False
+    try:
+        packing.check_packed(array)
+    except ValueError:
+        return False
+    return True
+
+
+def _common(column, argument):
+    """The one value of a column that is the same for all samples of a head."""
+    low, high = float(column.min()), float(column.max())
+    if not nearly_equal(low, high):
+        raise ValueError(
+            f"`{argument}` mix the outputs of several models: expected one "
+            "temperature, abstain logit and embedding size. Received: values "
+            f"between {low:.7g} and {high:.7g}. Fit and use one rule a model."
+        )
+    return low
+
+
+def _checked_errors(errors, reading):
+    shape = reading.scores.shape
+    if errors.shape != shape or not np.isin(errors, (0, 1)).all():
+        raise ValueError(
+            f"`errors` must be booleans of shape {shape}, true where the "
+            f"prediction is wrong. Received: shape={errors.shape}, "
+            f"dtype={errors.dtype}, values from {errors.min()} to "
+            f"{errors.max()}."
+        )
+    return errors.astype(bool)
+
+
+def _class_indices(labels, reading):
+    shape = reading.scores.shape
+    num_classes = reading.fingerprint.num_classes
+    if labels.shape == (*shape, num_classes):
+        if not (
+            np.isin(labels, (0, 1)).all() and (labels.sum(axis=-1) == 1).all()
+        ):
+            raise ValueError(
+                f"`labels` of shape {labels.shape} must be one-hot: a soft "
+                "label has no single class that a prediction could miss. "
+                "Received: rows that are not one 1 among zeros. Pass "
+                "`argmax(labels, axis=-1)`, or `errors`."
+            )
+        return np.argmax(labels, axis=-1)
+    if labels.shape == (*shape, 1):
+        labels = labels[..., 0]
+    if labels.shape != shape:
+        raise ValueError(
+            f"`labels` must be integers of shape {shape} or {(*shape, 1)}, or "
+            f"one-hot of shape {(*shape, num_classes)}. Received: "
+            f"shape={labels.shape}."
+        )
+    wrong = ~((labels >= 0) & (labels < num_classes))
+    wrong |= labels != np.round(labels)
+    if wrong.any():
+        raise ValueError(
+            f"`labels` must be integers in [0, {num_classes}). Received: "
+            f"{int(wrong.sum())} of {wrong.size} are not, among them "
+            f"{labels[wrong].flat[0]}. Leave positions to ignore out of both: "
+            "`rule.fit(scores[kept], labels[kept])`."
+        )
+    return labels.astype(int)

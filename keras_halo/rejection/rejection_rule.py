@@ -1,0 +1,243 @@
+import numpy as np
+
+from keras_halo import ood
+from keras_halo.predictions import ABSTAINED
+from keras_halo.rejection import storage
+from keras_halo.rejection.decisions import Decisions
+from keras_halo.rejection.fitted import Calibration, Fitted
+from keras_halo.rejection.readings import read_errors, read_scores
+from keras_halo.rejection.wording import share
+
+
+class RejectionRule:
+    """Base of the rules that turn scores into decisions with a promise.
+
+    An input is accepted when its score is at most `threshold`. The label of an
+    accepted input is its most probable class, also where the model by itself
+    would have abstained: the rule takes the place of the model's own
+    threshold, or its promise would not hold. The label of a rejected input is
+    -1.
+
+    Calibration data must be drawn as the inputs to come will be, and must not
+    have been used in training. Scores of any rank are taken; every position
+    (a pixel, a token) then counts as one sample of the calibration data, and
+    decisions have the shape of the positions. Positions of one input are not
+    independent of each other, hence a promise that follows from so many
+    samples holds only as far as they are; for one that holds by the number of
+    inputs calibrate on a single random position of each, or on one score an
+    input with `method=None`.
+
+    A rule knows from packed scores which head it was fitted on, by the number
+    of classes, the size of the embedding, the temperature and the abstain
+    logit, and refuses the scores of another. It cannot notice further training
+    that leaves all four as they are.
+
+    Args:
+        method: String, the score that packed scores are judged by, one of
+            `keras_halo.OOD_METHODS`; or `None` if plain scores are passed,
+            larger for outliers, of any origin.
+
+    Example:
+
+    >>> rule = keras_halo.rejection.CoverageRule(0.95, method=None)
+    >>> isinstance(rule, keras_halo.rejection.RejectionRule)
+    True
+    """
+
+    # Constructor arguments beside `method`.
+    _parameters = ()
+    # Whether all calibration scores are kept.
+    _keeps_scores = False
+    # What the samples of `fit` are, in the words of `summary`.
+    _samples_are = "known samples"
+
+    def __init__(self, method):
+        if method is not None:
+            ood.check_method(method)
+        self.method = method
+        self._fitted = None
+
+    def __setattr__(self, name, value):
+        # A promise that was measured must not change its words.
+        if name != "_fitted" and self.__dict__.get("_fitted") is not None:
+            raise AttributeError(
+                f"`{name}` cannot be set: the rule was fitted to promise what "
+                "its arguments say. Make a new rule and fit it."
+            )
+        super().__setattr__(name, value)
+
+    def fit(self, scores, labels=None, errors=None):
+        """Fits the rule on calibration data of known inputs.
+
+        Args:
+            scores: Packed scores of shape `(..., K + 4)`; with `method=None`
+                plain scores of shape `(...)`.
+            labels: Integers of shape `(...)` or `(..., 1)`, or one-hot of
+                shape `(..., K)`. Needs packed scores. With labels or errors
+                `summary` tells the error rate of what is accepted. Defaults
+                to `None`.
+            errors: Booleans of shape `(...)`, true where the prediction is
+                wrong, instead of `labels`. Defaults to `None`.
+
+        Returns:
+            The rule itself.
+
+        Raises:
+            ValueError: If the input is not usable or too small for the
+                promise; the rule stays as it was.
+        """
+        reading = read_scores(scores, self.method)
+        wrong = read_errors(reading, labels, errors)
+        threshold, kept_scores = self._calibrate(
+            reading.scores.ravel(), None if wrong is None else wrong.ravel()
+        )
+        accepted = reading.scores <= threshold
+        counts = {}
+        if wrong is not None:
+            counts["errors"] = int(wrong.sum())
+            counts["accepted_errors"] = int((wrong & accepted).sum())
+        self._remember(reading, threshold, kept_scores, **counts)
+        return self
+
+    def _remember(self, reading, threshold, scores=None, **counts):
+        calibration = Calibration(
+            samples=reading.scores.size,
+            inputs=len(reading.scores),
+            accepted=int((reading.scores <= threshold).sum()),
+            **counts,
+        )
+        self._fitted = Fitted(
+            threshold, calibration, reading.fingerprint, scores
+        )
+
+    def predict(self, scores):
+        """Decides which inputs are accepted.
+
+        Args:
+            scores: Scores of the kind and the model that the rule was fitted
+                on: packed of shape `(..., K + 4)`, or plain of shape `(...)`.
+
+        Returns:
+            `Decisions`: `accepted`, `labels` with -1 for rejected, `scores`,
+            each of shape `(...)`.
+
+        Raises:
+            ValueError: If the rule is not fitted, or the scores are not usable
+                or come from another model.
+        """
+        reading = self._read(scores)
+        accepted = self._accepts(reading.scores)
+        labels = reading.labels
+        if labels is not None:
+            labels = np.where(accepted, labels, ABSTAINED)
+        return Decisions(accepted, labels, reading.scores)
+
+    @property
+    def threshold(self):
+        """Float, the largest score that is accepted."""
+        return self._require_fitted().threshold
+
+    @property
+    def promise(self):
+        """String, what the rule promises, in one or two sentences."""
+        promise = self._promise()
+        if self._fitted is None:
+            return promise
+        calibration = self._fitted.calibration
+        if calibration.samples != calibration.inputs:
+            promise += (
+                f" This counts the {calibration.samples} positions of "
+                f"{calibration.inputs} inputs as independent samples."
+            )
+        return promise
+
+    def summary(self):
+        """Describes the rule, its promise, and what it did on calibration data.
+
+        Returns:
+            String of a few lines.
+
+        Raises:
+            ValueError: If the rule is not fitted.
+        """
+        calibration = self._require_fitted().calibration
+        return "\n".join(
+            [
+                repr(self),
+                f"Promise: {self.promise}",
+                f"Calibration: {calibration.samples} {self._samples_are}, "
+                + ", ".join(self._achieved(calibration))
+                + ".",
+            ]
+        )
+
+    def save(self, path):
+        """Saves the fitted rule with its promise as a JSON file.
+
+        The file is replaced as a whole or not at all. It carries a checksum;
+        `keras_halo.rejection.load_rule` refuses it once it is damaged.
+
+        Args:
+            path: String or path, the file to write.
+
+        Raises:
+            ValueError: If the rule is not fitted.
+        """
+        storage.save(self, self._require_fitted(), path)
+
+    def get_config(self):
+        """Returns the constructor arguments as a dictionary."""
+        return {
+            name: getattr(self, name) for name in (*self._parameters, "method")
+        }
+
+    def __repr__(self):
+        arguments = ", ".join(
+            f"{name}={value!r}" for name, value in self.get_config().items()
+        )
+        return f"{type(self).__name__}({arguments})"
+
+    def _calibrate(self, scores, wrong):
+        """Returns the threshold, and the scores to keep or `None`."""
+        raise NotImplementedError
+
+    def _promise(self):
+        raise NotImplementedError
+
+    def _accepts(self, scores):
+        return scores <= self._fitted.threshold
+
+    def _achieved(self, calibration):
+        """Yields what `summary` tells of the calibration data."""
+        accepted = calibration.accepted
+        yield f"{share(accepted, calibration.samples)} accepted"
+        if calibration.errors is not None:
+            yield (
+                f"{share(calibration.errors, calibration.samples)} wrong, "
+                f"{share(calibration.accepted_errors, accepted)} among the "
+                "accepted"
+            )
+
+    def _read(self, scores):
+        fitted = self._require_fitted()
+        reading = read_scores(scores, self.method)
+        if fitted.fingerprint is not None:
+            fitted.fingerprint.check_same(reading.fingerprint)
+        return reading
+
+    def _require_fitted(self):
+        if self._fitted is None:
+            raise ValueError(
+                f"The {type(self).__name__} has not been fitted. Call "
+                "`rule.fit(scores)` on calibration data first, or load a "
+                "fitted rule with `keras_halo.rejection.load_rule(path)`."
+            )
+        return self._fitted
+
+    def _require_samples(self, received, needed):
+        if received < needed:
+            raise ValueError(
+                f"{self!r} needs at least {needed} calibration samples for "
+                f"its promise. Received: {received}. Collect "
+                f"{needed - received} more, or ask for less."
+            )

@@ -1,0 +1,109 @@
+import numpy as np
+
+from keras_halo.rejection import bounds
+from keras_halo.rejection.readings import check_fraction
+from keras_halo.rejection.rejection_rule import RejectionRule
+from keras_halo.rejection.wording import percent
+
+
+class SelectiveRiskRule(RejectionRule):
+    """Keeps the error rate of what is accepted below a guaranteed level.
+
+    The selective risk is the share of wrong answers among the accepted
+    inputs. With probability at least `1 - delta` over the draw of the
+    calibration set, that of the fitted rule on all inputs drawn as the
+    calibration data were is at most `risk`. The rule takes the largest
+    threshold for which that is proved.
+
+    The proof needs no assumption on scores or model. Thresholds are tested
+    upwards, each by an exact binomial test, until one fails. This keeps more
+    than the binary search by Geifman and El-Yaniv, whose `delta` is divided
+    among all of its steps; see `keras_halo.rejection.bounds.accepted_at_risk`
+    for procedure and proof.
+
+    If no threshold can be proved to keep the risk, `fit` raises instead of
+    returning a rule that rejects everything: whoever deploys it must know.
+    Such a failure says nothing against the model if there are few calibration
+    samples. The guarantee holds for one `fit` with a risk chosen beforehand;
+    a risk that is chosen by trying out several on the same data needs fresh
+    data.
+
+    Formula:
+
+    ```python
+    P(R(threshold) <= risk) >= 1 - delta,  R(t) = P(wrong | score <= t)
+    ```
+
+    Args:
+        risk: Float in `(0, 1)`, the error rate to stay below.
+        delta: Float in `(0, 1)`, the probability with which the promise may
+            fail. Defaults to `0.05`.
+        method: String, one of `keras_halo.OOD_METHODS`, for packed scores;
+            `None` for plain scores. Defaults to `"joint"`.
+
+    Raises:
+        ValueError: If an argument is out of range. `fit` raises it if there
+            are fewer than `log(delta) / log(1 - risk) + 1` calibration
+            samples, neither labels nor errors are given, or no threshold
+            keeps the risk; then with the lowest bound that was reached.
+
+    Example:
+
+    >>> scores = np.arange(1000)
+    >>> errors = (scores >= 600) & (scores % 2 == 0)
+    >>> rule = SelectiveRiskRule(0.05, method=None).fit(scores, errors=errors)
+    >>> rule.threshold
+    643.0
+
+    References:
+
+    - Yonatan Geifman, Ran El-Yaniv, Selective Classification for Deep Neural
+      Networks, 2017.
+    - Anastasios N. Angelopoulos et al., Learn then Test: Calibrating
+      Predictive Algorithms to Achieve Risk Control, 2021.
+    """
+
+    _parameters = ("risk", "delta")
+
+    def __init__(self, risk, delta=0.05, method="joint"):
+        super().__init__(method)
+        self.risk = check_fraction("risk", risk)
+        self.delta = check_fraction("delta", delta)
+
+    def _calibrate(self, scores, wrong):
+        if wrong is None:
+            raise ValueError(
+                "A selective risk is an error rate: `fit` needs `labels` with "
+                "packed scores, or `errors`. Received: neither."
+            )
+        self._require_samples(
+            len(scores), bounds.samples_for_risk(self.risk, self.delta)
+        )
+        accepted = bounds.accepted_at_risk(scores, wrong, self.risk, self.delta)
+        if not accepted:
+            raise ValueError(self._unreachable(scores, wrong))
+        return float(np.partition(scores, accepted - 1)[accepted - 1]), None
+
+    def _unreachable(self, scores, wrong):
+        order = np.argsort(scores)
+        totals = np.cumsum(wrong[order])
+        # A thousand places tell as much as all of them.
+        counts = np.unique(np.linspace(1, len(scores), 1000).astype(int))
+        limits = bounds.risk_bound(totals[counts - 1], counts, self.delta)
+        best = np.argmin(limits)
+        return (
+            f"No threshold keeps the risk of {percent(self.risk)} with "
+            f"{percent(1.0 - self.delta)} confidence. Received: "
+            f"{len(scores)} calibration samples, {int(wrong.sum())} of them "
+            "wrong; the lowest bound of the risk is "
+            f"{percent(limits[best])}, where {counts[best]} are accepted. "
+            "Collect more calibration data, take another `method`, or improve "
+            "the model; a higher risk must be confirmed on fresh data."
+        )
+
+    def _promise(self):
+        return (
+            f"With {percent(1.0 - self.delta)} confidence at most "
+            f"{percent(self.risk)} of the accepted inputs to come are answered "
+            "wrongly."
+        )

@@ -1,0 +1,38 @@
+"""Numbers as the rules word them."""
+
+
+def percent(fraction):
+    """Returns a fraction as text.
+
+    Args:
+        fraction: Float.
+
+    Returns:
+        String.
+
+    Example:
+
+    >>> percent(0.951234)
+    '95.12 %'
+    """
+    return f"{100.0 * fraction:.4g} %"
+
+
+def share(part, whole):
+    """Returns a part of a whole as text.
+
+    Args:
+        part: Integer.
+        whole: Integer.
+
+    Returns:
+        String.
+
+    Example:
+
+    >>> share(30, 40), share(0, 0)
+    ('30 of 40 (75 %)', '0 of 0')
+    """
+    if not whole:
+        return f"{part} of {whole}"
+    return f"{part} of {whole} ({percent(part / whole)})"

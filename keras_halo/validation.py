@@ -1,0 +1,22 @@
+"""Checks of arguments that several parts of the package take."""
+
+
+def check_units(units):
+    """Raises `ValueError` unless `units` is an integer of at least 2."""
+    if not isinstance(units, int) or isinstance(units, bool) or units < 2:
+        raise ValueError(
+            "`units` is the number of classes and must be an integer of at "
+            "least 2: the centroid of a single class would coincide with the "
+            f"origin, where abstaining sits. Received: units={units}. For a "
+            "yes-or-no question use units=2."
+        )
+
+
+def check_label_smoothing(label_smoothing):
+    """Raises `ValueError` unless `label_smoothing` is in `[0, 1)`."""
+    # Written so that NaN fails.
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(
+            "`label_smoothing` must be in [0, 1). Received: "
+            f"label_smoothing={label_smoothing}. Use 0 to switch it off."
+        )

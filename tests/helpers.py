@@ -1,0 +1,85 @@
+"""What the tests need from a backend and keras.ops does not offer."""
+
+import contextlib
+
+import keras
+import numpy as np
+
+
+def value_and_gradients(function, *arrays):
+    """Value and gradients of a scalar function of arrays, as NumPy arrays."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        value, gradients = jax.jit(
+            jax.value_and_grad(function, argnums=tuple(range(len(arrays))))
+        )(*[jax.numpy.asarray(array) for array in arrays])
+    elif backend == "torch":
+        import torch
+
+        tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
+        value = function(*tensors)
+        value.backward()
+        gradients = [tensor.grad for tensor in tensors]
+    else:
+        import tensorflow as tf
+
+        tensors = [tf.constant(array) for array in arrays]
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            value = function(*tensors)
+        gradients = tape.gradient(value, tensors)
+    return to_numpy(value), [to_numpy(gradient) for gradient in gradients]
+
+
+def to_numpy(x):
+    return keras.ops.convert_to_numpy(x)
+
+
+def jit(function):
+    """The function compiled by the backend, where it has a compiler for it."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return jax.jit(function)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+    return function
+
+
+def float64():
+    """A context in which float64 arrays stay float64."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.enable_x64(True)
+    return contextlib.nullcontext()
+
+
+def naive_softmax(logits):
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def packed(embeddings, centroids, gamma=4.0, bias=-1.0, dtype="float32"):
+    """Packed scores by the book: written out column by column in NumPy."""
+    x = np.asarray(embeddings, "float64")
+    c = np.asarray(centroids, "float64")
+    c = c - c.mean(axis=0)
+    norm = (x**2).mean(axis=-1)
+    radii = ((x[..., None, :] - c) ** 2).mean(axis=-1)
+    rest = np.stack(
+        [
+            np.full_like(norm, bias),
+            -(2.0**40) * (1.0 + norm),
+            np.full_like(norm, -(2.0**40) * (1.0 + gamma)),
+            np.full_like(norm, -(2.0**40) * (1.0 + x.shape[-1])),
+        ],
+        axis=-1,
+    )
+    logits = gamma * (norm[..., None] - radii)
+    return np.concatenate([logits, rest], axis=-1).astype(dtype)

@@ -1,0 +1,225 @@
+"""Temperature and bias come back to what the data say, and back again."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import to_numpy
+
+import keras_halo
+from keras_halo import geometry
+from keras_halo.calibration import calibrate
+from keras_halo.fitting import fit_class_gaussians
+
+special = pytest.importorskip("scipy.special")
+
+
+def model_of(gamma=3.0, bias=-1.0, num_classes=3, dim=4):
+    head = keras_halo.HALODense(num_classes)
+    model = keras.Sequential([keras.Input((dim,)), head])
+    head.raw_gamma.assign(geometry.inverse_softplus(gamma))
+    head.abstain_bias.assign(bias)
+    return model, head
+
+
+def sample(model, n=4000, seed=0):
+    """Inputs, and labels drawn from what the model says of them."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, model.input_shape[-1])).astype("float32")
+    logits = model.predict(x, verbose=0)[:, :-4]
+    gumbel = rng.gumbel(size=logits.shape)
+    return x, (logits + gumbel).argmax(axis=-1)
+
+
+def state(head):
+    return float(to_numpy(head.temperature)), float(to_numpy(head.abstain_bias))
+
+
+@pytest.mark.parametrize("factor", [0.05, 0.4, 1.0, 5.0, 30.0])
+def test_a_wrong_temperature_is_found_out(factor):
+    model, head = model_of(gamma=3.0)
+    x, y = sample(model)
+    head.raw_gamma.assign(geometry.inverse_softplus(3.0 * factor))
+    calibration = calibrate(model, x, y, verbose=0)
+    assert calibration.old_temperature == pytest.approx(3.0 * factor, rel=1e-4)
+    assert calibration.temperature == pytest.approx(3.0, rel=0.1)
+    assert state(head)[0] == pytest.approx(calibration.temperature, rel=1e-5)
+    assert calibration.nll <= calibration.old_nll + 1e-9
+    if factor in (0.05, 30.0):
+        assert calibration.ece < calibration.old_ece / 3
+    assert calibration.ece < 0.03
+
+
+def test_temperature_has_the_largest_likelihood_of_a_grid():
+    model, head = model_of(gamma=8.0)
+    x, y = sample(model, n=500)
+    y = np.where(np.arange(500) % 5 == 0, 0, y)
+    found = calibrate(model, x, y, bias="keep", verbose=0)
+
+    def nll(gamma):
+        head.raw_gamma.assign(geometry.inverse_softplus(gamma))
+        log_p = special.log_softmax(
+            model.predict(x, verbose=0)[:, :3].astype("float64"), axis=-1
+        )
+        return -log_p[np.arange(500), y].mean()
+
+    best = nll(found.temperature)
+    assert best == pytest.approx(found.nll, rel=1e-5)
+    for factor in (0.8, 0.95, 1.05, 1.25):
+        assert nll(factor * found.temperature) > best
+
+
+def test_abstaining_is_as_probable_as_a_mistake():
+    model, _ = model_of(bias=-6.0)
+    x, y = sample(model)
+    calibration = calibrate(model, x, y, verbose=0)
+    predictions = keras_halo.decode_predictions(model.predict(x, verbose=0))
+    wrong = np.mean(predictions.probabilities.argmax(axis=-1) != y)
+    assert calibration.error_rate == wrong
+    assert wrong > 0.1
+    assert predictions.abstain_probability.mean() == pytest.approx(
+        wrong, abs=1e-3
+    )
+    assert calibration.abstain_probability == pytest.approx(wrong, abs=1e-3)
+    assert calibration.old_abstain_probability < 0.1
+
+
+def test_unknown_inputs_raise_the_bias_to_their_share():
+    model, _ = model_of(bias=-6.0)
+    x, y = sample(model, n=1000)
+    unknown = 0.1 * np.random.default_rng(1).normal(size=(1000, 4))
+    without = calibrate(model, x, y, verbose=0)
+    calibration = calibrate(model, x, y, unknown=unknown, verbose=0)
+    assert calibration.abstain_bias > without.abstain_bias
+    assert calibration.temperature == pytest.approx(without.temperature)
+    abstain = keras_halo.decode_predictions(
+        model.predict(np.concatenate([x, unknown]), verbose=0)
+    ).abstain_probability
+    assert abstain.mean() == pytest.approx(
+        (calibration.error_rate + 1.0) / 2, abs=2e-3
+    )
+    assert abstain[1000:].mean() > abstain[:1000].mean()
+
+
+def test_bias_of_known_data_alone_has_no_likelihood_maximum():
+    # Why `calibrate` does not maximise it: every step down is a gain.
+    model, head = model_of()
+    x, y = sample(model, n=500)
+
+    def nll(bias):
+        head.abstain_bias.assign(bias)
+        p = keras_halo.decode_predictions(model.predict(x, verbose=0))
+        return -np.log(p.probabilities[np.arange(500), y]).mean()
+
+    assert nll(2.0) > nll(0.0) > nll(-3.0) > nll(-6.0)
+
+
+def test_margin_keeps_the_relation_of_bias_and_temperature():
+    model, head = model_of()
+    dim, initial = 4, geometry.initial_temperature(4)
+    x, y = sample(model)
+    head.raw_gamma.assign(geometry.inverse_softplus(initial))
+    calibration = calibrate(model, x, y, bias="margin", verbose=0)
+    margin = calibration.abstain_bias - calibration.temperature * (
+        1.0 - geometry.shell(dim)
+    )
+    untouched = geometry.abstain_bias(dim, 3, 0.1) - initial * (
+        1.0 - geometry.shell(dim)
+    )
+    assert margin == pytest.approx(untouched, abs=1e-6)
+
+
+def test_decisions_between_classes_stay():
+    model, _ = model_of(gamma=0.5)
+    x, y = sample(model, seed=3)
+    before = model.predict(x, verbose=0)[:, :3].argmax(axis=-1)
+    calibrate(model, x, np.where(y == 0, before, y), verbose=0)
+    after = model.predict(x, verbose=0)[:, :3].argmax(axis=-1)
+    assert np.mean(before == after) > 0.999
+
+
+@pytest.mark.parametrize("bias", ["mistakes", "margin", "keep"])
+def test_undo_is_exact(bias):
+    model, head = model_of(gamma=1.2345678, bias=-0.7654321)
+    x, y = sample(model)
+    y[:400] = 0
+    weights = [weight.numpy() for weight in head.weights]
+    scores = model.predict(x[:50], verbose=0)
+    calibration = calibrate(model, x, y, bias=bias, verbose=0)
+    assert not np.array_equal(model.predict(x[:50], verbose=0), scores)
+    calibration.undo()
+    for weight, old in zip(head.weights, weights, strict=True):
+        np.testing.assert_array_equal(weight.numpy(), old)
+    np.testing.assert_array_equal(model.predict(x[:50], verbose=0), scores)
+
+
+def test_calibrated_model_is_saved_and_loaded(tmp_path):
+    model, head = model_of(gamma=0.5)
+    x, y = sample(model)
+    calibrate(model, x, np.where(y == 0, 1, y), verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert state(loaded.layers[-1]) == state(head)
+
+
+def test_fitted_models_and_one_hot_labels_are_taken():
+    model, head = model_of()
+    x, y = sample(model)
+    fitted = fit_class_gaussians(model, x, y, verbose=0)
+    head.raw_gamma.assign(geometry.inverse_softplus(30.0))
+    calibration = calibrate(fitted, x, np.eye(3)[y], verbose=0)
+    assert calibration.temperature == pytest.approx(3.0, rel=0.1)
+
+
+def test_a_perfect_abstention_rate_stays_finite():
+    model, _ = model_of()
+    x, _ = sample(model)
+    always_right = model.predict(x, verbose=0)[:, :3].argmax(axis=-1)
+    # One wrong in the labels for the temperature, none of it in `unknown`.
+    always_right[0] = (always_right[0] + 1) % 3
+    calibration = calibrate(model, x, always_right, verbose=0)
+    assert np.isfinite(calibration.abstain_bias)
+    assert 0 < calibration.abstain_probability < 1e-3
+
+
+def test_table_of_before_and_after():
+    model, _ = model_of()
+    x, y = sample(model)
+    text = str(calibrate(model, x, y, verbose=0))
+    assert [line.split()[0] for line in text.splitlines()] == [
+        "before",
+        "temperature",
+        "abstain",
+        "NLL",
+        "ECE",
+        "P(abstain)",
+    ]
+
+
+def test_failures_leave_the_weights_untouched():
+    model, head = model_of()
+    x, y = sample(model, n=200)
+    before = state(head)
+    right = model.predict(x, verbose=0)[:, :3].argmax(axis=-1)
+    worst = model.predict(x, verbose=0)[:, :3].argmin(axis=-1)
+    bad = np.where(x > 0, np.nan, x)
+    cases = [
+        ("grows without end", (x, right), {}),
+        ("no more probable than by chance", (x, worst), {}),
+        ("must be finite", (bad, y), {}),
+        ("must be finite", (x, y), {"unknown": bad}),
+        ("Labels do not fit", (x, y[:-1]), {}),
+        ("Labels must be integers", (x, y + 1), {}),
+        ("`bias` must be one of", (x, y), {"bias": "likelihood"}),
+        ("`unknown` only serves", (x, y), {"bias": "keep", "unknown": x}),
+    ]
+    for message, arguments, options in cases:
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, *arguments, verbose=0, **options)
+        assert state(head) == before
+    headless = keras.Sequential([keras.Input((4,)), keras.layers.Dense(7)])
+    with pytest.raises(ValueError, match="exactly one"):
+        calibrate(headless, x, y)
+    softmaxed = keras.Sequential([model, keras_halo.HALOSoftmax()])
+    with pytest.raises(ValueError, match="packed"):
+        calibrate(softmaxed, x, y, verbose=0)
+    assert state(head) == before

@@ -1,0 +1,143 @@
+"""The layout of packed scores, and what ordinary code makes of it."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import packed, to_numpy, value_and_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_halo import packing
+
+
+def _scores(batch=6, num_classes=10, embedding_dim=8, scale=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return packed(
+        scale * rng.normal(size=(batch, embedding_dim)),
+        rng.normal(size=(num_classes, embedding_dim)),
+    )
+
+
+def test_pack_writes_the_columns_of_the_design():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 4)).astype("float32")
+    c = rng.normal(size=(3, 4)).astype("float32")
+    c -= c.mean(axis=0)
+    norm = (x**2).mean(axis=-1, keepdims=True)
+    radii = ((x[:, None] - c[None]) ** 2).mean(axis=-1)
+    logits = ops.convert_to_tensor(4.0 * (norm - radii))
+    scores = packing.pack(logits, -1.0, ops.convert_to_tensor(norm), 4.0, 4)
+    expected = packed(x, c, gamma=4.0, bias=-1.0)
+    np.testing.assert_allclose(to_numpy(scores), expected, rtol=1e-5, atol=1e-5)
+
+
+norms = st.floats(0.0, 2.0**40, width=32, allow_subnormal=False)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    norm=norms,
+    gamma=st.floats(2.0**-10, 2.0**10, width=32),
+    embedding_dim=st.integers(2, 2**20),
+)
+def test_round_trip(norm, gamma, embedding_dim):
+    column = np.array([[norm]], "float32")
+    logits = np.array([[1.5, -2.25]], "float32")
+    once = packing.unpack(
+        packing.pack(
+            ops.convert_to_tensor(logits),
+            0.5,
+            ops.convert_to_tensor(column),
+            ops.convert_to_tensor(np.float32(gamma)),
+            embedding_dim,
+        )
+    )
+    np.testing.assert_array_equal(to_numpy(once.logits), logits)
+    assert float(once.abstain_logit[0, 0]) == 0.5
+    assert int(once.embedding_dim[0, 0]) == embedding_dim
+    # Adding one rounds; nothing else does.
+    unit = np.finfo("float32").eps
+    assert abs(float(once.squared_norm[0, 0]) - norm) <= unit * (1 + norm)
+    assert abs(float(once.temperature[0, 0]) - gamma) <= unit * (1 + gamma)
+    again = packing.unpack(packing.pack(*once))
+    for first, second in zip(once, again, strict=True):
+        np.testing.assert_array_equal(to_numpy(first), to_numpy(second))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("num_classes", [2, 10, 1000])
+def test_neutral_columns_get_probability_zero(num_classes, scale):
+    scores = ops.convert_to_tensor(
+        _scores(num_classes=num_classes, scale=scale)
+    )
+    probabilities = to_numpy(ops.softmax(scores))
+    assert np.all(probabilities[:, num_classes + 1 :] == 0.0)
+    np.testing.assert_allclose(
+        probabilities[:, : num_classes + 1],
+        to_numpy(ops.softmax(packing.answer_logits(scores))),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("num_classes", [5, 10, 100])
+def test_accuracy_and_top_five_do_not_see_the_neutral_columns(num_classes):
+    scores = _scores(batch=200, num_classes=num_classes, seed=1)
+    labels = np.random.default_rng(1).integers(0, num_classes, size=200)
+    for metric in (
+        keras.metrics.SparseCategoricalAccuracy(),
+        keras.metrics.SparseTopKCategoricalAccuracy(k=5),
+    ):
+        whole = float(metric(labels, scores))
+        metric.reset_state()
+        assert whole == float(metric(labels, scores[:, : num_classes + 1]))
+    assert (
+        to_numpy(ops.top_k(scores, k=num_classes + 1)[1]).max() <= num_classes
+    )
+
+
+def test_gradients_pass_the_neutral_columns_exactly():
+    def through(norm, gamma):
+        scores = packing.pack(ops.zeros((3, 2)), 0.0, norm, gamma, 5)
+        parts = packing.unpack(scores)
+        return ops.sum(parts.squared_norm) + ops.sum(parts.temperature)
+
+    norm = np.array([[0.0], [1.0], [7.0]], "float32")
+    _, (by_norm, by_gamma) = value_and_gradients(through, norm, np.float32(2.0))
+    np.testing.assert_array_equal(by_norm, np.ones((3, 1)))
+    assert by_gamma == 3.0
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (4, 1), (4, 5), (4, None)])
+def test_too_narrow_or_undefined_width_is_refused(shape):
+    with pytest.raises(ValueError, match="at least 6 columns.*HALODense"):
+        packing.count_classes(shape)
+
+
+def test_check_packed_accepts_scores_of_any_rank():
+    packing.check_packed(_scores())
+    packing.check_packed(_scores(batch=6).reshape(2, 3, 14))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_check_packed_refuses_non_finite_values(poison):
+    scores = _scores()
+    scores[2, 1] = poison
+    with pytest.raises(ValueError, match="must be finite.*1 of 84"):
+        packing.check_packed(scores)
+
+
+def test_check_packed_refuses_ordinary_logits():
+    logits = np.random.default_rng(0).normal(size=(7, 10))
+    with pytest.raises(ValueError, match="`y_pred` hold no packed.*HALODense"):
+        packing.check_packed(logits, argument="y_pred")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [(-3, -0.5), (-2, 0.0), (-1, 1.0), (-1, 7.5)]
+)
+def test_check_packed_refuses_impossible_geometry(column, value):
+    scores = _scores().astype("float64")
+    scores[3, column] = -(2.0**40) * (1.0 + value)
+    with pytest.raises(ValueError, match="no packed geometry in 1 of 6 rows"):
+        packing.check_packed(scores)

@@ -1,0 +1,102 @@
+"""decode_predictions: what a user reads off packed scores."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from helpers import naive_softmax, packed
+
+import keras_halo
+from keras_halo import decode_predictions
+
+
+def _scores(shape=(20,), seed=0):
+    rng = np.random.default_rng(seed)
+    centroids = rng.normal(size=(5, 6))
+    x = rng.normal(size=(*shape, 6))
+    return packed(x, centroids, gamma=4.0, bias=-1.0), x, centroids
+
+
+@pytest.mark.parametrize("shape", [(20,), (2, 3), (2, 3, 4)])
+def test_against_the_book(shape):
+    scores, x, centroids = _scores(shape)
+    predictions = decode_predictions(scores)
+    p = naive_softmax(scores[..., :6].astype("float64"))
+    np.testing.assert_allclose(
+        predictions.probabilities, p[..., :5], rtol=1e-4, atol=1e-7
+    )
+    np.testing.assert_allclose(
+        predictions.abstain_probability, p[..., 5], rtol=1e-4, atol=1e-7
+    )
+    best = p.argmax(axis=-1)
+    np.testing.assert_array_equal(
+        predictions.labels, np.where(best == 5, -1, best)
+    )
+    np.testing.assert_array_equal(predictions.abstained, best == 5)
+    centered = centroids - centroids.mean(axis=0)
+    radii = ((x[..., None, :] - centered) ** 2).mean(axis=-1)
+    np.testing.assert_allclose(
+        predictions.squared_radius, radii, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        predictions.squared_norm, (x**2).mean(axis=-1), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(predictions.temperature, 4.0, rtol=1e-6)
+    assert predictions.embedding_dim == 6
+    assert predictions.labels.shape == predictions.temperature.shape == shape
+    assert len(predictions) == shape[0]
+
+
+def test_the_origin_abstains_and_a_centroid_does_not():
+    centroids = 2.0 * np.eye(4, 8)
+    centered = centroids - centroids.mean(axis=0)
+    x = np.concatenate([np.zeros((1, 8)), centered])
+    predictions = decode_predictions(
+        packed(x, centroids, gamma=40.0, bias=-1.0)
+    )
+    assert predictions.labels.tolist() == [-1, 0, 1, 2, 3]
+    assert np.all(predictions.squared_radius >= 0.0)
+
+
+def test_the_result_is_immutable():
+    predictions = decode_predictions(_scores()[0])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        predictions.labels = None
+    for field in dataclasses.fields(predictions):
+        value = getattr(predictions, field.name)
+        if isinstance(value, np.ndarray):
+            with pytest.raises(ValueError, match="read-only"):
+                value[...] = 0
+
+
+def test_the_scores_stay_writable():
+    scores = _scores()[0]
+    decode_predictions(scores)
+    scores[0, 0] = 0.0
+
+
+def test_output_of_a_model_is_taken_as_it_is():
+    scores = keras_halo.HALODense(3)(np.zeros((2, 8), "float32"))
+    assert decode_predictions(scores).labels.tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (np.zeros((3, 5)), "at least 6 columns"),
+        (np.zeros(()), "at least 6 columns"),
+        (np.zeros((3, 10)), "no packed geometry in 3 of 3 rows"),
+        (np.full((3, 10), np.nan), "must be finite"),
+        (np.zeros((0, 10)), "at least one row"),
+    ],
+)
+def test_what_is_no_packed_scores_is_refused(scores, message):
+    with pytest.raises(ValueError, match=message):
+        decode_predictions(scores)
+
+
+def test_embeddings_of_different_sizes_are_refused():
+    other = packed(np.ones((2, 3)), np.eye(5, 3))
+    mixed = np.concatenate([_scores()[0], other])
+    with pytest.raises(ValueError, match=r"different sizes.*\[3, 6\]"):
+        decode_predictions(mixed)

@@ -1,0 +1,929 @@
+"""Rejection rules: what they promise is kept, and bad input is refused."""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from helpers import packed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import keras_halo
+from keras_halo.ood import OOD_METHODS, ood_score
+from keras_halo.rejection import (
+    ConformalRule,
+    CoverageRule,
+    FalsePositiveRateRule,
+    SelectiveRiskRule,
+    bounds,
+    load_rule,
+)
+
+DRAWS = 1000
+DELTA = 0.05
+CENTROIDS = 3.0 * np.random.default_rng(5).normal(size=(3, 8))
+
+RULES = {
+    "coverage": CoverageRule(0.9),
+    "coverage-delta": CoverageRule(0.9, delta=0.05),
+    "false-positives": FalsePositiveRateRule(0.1),
+    "selective-risk": SelectiveRiskRule(0.2),
+    "conformal": ConformalRule(0.1),
+    "conformal-fdr": ConformalRule(0.1, fdr=True),
+}
+
+
+@pytest.fixture(params=RULES)
+def new_rule(request):
+    """A function that makes an unfitted rule."""
+    rule = RULES[request.param]
+    return lambda **changes: type(rule)(**(rule.get_config() | changes))
+
+
+def known_data(n=300, seed=0, spread=1.0, **head):
+    """Packed scores around the centroids and the classes they belong to."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, n)
+    embeddings = CENTROIDS - CENTROIDS.mean(axis=0)
+    embeddings = embeddings[labels] + spread * rng.normal(size=(n, 8))
+    return packed(embeddings, CENTROIDS, **head), labels
+
+
+def fit(rule, scores, labels):
+    if isinstance(rule, FalsePositiveRateRule):
+        return rule.fit(scores)
+    return rule.fit(scores, labels)
+
+
+def sampling_error(rate, n):
+    """Three standard deviations of a share of n."""
+    return 3.0 * math.sqrt(rate * (1.0 - rate) / n)
+
+
+# The guarantees, by simulation ----------------------------------------------
+
+# Error probability of a sample by its quantile: the true risk of a threshold
+# is its integral.
+POPULATIONS = {
+    "errors grow with the score": lambda u: 1 / (1 + np.exp((1.02 - u) / 0.11)),
+    "barely too many everywhere": lambda u: np.full_like(u, 0.0502),
+    "worst among the lowest scores": lambda u: np.select(
+        [u < 0.05, u < 0.6], [0.12, 0.01], 0.3
+    ),
+    "risk crosses the promise twice": lambda u: np.select(
+        [u < 0.2, u < 0.4, u < 0.6], [0.03, 0.08, 0.01], 0.12
+    ),
+    "ten distinct scores": lambda u: 0.3 * np.floor(10 * u) ** 3 / 1e3,
+}
+QUANTILES = (np.arange(100_000) + 0.5) / 100_000
+
+
+def selective_risks(name, choose):
+    """True risk and coverage of the threshold of many calibration draws."""
+    error_rate = POPULATIONS[name]
+    true_risk = np.cumsum(error_rate(QUANTILES)) / np.arange(1, 100_001)
+    rng = np.random.default_rng(7)
+    risks, coverages = [], []
+    for _ in range(DRAWS):
+        u = rng.random(1000)
+        errors = rng.random(1000) < error_rate(u)
+        scores = np.floor(10 * u) if name == "ten distinct scores" else u
+        count = choose(scores, errors)
+        if not count:
+            risks.append(0.0)
+            coverages.append(0.0)
+            continue
+        threshold = np.sort(scores)[count - 1]
+        if name == "ten distinct scores":
+            threshold = (threshold + 1) / 10
+        index = round(threshold * 100_000) - 1
+        risks.append(true_risk[index])
+        coverages.append(threshold)
+    return np.array(risks), np.array(coverages)
+
+
+@pytest.mark.parametrize("name", POPULATIONS)
+def test_selective_risk_exceeds_the_promise_as_rarely_as_promised(name):
+    risks, coverages = selective_risks(
+        name, lambda s, e: bounds.accepted_at_risk(s, e, 0.05, DELTA)
+    )
+    exceeded = np.mean(risks > 0.05)
+    print(f"{name}: exceeded {exceeded:.3f}, coverage {coverages.mean():.3f}")
+    assert exceeded <= DELTA + sampling_error(DELTA, DRAWS)
+
+
+def test_the_simulation_notices_a_threshold_without_guarantee():
+    def largest_with_low_empirical_risk(scores, errors):
+        totals = np.cumsum(errors[np.argsort(scores)])
+        low = np.flatnonzero(totals <= 0.05 * np.arange(1, len(totals) + 1))
+        return low[-1] + 1 if low.size else 0
+
+    risks, _ = selective_risks(
+        "errors grow with the score", largest_with_low_empirical_risk
+    )
+    assert np.mean(risks > 0.05) > 0.3
+
+
+def test_selective_risk_keeps_more_than_the_published_binary_search():
+    from scipy import stats
+
+    def binary_search(scores, errors):
+        order = np.argsort(scores)
+        totals = np.cumsum(errors[order])
+        low, high, best = 1, len(scores), 0
+        steps = math.ceil(math.log2(len(scores)))
+        for _ in range(steps):
+            middle = math.ceil((low + high) / 2)
+            p = stats.binom.cdf(totals[middle - 1], middle, 0.05)
+            if p <= DELTA / steps:
+                best = low = middle
+            else:
+                high = middle
+        return best
+
+    name = "errors grow with the score"
+    _, ours = selective_risks(
+        name, lambda s, e: bounds.accepted_at_risk(s, e, 0.05, DELTA)
+    )
+    _, published = selective_risks(name, binary_search)
+    print(f"coverage {ours.mean():.3f}, published {published.mean():.3f}")
+    assert ours.mean() > published.mean() + 0.01
+
+
+@pytest.mark.parametrize("n", [50, 333])
+def test_coverage_is_kept_on_average_and_with_confidence(n):
+    rng = np.random.default_rng(1)
+    # Scores are quantiles: the true coverage of a threshold is itself.
+    thresholds = {None: [], 0.1: []}
+    for _ in range(DRAWS):
+        scores = rng.random(n)
+        for delta, values in thresholds.items():
+            rule = CoverageRule(0.9, None, delta).fit(scores)
+            assert np.mean(rule.predict(scores).accepted) >= 0.9
+            values.append(rule.threshold)
+            if delta is None:
+                values[-1] = (rule.threshold, rule.coverage_bound(0.1))
+    average, bound = np.array(thresholds[None]).T
+    deviation = 3.0 * average.std() / math.sqrt(DRAWS)
+    assert 0.9 - deviation <= average.mean() <= 0.9 + 1.0 / n + deviation
+    limit = 0.1 + sampling_error(0.1, DRAWS)
+    assert np.mean(average < bound) <= limit
+    assert np.mean(np.array(thresholds[0.1]) < 0.9) <= limit
+
+
+@pytest.mark.parametrize("delta", [None, 0.1])
+def test_false_positive_rate_is_kept(delta):
+    rng = np.random.default_rng(2)
+    rates = []
+    for _ in range(DRAWS):
+        outliers = rng.random(200)
+        rule = FalsePositiveRateRule(0.1, None, delta).fit(outliers)
+        assert rule.predict(outliers).coverage <= 0.1
+        rates.append(rule.threshold)
+    if delta is None:
+        deviation = 3.0 * np.std(rates) / math.sqrt(DRAWS)
+        assert abs(np.mean(rates) - 20 / 201) <= deviation
+    else:
+        exceeded = np.mean(np.array(rates) > 0.1)
+        assert exceeded <= delta + sampling_error(delta, DRAWS)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2])
+def test_conformal_false_alarms_are_as_rare_as_asked(alpha):
+    rng = np.random.default_rng(3)
+    alarms = []
+    for _ in range(DRAWS):
+        rule = ConformalRule(alpha, None).fit(rng.normal(size=99))
+        alarms.append(rule.predict(rng.normal(size=50)).rejected.mean())
+    # 99 samples make the rate exactly alpha.
+    deviation = 3.0 * np.std(alarms) / math.sqrt(DRAWS)
+    assert abs(np.mean(alarms) - alpha) <= deviation
+
+
+def test_false_discoveries_stay_under_their_level():
+    rng = np.random.default_rng(4)
+    proportions, found, plain = [], [], []
+    outlier = np.arange(200) < 20
+    for _ in range(DRAWS):
+        calibration = rng.normal(size=1000)
+        batch = rng.normal(size=200) + 4.0 * outlier
+        rule = ConformalRule(0.1, None, fdr=True).fit(calibration)
+        rejected = rule.predict(batch).rejected
+        proportions.append(_false_share(rejected, outlier))
+        found.append(rejected[outlier].mean())
+        rejected = ConformalRule(0.1, None).fit(calibration).predict(batch)
+        plain.append(_false_share(rejected.rejected, outlier))
+    print(f"FDR {np.mean(proportions):.3f}, power {np.mean(found):.3f}")
+    deviation = 3.0 * np.std(proportions) / math.sqrt(DRAWS)
+    # Benjamini-Hochberg keeps alpha times the share of known inputs.
+    assert abs(np.mean(proportions) - 0.1 * 0.9) <= deviation
+    assert np.mean(found) > 0.8
+    assert np.mean(plain) > 0.3
+
+
+def _false_share(rejected, outlier):
+    return (rejected & ~outlier).sum() / max(rejected.sum(), 1)
+
+
+# The same numbers, written out ----------------------------------------------
+
+
+def binomial_cdf(k, n, p):
+    return sum(
+        math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1)
+    )
+
+
+def naive_accepted_at_risk(scores, errors, risk, delta):
+    n = len(scores)
+    lowest = 2
+    while (1 - risk) ** (lowest - 1) > delta:
+        lowest += 1
+    lowest = min(2 * lowest, n)
+    starts = [n // 2**j for j in range(1, 40) if n // 2**j >= lowest][::-1]
+    starts = starts or [lowest]
+    shuffled = np.random.default_rng(0).permutation(n)
+    order = sorted(range(n), key=lambda i: (scores[i], shuffled[i]))
+    best, level, alive = 0, 0.0, False
+    for rank in range(1, n + 1):
+        if rank in starts:
+            if not alive:
+                level = 0.0
+            level += delta / len(starts)
+            below = sum(bool(errors[i]) for i in order[: rank - 1])
+            alive = binomial_cdf(below, rank - 1, risk) <= level
+        wrong = sum(bool(errors[i]) for i in order[:rank])
+        alive = alive and binomial_cdf(wrong, rank, risk) <= level
+        last = rank == n or scores[order[rank]] > scores[order[rank - 1]]
+        if alive and last:
+            best = rank
+    return best
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(12, 120),
+    distinct=st.sampled_from([3, 20, 10**6]),
+    risk=st.sampled_from([0.2, 0.3, 0.5]),
+    steepness=st.floats(0.0, 1.0),
+    seed=st.integers(0, 10**6),
+)
+def test_selective_risk_equals_the_procedure_written_out(
+    n, distinct, risk, steepness, seed
+):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, distinct, n) / distinct
+    errors = rng.random(n) < steepness * scores
+    expected = naive_accepted_at_risk(scores, errors, risk, 0.1)
+    assert bounds.accepted_at_risk(scores, errors, risk, 0.1) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(1, 300),
+    coverage=st.floats(0.01, 0.99),
+    delta=st.floats(0.001, 0.5),
+)
+def test_ranks_are_the_smallest_that_keep_the_promise(n, coverage, delta):
+    if n >= bounds.samples_for_coverage(coverage):
+        rank = bounds.coverage_rank(n, coverage)
+        assert 1 <= rank <= n
+        assert (rank - 1) / (n + 1) < coverage <= rank / (n + 1) + 1e-9
+    else:
+        assert n / (n + 1) < coverage
+    if n >= bounds.samples_for_coverage(coverage, delta):
+        rank = bounds.coverage_rank(n, coverage, delta)
+        assert 1 <= rank <= n
+        # P(share below the k-th smallest < c) = P(Binomial(n, c) >= k).
+        failure = 1.0 - binomial_cdf(rank - 1, n, coverage)
+        assert failure <= delta + 1e-9
+        assert bounds.coverage_bound(rank, n, delta) >= coverage - 1e-9
+        if rank > 1:
+            assert 1.0 - binomial_cdf(rank - 2, n, coverage) > delta - 1e-9
+    else:
+        assert coverage**n > delta - 1e-9
+
+
+def test_risk_bound_is_where_so_few_errors_become_unlikely():
+    for errors, n in [(0, 59), (3, 100), (20, 20)]:
+        bound = float(bounds.risk_bound(errors, n, 0.05))
+        if errors == n:
+            assert bound == 1.0
+        else:
+            assert binomial_cdf(errors, n, bound) == pytest.approx(0.05)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    calibration=st.lists(st.integers(0, 9), min_size=9, max_size=40),
+    scores=st.lists(st.integers(-2, 12), min_size=1, max_size=20),
+)
+def test_conformal_p_values_and_decisions_written_out(calibration, scores):
+    n = len(calibration)
+    p = np.array(
+        [(1 + sum(c >= s for c in calibration)) / (n + 1) for s in scores]
+    )
+    rule = ConformalRule(0.1, None).fit(calibration)
+    np.testing.assert_allclose(rule.p_values(scores), p)
+    accepted = rule.predict(scores).accepted
+    np.testing.assert_array_equal(accepted, p > 0.1)
+    coverage = CoverageRule(0.9, None).fit(calibration).predict(scores)
+    np.testing.assert_array_equal(accepted, coverage.accepted)
+
+    order = np.argsort(p)
+    passing = [
+        k for k in range(1, len(p) + 1) if p[order[k - 1]] <= 0.1 * k / len(p)
+    ]
+    rejected = p <= p[order[passing[-1] - 1]] if passing else p < 0
+    rule = ConformalRule(0.1, None, fdr=True).fit(calibration)
+    decisions = rule.predict(scores)
+    np.testing.assert_array_equal(decisions.rejected, rejected)
+    # Whatever the batch, nothing below the threshold is rejected.
+    assert decisions.accepted[decisions.scores <= rule.threshold].all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    scores=st.lists(
+        st.floats(-1e300, 1e300), min_size=20, max_size=60, unique=False
+    )
+)
+def test_order_of_calibration_samples_does_not_matter(scores):
+    backwards = scores[::-1]
+    for make in (
+        lambda: CoverageRule(0.9, None),
+        lambda: FalsePositiveRateRule(0.1, None),
+        lambda: ConformalRule(0.1, None),
+    ):
+        rule = make().fit(scores)
+        assert rule.threshold == make().fit(backwards).threshold
+        # A higher score is never accepted in place of a lower one.
+        decisions = rule.predict(scores)
+        if decisions.rejected.any() and decisions.accepted.any():
+            highest = decisions.scores[decisions.accepted].max()
+            assert highest < decisions.scores[decisions.rejected].min()
+
+
+# Ties, constants, shapes ----------------------------------------------------
+
+
+def test_constant_scores_are_accepted_together_or_refused_together():
+    constant = np.full(200, 3.0)
+    assert (
+        CoverageRule(method=None).fit(constant).predict(constant).coverage == 1
+    )
+    assert (
+        ConformalRule(method=None).fit(constant).predict(constant).coverage == 1
+    )
+    rule = FalsePositiveRateRule(method=None).fit(constant)
+    assert rule.predict(constant).coverage == 0.0
+    rule = SelectiveRiskRule(0.1, method=None)
+    few, many = np.arange(200) < 4, np.arange(200) < 40
+    assert rule.fit(constant, errors=few).predict(constant).coverage == 1.0
+    with pytest.raises(ValueError, match="No threshold keeps the risk"):
+        rule.fit(constant, errors=many)
+
+
+def test_order_of_equal_scores_does_not_hide_their_errors():
+    # Correct samples first: without shuffling, 100 of the ties would pass.
+    scores = np.zeros(1000)
+    errors = np.arange(1000) >= 800
+    assert bounds.accepted_at_risk(scores, errors, 0.1, 0.05) == 0
+    assert bounds.accepted_at_risk(scores, errors[::-1], 0.1, 0.05) == 0
+
+
+@pytest.mark.parametrize("method", OOD_METHODS)
+def test_packed_scores_are_judged_by_the_method_of_the_rule(method):
+    scores, labels = known_data()
+    rule = CoverageRule(0.9, method).fit(scores, labels)
+    plain = ood_score(scores, method).astype("float64")
+    expected = CoverageRule(0.9, None).fit(plain)
+    assert rule.threshold == expected.threshold
+    np.testing.assert_array_equal(
+        rule.predict(scores).accepted, expected.predict(plain).accepted
+    )
+
+
+def test_decisions_on_packed_scores():
+    scores, labels = known_data()
+    rule = CoverageRule(0.9).fit(scores, labels)
+    far = packed(np.full((2, 8), 40.0), CENTROIDS)
+    decisions = rule.predict(np.concatenate([scores[:5], far]))
+    np.testing.assert_array_equal(decisions.accepted, [True] * 5 + [False] * 2)
+    np.testing.assert_array_equal(decisions.labels, [*labels[:5], -1, -1])
+    np.testing.assert_array_equal(decisions.rejected, ~decisions.accepted)
+    assert len(decisions) == 7
+    assert decisions.coverage == 5 / 7
+    with pytest.raises(ValueError):
+        decisions.labels[0] = 2
+
+
+def test_an_accepted_input_gets_a_class_where_the_model_would_abstain():
+    origin = packed(np.full((1, 8), 0.01), CENTROIDS, bias=5.0)
+    assert keras_halo.decode_predictions(origin).labels[0] == -1
+    rule = CoverageRule(0.9).fit(np.repeat(origin, 20, axis=0))
+    assert rule.predict(origin).labels[0] in (0, 1, 2)
+
+
+def test_batches_of_any_length_get_the_scores_of_the_whole():
+    scores, _ = known_data()
+    rule = CoverageRule(0.9).fit(scores)
+    whole = rule.predict(scores).scores
+    for length in (1, 2, 3, 7):
+        part = rule.predict(scores[-length:]).scores
+        np.testing.assert_allclose(part, whole[-length:], rtol=1e-5)
+
+
+def test_every_position_counts_and_decisions_keep_their_shape(new_rule):
+    scores, labels = known_data(600)
+    maps, label_maps = scores.reshape(6, 10, 10, 7), labels.reshape(6, 10, 10)
+    flat = fit(new_rule(), scores, labels)
+    rule = fit(new_rule(), maps, label_maps)
+    assert rule.threshold == flat.threshold
+    decisions = rule.predict(maps)
+    assert decisions.accepted.shape == (6, 10, 10)
+    np.testing.assert_array_equal(
+        decisions.labels.ravel(), flat.predict(scores).labels
+    )
+    assert "600 positions of 6 inputs" in rule.promise
+    assert "positions" not in flat.promise
+
+
+@pytest.mark.parametrize("form", ["column", "one-hot", "float", "errors"])
+def test_labels_in_every_form_give_the_same_rule(form):
+    scores, labels = known_data()
+    expected = SelectiveRiskRule(0.2).fit(scores, labels)
+    rule = SelectiveRiskRule(0.2)
+    if form == "errors":
+        predicted = keras.ops.convert_to_numpy(scores)[:, :3].argmax(axis=-1)
+        rule.fit(scores, errors=predicted != labels)
+    else:
+        convert = {
+            "column": lambda y: y[:, None],
+            "one-hot": lambda y: np.eye(3)[y],
+            "float": lambda y: y.astype("float32"),
+        }
+        rule.fit(scores, convert[form](labels))
+    assert rule.threshold == expected.threshold
+    assert rule.summary() == expected.summary()
+
+
+def test_tensors_of_the_backend_and_lists_are_taken():
+    scores, labels = known_data()
+    rule = CoverageRule(0.9).fit(scores, labels)
+    tensor = keras.ops.convert_to_tensor(scores)
+    assert CoverageRule(0.9).fit(tensor).threshold == rule.threshold
+    np.testing.assert_array_equal(
+        rule.predict(tensor).accepted, rule.predict(scores.tolist()).accepted
+    )
+
+
+def test_summary_tells_promise_and_numbers_achieved():
+    scores, labels = known_data(500, spread=3.0)
+    rule = SelectiveRiskRule(0.3).fit(scores, labels)
+    summary = rule.summary()
+    decisions = rule.predict(scores)
+    accepted = decisions.accepted.sum()
+    wrong = (decisions.labels != labels)[decisions.accepted].sum()
+    assert repr(rule) in summary
+    assert rule.promise in summary
+    assert "95 % confidence at most 30 %" in rule.promise
+    assert f"{accepted} of 500" in summary
+    assert f"{wrong} of {accepted}" in summary
+
+    outliers = packed(np.full((40, 8), 9.0), CENTROIDS)
+    rule = FalsePositiveRateRule(0.1).fit(outliers, known=scores)
+    kept = int(rule.predict(scores).accepted.sum())
+    assert f"{kept} of 500" in rule.summary()
+    assert f"{100 * rule.false_positive_bound():.4g} %" in rule.summary()
+
+
+# Refusals -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "received", "needed"),
+    [
+        (CoverageRule(0.95, None), 18, 19),
+        (CoverageRule(0.95, None, 0.05), 58, 59),
+        (FalsePositiveRateRule(0.05, None), 18, 19),
+        (FalsePositiveRateRule(0.01, None, 0.05), 298, 299),
+        (ConformalRule(0.01, None), 98, 99),
+        (SelectiveRiskRule(0.05, 0.05, None), 59, 60),
+        (SelectiveRiskRule(0.001, 0.01, None), 500, 4604),
+    ],
+)
+def test_too_few_samples_are_refused_with_the_number_needed(
+    rule, received, needed
+):
+    def fit_on(n):
+        scores = np.arange(float(n))
+        if isinstance(rule, SelectiveRiskRule):
+            return rule.fit(scores, errors=np.zeros(n))
+        return rule.fit(scores)
+
+    with pytest.raises(ValueError, match=f"at least {needed} calibration"):
+        fit_on(received)
+    with pytest.raises(ValueError, match="not been fitted"):
+        rule.predict([1.0])
+    # The number is not one too large, either.
+    with pytest.raises(ValueError, match=f"at least {needed} calibration"):
+        fit_on(needed - 1)
+    assert fit_on(needed).predict([-1.0]).accepted.all()
+
+
+def test_a_risk_out_of_reach_is_refused_with_the_bound_reached():
+    scores = np.arange(500.0)
+    errors = np.arange(500) % 4 == 0
+    rule = SelectiveRiskRule(0.1, method=None)
+    with pytest.raises(ValueError, match=r"lowest bound .* is (\d+\.\d+) %"):
+        rule.fit(scores, errors=errors)
+    with pytest.raises(ValueError, match="not been fitted"):
+        rule.predict(scores)
+    with pytest.raises(ValueError, match="risk is 100 %"):
+        rule.fit(scores, errors=np.ones(500))
+
+
+def broken(scores, what):
+    scores = scores.copy()
+    if what == "NaN":
+        scores[3, 1] = np.nan
+    elif what == "infinite":
+        scores[3, 0] = np.inf
+    elif what == "empty":
+        scores = scores[:0]
+    elif what == "one row":
+        scores = scores[0]
+    elif what == "too narrow":
+        scores = scores[:, :5]
+    elif what == "plain":
+        scores = scores[:, 0]
+    elif what == "probabilities":
+        scores = np.full((300, 7), 1 / 7)
+    elif what == "text":
+        scores = np.full((300, 7), "a")
+    elif what == "several models":
+        scores = np.concatenate([scores, known_data(gamma=5.0)[0]])
+    return scores
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "NaN",
+        "infinite",
+        "empty",
+        "one row",
+        "too narrow",
+        "plain",
+        "probabilities",
+        "text",
+        "several models",
+    ],
+)
+def test_bad_scores_are_refused_and_change_nothing(what, new_rule, tmp_path):
+    scores, labels = known_data()
+    rule = fit(new_rule(), scores, labels)
+    before = (rule.threshold, rule.summary())
+    bad = broken(scores, what)
+    bad_labels = np.zeros(len(bad), int)
+    with pytest.raises(ValueError, match="Received|Expected"):
+        fit(rule, bad, bad_labels)
+    with pytest.raises(ValueError, match="Received|Expected"):
+        rule.predict(bad)
+    assert (rule.threshold, rule.summary()) == before
+    unfitted = new_rule()
+    with pytest.raises(ValueError):
+        fit(unfitted, bad, bad_labels)
+    with pytest.raises(ValueError, match="not been fitted"):
+        unfitted.save(tmp_path / "rule.json")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "bad", [[], [np.nan] * 30, [np.inf] * 30, 3.0, ["a"] * 30, [1j] * 30]
+)
+def test_bad_plain_scores_are_refused(bad):
+    for rule in (CoverageRule(0.9, None), ConformalRule(0.1, None)):
+        rule.fit(np.arange(30.0))
+        with pytest.raises(ValueError, match="Received"):
+            rule.fit(bad)
+        with pytest.raises(ValueError, match="Received"):
+            rule.predict(bad)
+        assert rule.predict([5.0]).accepted.all()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros(299), "shape"),
+        (np.zeros((300, 2)), "shape"),
+        (np.full(300, 3), r"\[0, 3\)"),
+        (np.full(300, -1), "Leave positions to ignore out"),
+        (np.full(300, 0.5), "integers"),
+        (np.full(300, np.nan), "integers"),
+        (np.full((300, 3), 1 / 3), "one-hot"),
+        (np.zeros((300, 3)), "one-hot"),
+        ([], "at least one sample"),
+    ],
+)
+def test_bad_labels_are_refused(labels, message):
+    scores, good = known_data()
+    rule = SelectiveRiskRule(0.2).fit(scores, good)
+    before = rule.summary()
+    with pytest.raises(ValueError, match=message):
+        rule.fit(scores, labels)
+    assert rule.summary() == before
+
+
+def test_labels_and_errors_are_asked_for_as_they_are_needed():
+    scores, labels = known_data()
+    with pytest.raises(ValueError, match="needs `labels`"):
+        SelectiveRiskRule(0.2).fit(scores)
+    with pytest.raises(ValueError, match="both"):
+        SelectiveRiskRule(0.2).fit(scores, labels, errors=labels)
+    with pytest.raises(ValueError, match="errors=predicted != labels"):
+        SelectiveRiskRule(0.2, method=None).fit(scores[:, 0], labels)
+    for errors in (np.zeros(299), np.full(300, 0.5), np.full(300, 2)):
+        with pytest.raises(ValueError, match="`errors` must be booleans"):
+            SelectiveRiskRule(0.2).fit(scores, errors=errors)
+
+
+def test_packed_scores_are_not_taken_for_plain_ones():
+    scores, _ = known_data()
+    rule = CoverageRule(0.9, method=None).fit(scores[:, 0])
+    with pytest.raises(ValueError, match="are packed scores"):
+        rule.predict(scores)
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, np.nan, "0.5", None, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda v: CoverageRule(v),
+        lambda v: CoverageRule(delta=v if v is not None else 0),
+        lambda v: FalsePositiveRateRule(v),
+        lambda v: SelectiveRiskRule(v),
+        lambda v: SelectiveRiskRule(0.1, v),
+        lambda v: ConformalRule(v),
+    ],
+)
+def test_parameters_out_of_range_are_refused(make, value):
+    with pytest.raises(ValueError, match="must be a number between 0 and 1"):
+        make(value)
+
+
+def test_other_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="`method` must be one of"):
+        CoverageRule(method="distance")
+    with pytest.raises(ValueError, match="`fdr` must be"):
+        ConformalRule(fdr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({"gamma": 4.001}, "temperature 4.001"),
+        ({"bias": -0.9}, "abstain_logit"),
+    ],
+)
+def test_scores_of_another_model_are_refused(head, message, new_rule):
+    rule = fit(new_rule(), *known_data())
+    with pytest.raises(ValueError, match=message):
+        rule.predict(known_data(**head)[0])
+
+
+def test_scores_of_another_size_are_refused(new_rule):
+    rule = fit(new_rule(), *known_data())
+    rng = np.random.default_rng(0)
+    fewer = packed(rng.normal(size=(9, 8)), CENTROIDS[:2])
+    with pytest.raises(ValueError, match="num_classes 2 instead of 3"):
+        rule.predict(fewer)
+    shorter = packed(rng.normal(size=(9, 6)), CENTROIDS[:, :6])
+    with pytest.raises(ValueError, match="embedding_dim 6 instead of 8"):
+        rule.predict(shorter)
+
+
+def test_float_noise_does_not_make_another_model():
+    scores, labels = known_data(dtype="float64", gamma=17.3, bias=-1.7)
+    rule = CoverageRule(0.9).fit(scores, labels)
+    single = scores.astype("float32")
+    assert rule.predict(single).coverage == pytest.approx(0.9, abs=0.02)
+
+
+def test_known_scores_of_another_model_are_refused():
+    outliers, _ = known_data()
+    with pytest.raises(ValueError, match="another model"):
+        FalsePositiveRateRule(0.1).fit(outliers, known_data(gamma=5.0)[0])
+
+
+def test_a_fitted_promise_cannot_be_reworded():
+    rule = CoverageRule(0.9, None)
+    rule.coverage = 0.8
+    rule.fit(np.arange(30.0))
+    with pytest.raises(AttributeError, match="Make a new rule"):
+        rule.coverage = 0.99
+
+
+def test_missing_scipy_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    rule = SelectiveRiskRule(0.1, method=None)
+    with pytest.raises(ImportError, match=r"keras-halo\[tools\]"):
+        rule.fit(np.arange(100.0), errors=np.zeros(100))
+
+
+# With a model, and saved ----------------------------------------------------
+
+
+def test_a_rule_goes_with_a_model_and_not_with_what_it_becomes():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 384)
+    inputs = 4.0 * np.eye(3)[labels] + rng.normal(size=(384, 3))
+    model = keras.Sequential([keras.layers.Dense(8), keras_halo.HALODense(3)])
+    model.compile(keras.optimizers.Adam(0.03), keras_halo.HALOLoss())
+    model.fit(inputs[:256], labels[:256], epochs=15, verbose=0)
+    scores = model.predict(inputs[256:], verbose=0)
+    rule = SelectiveRiskRule(0.3).fit(scores, labels[256:])
+    decisions = rule.predict(scores)
+    wrong = decisions.labels != labels[256:]
+    assert wrong[decisions.accepted].mean() <= 0.3
+    model.fit(inputs[:256], labels[:256], verbose=0)
+    with pytest.raises(ValueError, match="temperature"):
+        rule.predict(model.predict(inputs[256:], verbose=0))
+
+
+def test_save_and_load_give_the_same_rule(new_rule, tmp_path):
+    rule = fit(new_rule(), *known_data())
+    path = tmp_path / "rule.json"
+    rule.save(path)
+    loaded = load_rule(str(path))
+    assert type(loaded) is type(rule)
+    assert loaded.get_config() == rule.get_config()
+    assert loaded.threshold == rule.threshold
+    assert loaded.summary() == rule.summary()
+    fresh, _ = known_data(seed=1, spread=1.5)
+    expected, received = rule.predict(fresh), loaded.predict(fresh)
+    np.testing.assert_array_equal(received.accepted, expected.accepted)
+    np.testing.assert_array_equal(received.labels, expected.labels)
+    with pytest.raises(ValueError, match="another model"):
+        loaded.predict(known_data(gamma=5.0)[0])
+    assert json.loads(path.read_text())["promise"] == rule.promise
+    assert [file.name for file in tmp_path.iterdir()] == ["rule.json"]
+
+
+def test_a_new_process_decides_the_same(tmp_path):
+    fresh, _ = known_data(seed=1, spread=1.5)
+    np.save(tmp_path / "fresh.npy", fresh)
+    expected = {}
+    for name, rule in RULES.items():
+        rule = type(rule)(**rule.get_config())
+        fit(rule, *known_data()).save(tmp_path / f"{name}.json")
+        expected[name] = rule.predict(fresh).labels.tolist()
+    script = (
+        "import json, pathlib, numpy, keras_halo.rejection as r\n"
+        "fresh = numpy.load('fresh.npy')\n"
+        "print(json.dumps({p.stem: r.load_rule(p).predict(fresh).labels"
+        ".tolist() for p in pathlib.Path().glob('*.json')}))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "KERAS_BACKEND": keras.backend.backend()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    ).stdout
+    assert json.loads(output.splitlines()[-1]) == expected
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "rule.json"
+    rule = ConformalRule(0.1).fit(known_data(12)[0])
+    rule.save(path)
+    return path
+
+
+def test_a_change_of_any_byte_is_noticed(saved):
+    content = saved.read_bytes()
+    document = json.loads(content)
+    for position in range(len(content)):
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        saved.write_bytes(changed)
+        try:
+            load_rule(saved)
+        except ValueError as error:
+            assert "rule.json" in str(error)
+        else:
+            # One white space for another, or E for e.
+            assert json.loads(bytes(changed)) == document
+
+
+def test_truncated_and_empty_files_are_refused(saved):
+    content = saved.read_bytes()
+    # Without the last byte, a line break, it is still whole.
+    for length in [*range(0, len(content) - 1, 7), len(content) - 2]:
+        saved.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="no complete JSON file"):
+            load_rule(saved)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"null",
+        b"[1, 2]",
+        b"{}",
+        b'{"format": "keras_halo.rejection"}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"format": "keras_halo.rejection", "threshold": 1e999}',
+        b'{"format": "keras_halo.rejection", "threshold": NaN}',
+        b"import os; os.system('true')",
+    ],
+)
+def test_files_that_are_no_rules_are_refused(tmp_path, content):
+    path = tmp_path / "other.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="other.json"):
+        load_rule(path)
+    with pytest.raises(FileNotFoundError):
+        load_rule(tmp_path / "missing.json")
+
+
+def forge(path, **changes):
+    """Edits a file as one who knows how to compute the checksum."""
+    document = json.loads(path.read_text())
+    document.pop("checksum")
+    for name, value in changes.items():
+        if isinstance(value, dict) and isinstance(document[name], dict):
+            document[name] |= value
+        else:
+            document[name] = value
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps({**document, "checksum": f"sha256:{digest}"}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rule": "RejectionRule"},
+        {"rule": "os.system"},
+        {"rule": ["ConformalRule"]},
+        {"rule": None},
+        {"config": {"alpha": 2.0}},
+        {"config": {"method": "distance"}},
+        {"config": {"method": None}},
+        {"config": {"extra": 1}},
+        {"config": None},
+        {"threshold": "1.0"},
+        {"threshold": None},
+        {"calibration": {"samples": 13}},
+        {"calibration": {"samples": 0}},
+        {"calibration": {"accepted": -1}},
+        {"calibration": {"errors": 3}},
+        {"calibration": {"more": 3}},
+        {"calibration": []},
+        {"fingerprint": None},
+        {"fingerprint": {"temperature": -1.0}},
+        {"fingerprint": {"num_classes": 2.5}},
+        {"fingerprint": {"more": 1}},
+        {"scores": None},
+        {"scores": [3.0, 1.0, 2.0]},
+        {"scores": ["a"] * 12},
+        {"scores": [[1.0]] * 12},
+        {"version": 2},
+        {"version": "1"},
+        {"format": "pickle"},
+    ],
+    ids=str,
+)
+def test_forged_files_are_refused_as_they_are_loaded(saved, changes):
+    forge(saved, config={})
+    assert load_rule(saved).predict(known_data()[0]).accepted.any()
+    forge(saved, **changes)
+    with pytest.raises(ValueError, match="rule.json"):
+        load_rule(saved)
+
+
+def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
+    content = saved.read_bytes()
+    rule = CoverageRule(0.9).fit(known_data()[0])
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        rule.save(saved)
+    assert saved.read_bytes() == content
+    assert [file.name for file in saved.parent.iterdir()] == ["rule.json"]
