@@ -281,5 +281,5 @@ names = [
 ]
 figure.legend(handles, names, loc="lower center", ncols=3, frameon=False)
 figure.tight_layout(rect=(0, 0.08, 1, 1))
-figure.savefig(arguments.output, dpi=120)
+figure.savefig(arguments.output, dpi=90)
 print(f"\nThe figure is in {arguments.output}.")

@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 
 from keras_halo import geometry, packing
+from keras_halo.extras import require
 from keras_halo.fitting import find_head
-from keras_halo.statistics import class_indices
+from keras_halo.labels import class_indices
+from keras_halo.metrics import expected_calibration_error
 
 BIAS_METHODS = ("mistakes", "margin", "keep")
 
@@ -32,7 +34,7 @@ class Calibration:
         old_nll: Float, mean negative log-likelihood of the labels before.
         nll: Float, the same after. Never larger, up to rounding.
         old_ece: Float, expected calibration error before: 15 bins of equal
-            width, weighted by their counts.
+            width, weighted by their counts; fewer if there are fewer samples.
         ece: Float, the same after. Not the objective; it may rise by chance.
         old_abstain_probability: Float, mean P(abstain) before.
         abstain_probability: Float, mean P(abstain) after.
@@ -156,7 +158,8 @@ def calibrate(
     - Chuan Guo, Geoff Pleiss, Yu Sun, Kilian Weinberger, On Calibration of
       Modern Neural Networks, 2017.
     """
-    optimize, special = _import_scipy()
+    special = require("scipy.special")
+    optimize = require("scipy.optimize")
     if bias not in BIAS_METHODS:
         raise ValueError(
             f"`bias` must be one of {', '.join(map(repr, BIAS_METHODS))}. "
@@ -221,17 +224,6 @@ def calibrate(
     head.raw_gamma.assign(geometry.inverse_softplus(gamma))
     head.abstain_bias.assign(new_bias)
     return calibration
-
-
-def _import_scipy():
-    try:
-        from scipy import optimize, special
-    except ImportError as error:
-        raise ImportError(
-            "Calibration needs SciPy. Install it with "
-            "`pip install keras-halo[tools]`."
-        ) from error
-    return optimize, special
 
 
 def _predict(model, x, batch_size, verbose):
@@ -305,10 +297,8 @@ def _best_bias(evidence, num_mistakes, optimize, special):
 def _summary(logits, bias, labels, special):
     log_p = special.log_softmax(logits, axis=-1)
     nll = -np.take_along_axis(log_p, labels[:, None], axis=-1).mean()
-    confidence = np.exp(log_p.max(axis=-1))
-    correct = log_p.argmax(axis=-1) == labels
-    bins = np.clip((confidence * _NUM_BINS).astype(int), 0, _NUM_BINS - 1)
-    gaps = np.bincount(bins, weights=confidence - correct)
-    ece = np.abs(gaps).sum() / len(labels)
+    ece = expected_calibration_error(
+        labels, np.exp(log_p), min(_NUM_BINS, len(labels))
+    )
     abstain = special.expit(bias - special.logsumexp(logits, axis=-1)).mean()
-    return float(nll), float(ece), float(abstain)
+    return float(nll), ece, float(abstain)

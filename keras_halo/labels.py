@@ -1,5 +1,8 @@
 """What kind of labels come with packed scores."""
 
+import numpy as np
+from keras import ops
+
 from keras_halo import packing
 
 
@@ -48,3 +51,57 @@ def are_integer_labels(y_true_shape, y_pred_shape):
         "`keras_halo.HALODense`, which must be the last layer of the model, "
         "against the labels."
     )
+
+
+def class_indices(labels, num_classes, leading_shape):
+    """Integer labels from integer or one-hot labels, checked.
+
+    Args:
+        labels: Integers of shape `leading_shape` or `(*leading_shape, 1)`, or
+            one-hot of shape `(*leading_shape, num_classes)`.
+        num_classes: Integer, the number `K` of classes.
+        leading_shape: Tuple, the shape that one label a sample has.
+
+    Returns:
+        Integer array of shape `leading_shape`.
+
+    Raises:
+        ValueError: If the shape does not fit, a label is out of range, or a
+            row is not one-hot.
+
+    Example:
+
+    >>> class_indices([[0, 1], [1, 0]], 2, (2,)).tolist()
+    [1, 0]
+    """
+    labels = np.asarray(ops.convert_to_numpy(labels))
+    leading_shape = tuple(leading_shape)
+    if labels.shape == (*leading_shape, num_classes) and num_classes > 1:
+        one_hot = ((labels == 0) | (labels == 1)).all(axis=-1)
+        one_hot &= labels.sum(axis=-1) == 1
+        if not one_hot.all():
+            raise ValueError(
+                "Expected one-hot labels: one 1 and otherwise 0 in every row. "
+                f"Received: {int((~one_hot).sum())} of {one_hot.size} rows "
+                "that are not. Pass the labels before smoothing or mixing."
+            )
+        return labels.argmax(axis=-1)
+    if labels.shape == (*leading_shape, 1):
+        labels = labels[..., 0]
+    if labels.shape != leading_shape:
+        raise ValueError(
+            f"Labels do not fit the data: expected integers of shape "
+            f"{leading_shape} or {(*leading_shape, 1)}, or one-hot of shape "
+            f"{(*leading_shape, num_classes)}. Received: shape={labels.shape}."
+            " Pass one label for every sample."
+        )
+    wrong = ~((labels >= 0) & (labels < num_classes))
+    wrong |= labels != np.round(labels)
+    if wrong.any():
+        raise ValueError(
+            f"Labels must be integers in [0, {num_classes}). Received: "
+            f"{int(wrong.sum())} of {wrong.size} others, among them "
+            f"{labels[wrong].flat[0]}. Leave these samples out of both: "
+            "`scores[kept], labels[kept]`."
+        )
+    return labels.astype("int64")

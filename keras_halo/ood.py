@@ -70,8 +70,8 @@ def abstain_log_odds(scores):
 
 
 def _logsumexp(logits):
-    # `keepdims` of a symbolic tensor fails before Keras 3.11.
-    return ops.expand_dims(ops.logsumexp(logits, axis=-1), axis=-1)
+    # Before Keras 3.11 a symbolic tensor needs the axis as a tuple.
+    return ops.logsumexp(logits, axis=(-1,), keepdims=True)
 
 
 def class_radii(scores):

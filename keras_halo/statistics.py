@@ -3,62 +3,12 @@
 import numpy as np
 from keras import ops
 
+from keras_halo.extras import require
+from keras_halo.labels import class_indices
+
 # Directions in which a class does not vary at all still get this share of the
 # mean variance, so that every covariance can be inverted in float32.
 RELATIVE_FLOOR = 1e-6
-
-
-def class_indices(labels, num_classes, leading_shape):
-    """Integer labels from integer or one-hot labels, checked.
-
-    Args:
-        labels: Integers of shape `leading_shape` or `(*leading_shape, 1)`, or
-            one-hot of shape `(*leading_shape, num_classes)`.
-        num_classes: Integer, the number `K` of classes.
-        leading_shape: Tuple, the shape that one label a sample has.
-
-    Returns:
-        Integer array of shape `leading_shape`.
-
-    Raises:
-        ValueError: If the shape does not fit, a label is out of range, or a
-            row is not one-hot.
-
-    Example:
-
-    >>> class_indices([[0, 1], [1, 0]], 2, (2,)).tolist()
-    [1, 0]
-    """
-    labels = np.asarray(ops.convert_to_numpy(labels))
-    leading_shape = tuple(leading_shape)
-    if labels.shape == (*leading_shape, num_classes) and num_classes > 1:
-        one_hot = ((labels == 0) | (labels == 1)).all(axis=-1)
-        one_hot &= labels.sum(axis=-1) == 1
-        if not one_hot.all():
-            raise ValueError(
-                "Expected one-hot labels: one 1 and otherwise 0 in every row. "
-                f"Received: {int((~one_hot).sum())} of {one_hot.size} rows "
-                "that are not. Pass the labels before smoothing or mixing."
-            )
-        return labels.argmax(axis=-1)
-    if labels.shape == (*leading_shape, 1):
-        labels = labels[..., 0]
-    if labels.shape != leading_shape:
-        raise ValueError(
-            f"Labels do not fit the data: expected integers of shape "
-            f"{leading_shape} or {(*leading_shape, 1)}, or one-hot of shape "
-            f"{(*leading_shape, num_classes)}. Received: shape={labels.shape}."
-            " Pass one label for every sample."
-        )
-    wrong = ~((labels >= 0) & (labels < num_classes))
-    wrong |= labels != np.round(labels)
-    if wrong.any():
-        raise ValueError(
-            f"Labels must be integers in [0, {num_classes}). Received: "
-            f"{int(wrong.sum())} of {wrong.size} others, among them "
-            f"{labels[wrong].flat[0]}. Leave these samples out."
-        )
-    return labels.astype("int64")
 
 
 def class_statistics(embeddings, labels, num_classes):
@@ -99,7 +49,7 @@ def class_statistics(embeddings, labels, num_classes):
     - Olivier Ledoit, Michael Wolf, A well-conditioned estimator for
       large-dimensional covariance matrices, 2004.
     """
-    ledoit_wolf = _import_ledoit_wolf()
+    ledoit_wolf = require("sklearn.covariance").ledoit_wolf
     embeddings = np.asarray(ops.convert_to_numpy(embeddings), "float64")
     if embeddings.ndim < 2:
         raise ValueError(
@@ -142,14 +92,3 @@ def class_statistics(embeddings, labels, num_classes):
         ]
     )
     return means, covariances + floor * np.eye(embeddings.shape[-1])
-
-
-def _import_ledoit_wolf():
-    try:
-        from sklearn.covariance import ledoit_wolf
-    except ImportError as error:
-        raise ImportError(
-            "Fitting class Gaussians needs scikit-learn. Install it with "
-            "`pip install keras-halo[tools]`."
-        ) from error
-    return ledoit_wolf

@@ -15,10 +15,11 @@ from keras import ops
 
 import keras_halo
 from keras_halo.fitting import find_head, fit_class_gaussians, head_tensors
+from keras_halo.labels import class_indices
 from keras_halo.layers import ClassGaussians
 from keras_halo.layers.class_gaussians import gaussian_nll
 from keras_halo.ood import ood_score
-from keras_halo.statistics import class_indices, class_statistics
+from keras_halo.statistics import class_statistics
 
 stats = pytest.importorskip("scipy.stats")
 covariance = pytest.importorskip("sklearn.covariance")

@@ -45,7 +45,8 @@ def make_model(*stateful_layers):
     model = keras.Sequential(
         [
             keras.Input((64,)),
-            keras.layers.Dense(32, activation="relu"),
+            # Not relu, which turns NaN into 0 on some processors in TensorFlow.
+            keras.layers.Dense(32, activation="tanh"),
             *stateful_layers,
             keras.layers.Dense(16),
             keras_halo.HALODense(NUM_CLASSES),

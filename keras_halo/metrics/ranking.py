@@ -7,6 +7,7 @@ them, so that distances of thousands stay apart.
 
 import numpy as np
 
+from keras_halo.extras import require
 from keras_halo.metrics.checks import finite_vector
 
 SIDES = ("known", "unknown")
@@ -39,7 +40,7 @@ def auroc(known, unknown):
     0.9166666666666667
     """
     labels, ranks = _labelled_ranks(known, unknown, positive="unknown")
-    sklearn_metrics = _sklearn_metrics()
+    sklearn_metrics = require("sklearn.metrics")
     false_positive_rate, true_positive_rate, _ = sklearn_metrics.roc_curve(
         labels, ranks
     )
@@ -80,7 +81,9 @@ def aupr(known, unknown, positive="unknown"):
     0.8333333333333333
     """
     labels, ranks = _labelled_ranks(known, unknown, positive)
-    return float(_sklearn_metrics().average_precision_score(labels, ranks))
+    return float(
+        require("sklearn.metrics").average_precision_score(labels, ranks)
+    )
 
 
 def fpr_at_recall(known, unknown, recall=0.95, positive="known"):
@@ -135,7 +138,8 @@ def fpr_at_recall(known, unknown, recall=0.95, positive="known"):
             f"recall={recall}. Write 95 % as 0.95."
         )
     labels, ranks = _labelled_ranks(known, unknown, positive)
-    false_positive_rate, true_positive_rate, _ = _sklearn_metrics().roc_curve(
+    sklearn_metrics = require("sklearn.metrics")
+    false_positive_rate, true_positive_rate, _ = sklearn_metrics.roc_curve(
         labels, ranks, drop_intermediate=False
     )
     return float(false_positive_rate[np.argmax(true_positive_rate >= recall)])
@@ -181,14 +185,3 @@ def _labelled_ranks(known, unknown, positive):
     if positive == "known":
         return 1 - is_unknown, -ranks
     return is_unknown, ranks
-
-
-def _sklearn_metrics():
-    try:
-        import sklearn.metrics
-    except ImportError as error:
-        raise ImportError(
-            "This metric needs scikit-learn. Install it with "
-            '`pip install "keras-halo[metrics]"`.'
-        ) from error
-    return sklearn.metrics

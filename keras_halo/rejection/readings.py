@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_halo import ood, packing
+from keras_halo.labels import class_indices
 from keras_halo.rejection.fitted import Fingerprint, nearly_equal
 
 
@@ -137,7 +138,11 @@ def read_errors(reading, labels=None, errors=None):
             "Received: `labels` for a rule with method=None. Pass "
             "`errors=predicted != labels` instead."
         )
-    labels = _class_indices(_to_array(labels, "labels"), reading)
+    labels = class_indices(
+        _to_array(labels, "labels"),
+        reading.fingerprint.num_classes,
+        reading.scores.shape,
+    )
     return labels != reading.labels
 
 
@@ -233,37 +238,3 @@ def _checked_errors(errors, reading):
             f"{errors.max()}."
         )
     return errors.astype(bool)
-
-
-def _class_indices(labels, reading):
-    shape = reading.scores.shape
-    num_classes = reading.fingerprint.num_classes
-    if labels.shape == (*shape, num_classes):
-        if not (
-            np.isin(labels, (0, 1)).all() and (labels.sum(axis=-1) == 1).all()
-        ):
-            raise ValueError(
-                f"`labels` of shape {labels.shape} must be one-hot: a soft "
-                "label has no single class that a prediction could miss. "
-                "Received: rows that are not one 1 among zeros. Pass "
-                "`argmax(labels, axis=-1)`, or `errors`."
-            )
-        return np.argmax(labels, axis=-1)
-    if labels.shape == (*shape, 1):
-        labels = labels[..., 0]
-    if labels.shape != shape:
-        raise ValueError(
-            f"`labels` must be integers of shape {shape} or {(*shape, 1)}, or "
-            f"one-hot of shape {(*shape, num_classes)}. Received: "
-            f"shape={labels.shape}."
-        )
-    wrong = ~((labels >= 0) & (labels < num_classes))
-    wrong |= labels != np.round(labels)
-    if wrong.any():
-        raise ValueError(
-            f"`labels` must be integers in [0, {num_classes}). Received: "
-            f"{int(wrong.sum())} of {wrong.size} are not, among them "
-            f"{labels[wrong].flat[0]}. Leave positions to ignore out of both: "
-            "`rule.fit(scores[kept], labels[kept])`."
-        )
-    return labels.astype(int)
