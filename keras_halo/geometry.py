@@ -351,6 +351,33 @@ def radial_nll(squared_radius, embedding_dim):
     return 0.5 * squared_radius - volume * floored_log(squared_radius)
 
 
+def radial_slope(squared_radius, embedding_dim):
+    """Derivative of `radial_nll` with respect to the squared radius.
+
+    Formula:
+
+    ```python
+    R'(r^2) = 1 / 2 - (1 / 2 - 1 / D) / max(r^2, floor)
+    ```
+
+    Args:
+        squared_radius: Tensor `r^2` of any shape.
+        embedding_dim: `D`, a number or a tensor that broadcasts against
+            `squared_radius`.
+
+    Returns:
+        Tensor like `squared_radius`; zero on the shell.
+
+    Example:
+
+    >>> round(float(radial_slope(ops.array(2.0), 4)), 4)
+    0.375
+    """
+    volume = 0.5 - 1.0 / embedding_dim
+    above = squared_radius > RADIUS_FLOOR
+    return 0.5 - volume / ops.where(above, squared_radius, RADIUS_FLOOR)
+
+
 def smoothed_targets(labels, label_smoothing):
     """Soft targets of plain label smoothing over the classes.
 

@@ -160,16 +160,74 @@ def unpack(scores):
     2.0
     """
     num_classes = count_classes(scores.shape)
-    columns = [
-        scores[..., i : i + 1] for i in range(num_classes, num_classes + 4)
-    ]
-    abstain_logit, squared_norm, temperature, embedding_dim = columns
+    geometry = _from_neutral(scores[..., -3:])
     return PackedScores(
         logits=scores[..., :num_classes],
-        abstain_logit=abstain_logit,
-        squared_norm=_from_neutral(squared_norm),
-        temperature=_from_neutral(temperature),
-        embedding_dim=_from_neutral(embedding_dim),
+        abstain_logit=scores[..., -4:-3],
+        squared_norm=geometry[..., 0:1],
+        temperature=geometry[..., 1:2],
+        embedding_dim=geometry[..., 2:3],
+    )
+
+
+def pack_gradient(logits, abstain_logit, squared_norm, temperature):
+    """Gradient with respect to packed scores from that of their parts.
+
+    The chain rule through `unpack`. The embedding size is a constant.
+
+    Args:
+        logits: Tensor of shape `(..., K)`, the gradient of the class logits.
+        abstain_logit: Tensor of shape `(..., 1)`.
+        squared_norm: Tensor of shape `(..., 1)`.
+        temperature: Tensor of shape `(..., 1)`.
+
+    Returns:
+        Tensor of shape `(..., K + 4)`.
+
+    Example:
+
+    >>> one = ops.ones((1, 1))
+    >>> gradient = pack_gradient(ops.ones((1, 2)), one, one, one)
+    >>> (ops.convert_to_numpy(gradient) * 2**40).tolist()[0][3:]
+    [-1.0, -1.0, 0.0]
+    """
+    return ops.concatenate(
+        [
+            logits,
+            abstain_logit,
+            squared_norm / -_NEUTRAL_SCALE,
+            temperature / -_NEUTRAL_SCALE,
+            ops.zeros_like(squared_norm),
+        ],
+        axis=-1,
+    )
+
+
+def unpack_gradient(scores):
+    """Gradients of the parts from that with respect to packed scores.
+
+    The chain rule through `pack`.
+
+    Args:
+        scores: Tensor of shape `(..., K + 4)`, a gradient.
+
+    Returns:
+        `PackedScores` of gradients.
+
+    Example:
+
+    >>> one = ops.ones((1, 1))
+    >>> gradient = pack_gradient(ops.ones((1, 2)), one, one, one)
+    >>> float(unpack_gradient(gradient).temperature[0, 0])
+    1.0
+    """
+    geometry = scores[..., -3:] * -_NEUTRAL_SCALE
+    return PackedScores(
+        logits=scores[..., :-NUM_EXTRA_COLUMNS],
+        abstain_logit=scores[..., -4:-3],
+        squared_norm=geometry[..., 0:1],
+        temperature=geometry[..., 1:2],
+        embedding_dim=geometry[..., 2:3],
     )
 
 
@@ -213,7 +271,8 @@ def check_packed(scores, argument="scores"):
         ...
     ValueError: The last 3 columns of `scores` hold no packed geometry ...
     """
-    count_classes(scores.shape)
+    shape = tuple(scores.shape)
+    count_classes(shape)
     finite = np.isfinite(scores)
     if not finite.all():
         raise ValueError(
@@ -222,9 +281,9 @@ def check_packed(scores, argument="scores"):
             "infinite. Look for the step at which training diverged, or for "
             "NaN in the inputs of the model."
         )
-    scores = np.asarray(scores, "float64")
+    scores = np.asarray(scores[..., -3:], "float64")
     squared_norm, temperature, embedding_dim = (
-        _from_neutral(scores[..., column]) for column in (-3, -2, -1)
+        _from_neutral(scores[..., column]) for column in range(3)
     )
     packed = (
         (squared_norm >= 0.0)
@@ -237,6 +296,6 @@ def check_packed(scores, argument="scores"):
             f"The last 3 columns of `{argument}` hold no packed geometry "
             f"in {int((~packed).sum())} of {packed.size} rows. Expected "
             "packed scores of shape `(..., num_classes + "
-            f"{NUM_EXTRA_COLUMNS})`. Received: shape={tuple(scores.shape)}, "
+            f"{NUM_EXTRA_COLUMNS})`. Received: shape={shape}, "
             f"such a row ends in {scores[~packed][0, -3:]}. {_WHAT_TO_DO}"
         )

@@ -78,11 +78,13 @@ def test_integer_column_and_one_hot_labels_are_the_same(shape):
     scores, labels = _scores(shape), _labels(shape)
     one_hot = np.eye(K)[labels]
     loss = HALOLoss(reduction=None)
-    expected = to_numpy(loss(one_hot, scores))
+    expected = to_numpy(loss(labels, scores))
     assert expected.shape == shape
-    np.testing.assert_array_equal(to_numpy(loss(labels, scores)), expected)
     np.testing.assert_array_equal(
         to_numpy(loss(labels[..., None], scores)), expected
+    )
+    np.testing.assert_allclose(
+        to_numpy(loss(one_hot, scores)), expected, rtol=1e-6
     )
     np.testing.assert_allclose(expected, _naive(one_hot, scores), rtol=1e-4)
 

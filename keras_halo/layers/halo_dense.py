@@ -2,7 +2,7 @@ import keras
 import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
-from keras_halo import geometry, packing
+from keras_halo import fused, geometry, packing
 from keras_halo.precision import computation_dtype
 from keras_halo.validation import check_label_smoothing, check_units
 
@@ -179,19 +179,14 @@ class HALODense(keras.layers.Layer):
             -geometry.MAX_COMPONENT,
             geometry.MAX_COMPONENT,
         )
-        gamma = self.temperature
-        centroids = geometry.centered(
-            ops.convert_to_tensor(self.centroids, self.head_dtype)
+        centroids = ops.convert_to_tensor(self.centroids, self.head_dtype)
+        scores = fused.packed_scores(
+            ops.reshape(embeddings, (-1, centroids.shape[-1])),
+            centroids,
+            self.temperature,
+            ops.convert_to_tensor(self.abstain_bias, self.head_dtype),
         )
-        return packing.pack(
-            logits=geometry.class_logits(embeddings, centroids, gamma),
-            abstain_logit=ops.convert_to_tensor(
-                self.abstain_bias, self.head_dtype
-            ),
-            squared_norm=geometry.mean_square(embeddings),
-            temperature=gamma,
-            embedding_dim=centroids.shape[-1],
-        )
+        return ops.reshape(scores, self.compute_output_shape(ops.shape(inputs)))
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], packing.packed_width(self.units))

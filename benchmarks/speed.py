@@ -1,0 +1,424 @@
+"""
+Title: The price of saying "I don't know"
+Description: HALO head and loss against Dense and cross-entropy, side by side.
+
+Every figure is a ratio of times taken in turns in one process: in each round
+every method runs for about as long, so that whatever else the machine does
+meets all of them. The table gives the median of the rounds' ratios and the
+range that holds the middle 80 % of them. Memory is that of separate processes.
+
+    KERAS_BACKEND=jax python benchmarks/speed.py
+    KERAS_BACKEND=torch python benchmarks/speed.py --only step memory
+    KERAS_BACKEND=tensorflow python benchmarks/speed.py --quick
+
+The rivals: `Dense` with Keras's cross-entropy, and the pairwise form of the
+method, which takes the difference of every embedding and every centroid.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from keras_halo import (
+    HALODense,
+    HALOLoss,
+    decode_predictions,
+    ood_score,
+    packing,
+)
+
+BACKEND = keras.backend.backend()
+SIZES = ((256, 10, 10), (256, 512, 1000), (64, 768, 50_000))
+GROWTH = (10, 100, 1_000, 10_000, 50_000, 100_000, 200_000)
+GROWTH_BATCH, GROWTH_DIM = 64, 128
+DENSE, HALO, PLAIN, NAIVE, PRODUCT = (
+    "Dense + cross-entropy",
+    "HALO",
+    "HALO, plain targets",
+    "HALO, pairwise differences",
+    "matrix products alone",
+)
+
+# The pairwise form holds B x K x D numbers; beyond this many it is left out.
+MAX_PAIRWISE = 2**28
+
+
+class PairwiseHALODense(HALODense):
+    """The head by the definition: the difference of all pairs."""
+
+    def call(self, inputs):
+        centroids = ops.convert_to_tensor(self.centroids)
+        centroids = centroids - ops.mean(centroids, axis=0, keepdims=True)
+        differences = ops.expand_dims(inputs, 1) - centroids
+        radii = ops.mean(ops.square(differences), axis=-1)
+        norm = ops.mean(ops.square(inputs), axis=-1, keepdims=True)
+        gamma = self.temperature
+        return packing.pack(
+            logits=gamma * (norm - radii),
+            abstain_logit=ops.convert_to_tensor(self.abstain_bias),
+            squared_norm=norm,
+            temperature=gamma,
+            embedding_dim=centroids.shape[-1],
+        )
+
+
+class Products(layers.Layer):
+    """The three products of a linear layer's step, and nothing else."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.units = units
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(
+            shape=(input_shape[-1], self.units), name="kernel"
+        )
+
+    def call(self, inputs):
+        return ops.matmul(inputs, self.kernel)
+
+
+def sum_of_scores(y_true, y_pred):
+    return ops.sum(y_pred)
+
+
+def head_and_loss(method, units):
+    if method == DENSE:
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        return layers.Dense(units), loss
+    if method == PRODUCT:
+        return Products(units), sum_of_scores
+    if method == NAIVE:
+        return PairwiseHALODense(units), HALOLoss()
+    return HALODense(units), HALOLoss(distill=method == HALO)
+
+
+def compiled_step(layer, loss):
+    """A function of inputs and labels: the loss and every gradient."""
+    if BACKEND == "jax":
+        import jax
+
+        def value(weights, constants, x, y):
+            scores, _ = layer.stateless_call(weights, constants, x)
+            return loss(y, scores)
+
+        gradient = jax.jit(jax.value_and_grad(value, argnums=(0, 2)))
+        weights = [v.value for v in layer.trainable_variables]
+        constants = [v.value for v in layer.non_trainable_variables]
+
+        def step(x, y):
+            return jax.block_until_ready(gradient(weights, constants, x, y))
+
+    elif BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        @tf.function(jit_compile=True)
+        def gradient(x, y):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                value = loss(y, layer(x))
+            sources = [x, *(v.value for v in layer.trainable_variables)]
+            return value, tape.gradient(value, sources)
+
+        def step(x, y):
+            value, gradients = gradient(x, y)
+            return value.numpy(), gradients
+
+    else:
+        parameters = [v.value for v in layer.trainable_variables]
+
+        def step(x, y):
+            x = x.detach().requires_grad_()
+            for parameter in parameters:
+                parameter.grad = None
+            value = loss(y, layer(x))
+            value.backward()
+            return value
+
+    return step
+
+
+def make_step(method, batch, dim, units):
+    rng = np.random.default_rng(0)
+    layer, loss = head_and_loss(method, units)
+    x = ops.convert_to_tensor(rng.normal(size=(batch, dim)).astype("float32"))
+    y = ops.convert_to_tensor(rng.integers(0, units, batch).astype("int32"))
+    layer.build(x.shape)
+    step = compiled_step(layer, loss)
+    return lambda: step(x, y)
+
+
+def interleaved(functions, rounds, seconds):
+    """Seconds a call for every function and round, taken in turns."""
+    repeats = {}
+    for name, function in functions.items():
+        function()
+        start = time.perf_counter()
+        count = 0
+        while time.perf_counter() - start < seconds or count < 2:
+            function()
+            count += 1
+        repeats[name] = max(count, 1)
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                function()
+            elapsed = time.perf_counter() - start
+            times[name].append(elapsed / repeats[name])
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def ratios(times, reference=DENSE):
+    """Median, 10 % and 90 % quantile of the rounds' ratios."""
+    return {
+        name: np.quantile(values / times[reference], [0.5, 0.1, 0.9])
+        for name, values in times.items()
+        if name != reference
+    }
+
+
+def show(title, times, reference=DENSE):
+    base = np.median(times[reference]) * 1e3
+    print(f"| {title} | {reference} | {base:.3g} ms | |")
+    for name, (middle, low, high) in ratios(times, reference).items():
+        print(f"| {title} | {name} | {middle:.2f} | {low:.2f} to {high:.2f} |")
+    sys.stdout.flush()
+
+
+def bench_step(arguments):
+    for size in SIZES[:1] if arguments.quick else SIZES:
+        methods = [DENSE, HALO, PLAIN, PRODUCT]
+        if np.prod(size) <= MAX_PAIRWISE:
+            methods.append(NAIVE)
+        functions = {method: make_step(method, *size) for method in methods}
+        title = f"head + loss step {size}"
+        show(title, interleaved(functions, arguments.rounds, 0.1))
+
+
+def convnet(method):
+    blocks = [keras.Input((28, 28, 1))]
+    for filters in (32, 64, 128):
+        blocks += [
+            layers.Conv2D(filters, 3, padding="same", use_bias=False),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.MaxPooling2D(),
+        ]
+    blocks += [layers.GlobalAveragePooling2D(), layers.Dense(10)]
+    return with_head(keras.Sequential(blocks), method)
+
+
+def resnet18(method):
+    """ResNet-18 as it is customary for images of 32 x 32."""
+
+    def conv(x, filters, stride, size=3):
+        x = layers.Conv2D(
+            filters, size, stride, padding="same", use_bias=False
+        )(x)
+        return layers.BatchNormalization()(x)
+
+    inputs = keras.Input((32, 32, 3))
+    x = layers.ReLU()(conv(inputs, 64, 1))
+    for filters, first in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        for stride in (first, 1):
+            shortcut = x
+            if stride > 1 or x.shape[-1] != filters:
+                shortcut = conv(x, filters, stride, size=1)
+            x = layers.ReLU()(conv(x, filters, stride))
+            x = layers.ReLU()(layers.Add()([conv(x, filters, 1), shortcut]))
+    x = layers.GlobalAveragePooling2D()(x)
+    return with_head(keras.Model(inputs, layers.Dense(10)(x)), method)
+
+
+def with_head(backbone, method):
+    head, loss = head_and_loss(method, 10)
+    model = keras.Model(backbone.inputs[0], head(backbone.outputs[0]))
+    model.compile(keras.optimizers.SGD(1e-3), loss)
+    return model
+
+
+def bench_training(arguments):
+    rng = np.random.default_rng(0)
+    networks = {"convnet, batch 128": (convnet, 128, (28, 28, 1))}
+    if not arguments.quick:
+        networks["ResNet-18, batch 64"] = (resnet18, 64, (32, 32, 3))
+    for title, (build, batch, shape) in networks.items():
+        x = rng.normal(size=(batch, *shape)).astype("float32")
+        y = rng.integers(0, 10, batch)
+        functions = {}
+        for method in (DENSE, HALO):
+            model = build(method)
+            functions[method] = lambda model=model, x=x, y=y: (
+                model.train_on_batch(x, y)
+            )
+        times = interleaved(functions, arguments.rounds, 0.3)
+        show(f"training step, {title}", times)
+
+
+def bench_inference(arguments):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1024, 28, 28, 1)).astype("float32")
+    models = {method: convnet(method) for method in (DENSE, HALO)}
+
+    def scores(method):
+        return models[method].predict(x, batch_size=256, verbose=0)
+
+    functions = {
+        "predict + softmax": lambda: ops.convert_to_numpy(
+            ops.softmax(scores(DENSE))
+        ),
+        "predict + joint score": lambda: ood_score(scores(HALO)),
+        "predict + decode": lambda: decode_predictions(scores(HALO)),
+        "predict + decode + joint score": lambda: (
+            decode_predictions(scores(HALO)),
+            ood_score(scores(HALO)),
+        ),
+    }
+    functions.pop("predict + decode + joint score")
+    times = interleaved(functions, arguments.rounds, 0.3)
+    show("inference, convnet, 1024 images", times, "predict + softmax")
+
+
+def peak_memory(method, batch, dim, units):
+    """Peak MiB of a process that does the step, over that before it."""
+    command = [sys.executable, __file__, "--child"]
+    command.append(json.dumps([method, batch, dim, units]))
+    output = subprocess.run(
+        command, check=True, capture_output=True, text=True
+    ).stdout
+    return float(output.split()[-1])
+
+
+def child(method, batch, dim, units):
+    import resource
+
+    unit = 2**20 if platform.system() == "Darwin" else 2**10
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+    # What a backend allocates once, it allocates here.
+    make_step(method, 8, 8, 8)()
+    before = peak()
+    step = make_step(method, batch, dim, units)
+    for _ in range(3):
+        step()
+    print(peak() - before)
+
+
+def bench_memory(arguments):
+    size = SIZES[1] if arguments.quick else SIZES[2]
+    for method in (DENSE, HALO):
+        used = [peak_memory(method, *size) for _ in range(3)]
+        if method == DENSE:
+            base = np.median(used)
+            print(
+                f"| peak memory of the step {size} | {DENSE} "
+                f"| {base:.0f} MiB | |"
+            )
+        else:
+            ratio = np.array(used) / base
+            print(
+                f"| peak memory of the step {size} | {method} "
+                f"| {np.median(ratio):.2f} "
+                f"| {ratio.min():.2f} to {ratio.max():.2f} |"
+            )
+
+
+def bench_growth(arguments):
+    counts = GROWTH[:3] if arguments.quick else GROWTH
+    curves = {DENSE: [], HALO: []}
+    for units in counts:
+        functions = {
+            method: make_step(method, GROWTH_BATCH, GROWTH_DIM, units)
+            for method in curves
+        }
+        times = interleaved(functions, arguments.rounds, 0.1)
+        size = (GROWTH_BATCH, GROWTH_DIM, units)
+        show(f"growth {size}", times)
+        for method, values in times.items():
+            curves[method].append(np.quantile(values, [0.5, 0.1, 0.9]))
+    large = np.array(counts) >= 1_000
+    if large.sum() > 1:
+        slopes = {
+            method: np.polyfit(
+                np.array(counts)[large], np.array(curve)[large, 0], 1
+            )[0]
+            for method, curve in curves.items()
+        }
+        ratio = slopes[HALO] / slopes[DENSE]
+        print(f"| growth: slope in K | {HALO} | {ratio:.2f} | |")
+    if arguments.figure:
+        draw(counts, curves, arguments.figure)
+
+
+def draw(counts, curves, path):
+    from matplotlib import pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for (method, curve), marker in zip(curves.items(), "os", strict=True):
+        middle, low, high = 1e3 * np.array(curve).T
+        ax.plot(counts, middle, marker=marker, label=method)
+        ax.fill_between(counts, low, high, alpha=0.2)
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="number of classes K",
+        ylabel="head + loss step, ms",
+        title=f"{BACKEND}, batch {GROWTH_BATCH}, D = {GROWTH_DIM}",
+    )
+    ax.grid(alpha=0.3)
+    ax.legend()
+    figure.savefig(path, dpi=100)
+
+
+PARTS = {
+    "step": bench_step,
+    "training": bench_training,
+    "inference": bench_inference,
+    "memory": bench_memory,
+    "growth": bench_growth,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS)
+    )
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--figure", help="where to save the growth curve")
+    parser.add_argument("--quick", action="store_true", help="a smoke run")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(*arguments.child)
+        return
+    if arguments.quick:
+        arguments.rounds = 3
+    print(
+        f"{BACKEND}, Keras {keras.__version__}, {platform.machine()}, "
+        f"{os.cpu_count()} cores\n"
+    )
+    print("| what | method | time, or ratio of it | 80 % of the rounds |")
+    print("|---|---|---|---|", flush=True)
+    for part in arguments.only:
+        PARTS[part](arguments)
+
+
+if __name__ == "__main__":
+    main()
