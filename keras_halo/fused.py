@@ -23,6 +23,9 @@ from keras import ops
 
 from keras_halo import geometry, packing
 
+# Numbers that a block of a matrix may have to stay in the processor's cache.
+_BLOCK_SIZE = 2**20
+
 
 def _with_gradient(function, gradient):
     """Joins a function of tensors with its vector-Jacobian product.
@@ -49,11 +52,28 @@ def _with_gradient(function, gradient):
     return joined
 
 
-def _row_dots(a, b):
-    """Dot products of the rows of two matrices, without a third matrix."""
-    if keras.backend.backend() == "torch":
-        return ops.einsum("kd,kd->k", a, b)
-    return ops.sum(a * b, axis=-1)
+def _squared_norms(matrix):
+    """Squared norms of the rows of a matrix, shape `(1, K)`."""
+    dtype = keras.backend.standardize_dtype(matrix.dtype)
+    if keras.backend.backend() == "torch" and dtype == "float32":
+        # The squares would fill a second matrix. In float64 they have to:
+        # `ops.norm` would round it to float32.
+        norms = ops.norm(matrix, axis=-1)
+        return ops.expand_dims(norms * norms, axis=0)
+    return ops.expand_dims(ops.sum(matrix * matrix, axis=-1), axis=0)
+
+
+def _minus_scaled_rows(total, factors, rows):
+    """`total - factors * rows` for matrices; may write into `total`."""
+    if keras.backend.backend() != "torch":
+        return total - factors * rows
+    # In place and in blocks that stay in the cache: most of the time of a
+    # fresh matrix goes into its memory pages.
+    block = max(1, _BLOCK_SIZE // rows.shape[-1])
+    for start in range(0, rows.shape[0], block):
+        stop = start + block
+        total[start:stop] -= factors[start:stop] * rows[start:stop]
+    return total
 
 
 def packed_scores(embeddings, centroids, temperature, abstain_logit):
@@ -92,16 +112,17 @@ def packed_scores(embeddings, centroids, temperature, abstain_logit):
 
 def _packed_scores_forward(x, centroids, gamma, abstain_logit):
     num_classes, dim = centroids.shape
-    mean = ops.sum(centroids, axis=0, keepdims=True) / num_classes
-    scaled = x * (gamma * (2.0 / dim))
-    scaled_mean = mean * (gamma * (2.0 / dim))
-    products = ops.concatenate([scaled, scaled_mean]) @ ops.transpose(centroids)
-    per_class = products[-1:] - _row_dots(centroids, centroids) * (gamma / dim)
-    per_sample = ops.sum(scaled * mean, axis=-1, keepdims=True) + 0.5 * ops.sum(
-        scaled_mean * mean
-    )
+    scale = gamma * (2.0 / dim)
+    mean = ops.sum(centroids, axis=0, keepdims=True) * (1.0 / num_classes)
+    rows = ops.concatenate([x, mean]) * scale
+    products = rows @ ops.transpose(centroids)
+    logits = products[:-1]
+    logits += products[-1:] - _squared_norms(centroids) * (0.5 * scale)
+    # dot(rows, mean) of the samples, and half of it for the mean itself.
+    of_mean = ops.sum(rows * mean, axis=-1, keepdims=True)
+    logits -= of_mean[:-1] + 0.5 * of_mean[-1:]
     return packing.pack(
-        logits=products[:-1] + per_class - per_sample,
+        logits=logits,
         abstain_logit=abstain_logit,
         squared_norm=geometry.mean_square(x),
         temperature=gamma,
@@ -118,33 +139,31 @@ def _packed_scores_backward(inputs, upstream):
 
     of_class = ops.sum(g, axis=0, keepdims=True)
     of_sample = ops.sum(g, axis=-1, keepdims=True)
+    of_all = ops.sum(of_class)
     rows = ops.concatenate([g, of_class, ops.ones_like(of_class)])
     products = rows @ centroids
-    mean = products[-1:] / num_classes
-    # sum_k g_nk c_k and sum_nk g_nk c_k.
+    mean = products[-1:] * (1.0 / num_classes)
+    # sum_k g_nk c_k, and the sum of these over the samples.
     pulls = products[:-2] - of_sample * mean
-    class_pull = products[-2:-1] - ops.sum(of_class) * mean
+    of_raw = products[-2:-1]
+    of_centered = of_raw - of_all * mean
 
     dx = pulls * scale + x * (upstream.squared_norm * (2.0 / dim))
-    drift = (ops.sum(x * of_sample, axis=0, keepdims=True) - class_pull) * (
-        scale / num_classes
+    drift = ops.sum(x * of_sample, axis=0, keepdims=True) - of_centered
+    dcentroids = _minus_scaled_rows(
+        ops.transpose(rows)
+        @ (ops.concatenate([x, mean, drift * (-1.0 / num_classes)]) * scale),
+        ops.transpose(of_class * scale),
+        centroids,
     )
-    dcentroids = ops.transpose(rows) @ ops.concatenate(
-        [x * scale, mean * scale, -drift]
-    ) - centroids * ops.transpose(of_class * scale)
-    # sum_k of_class_k |c_k|^2 * D
-    spread = ops.sum(of_class * _row_dots(centroids, centroids)) - ops.sum(
-        (products[-2:-1] + class_pull) * mean
+    # sum_k of_class_k |c_k|^2, times D.
+    spread = ops.sum(of_class * _squared_norms(centroids)) - ops.sum(
+        (of_raw + of_centered) * mean
     )
-    dgamma = (2.0 * ops.sum(x * pulls) - spread) / dim + ops.sum(
+    dgamma = (2.0 * ops.sum(x * pulls) - spread) * (1.0 / dim) + ops.sum(
         upstream.temperature
     )
-    return (
-        dx,
-        dcentroids,
-        ops.reshape(dgamma, ()),
-        ops.sum(upstream.abstain_logit),
-    )
+    return dx, dcentroids, dgamma, ops.sum(upstream.abstain_logit)
 
 
 _packed_scores = _with_gradient(_packed_scores_forward, _packed_scores_backward)
@@ -187,86 +206,76 @@ def integer_label_losses(
     labels = ops.expand_dims(labels, axis=-1)
 
     def nearness(parts):
-        distances = ops.relu(
-            parts.temperature * parts.squared_norm - parts.logits
+        return geometry.class_nearness(
+            parts.logits, parts.squared_norm, parts.temperature, label_smoothing
         )
-        return ops.exp(distances * (-1.0 / label_smoothing))
 
     def forward(scores):
         parts = packing.unpack(scores)
         own = ops.take_along_axis(parts.logits, labels, axis=-1)
-        losses = _logsumexp(packing.answer_logits(scores)) - own
+        # The neutral columns have no share in it.
+        log_p = ops.log_softmax(scores)
+        losses = -ops.take_along_axis(log_p, labels, axis=-1)
         if label_smoothing:
-            others = own - parts.logits
+            gaps = own - parts.logits
             if distill:
                 near = nearness(parts)
                 total = ops.sum(near, axis=-1, keepdims=True)
                 itself = ops.take_along_axis(near, labels, axis=-1)
-                share = 1.0 / (1.0 + (total - itself))
-                gaps = ops.sum(near * others, axis=-1, keepdims=True)
+                gaps = ops.sum(near * gaps, axis=-1, keepdims=True)
+                losses = losses + gaps / (1.0 + (total - itself))
             else:
-                share = label_smoothing / others.shape[-1]
-                gaps = ops.sum(others, axis=-1, keepdims=True)
-            losses = losses + gaps * share
+                spread = label_smoothing / gaps.shape[-1]
+                gaps = ops.sum(gaps, axis=-1, keepdims=True)
+                losses = losses + gaps * spread
         if radial_weight:
             radius = geometry.squared_radii(
                 own, parts.squared_norm, parts.temperature
             )
-            losses = losses + radial_weight * geometry.radial_nll(
-                radius, parts.embedding_dim
-            )
+            radial = geometry.radial_nll(radius, parts.embedding_dim)
+            losses = losses + radial * radial_weight
         return ops.squeeze(losses, axis=-1)
 
     def backward(inputs, upstream):
         (scores,) = inputs
         upstream = ops.expand_dims(upstream, axis=-1)
         parts = packing.unpack(scores)
-        p = ops.softmax(packing.answer_logits(scores)) * upstream
-        own = ops.take_along_axis(parts.logits, labels, axis=-1)
-        p_classes = p[..., :-1]
-        p_own = ops.take_along_axis(p_classes, labels, axis=-1)
+        p = ops.softmax(scores) * upstream
+        slope = p[..., : -packing.NUM_EXTRA_COLUMNS]
         if label_smoothing and distill:
             near = nearness(parts)
             total = ops.sum(near, axis=-1, keepdims=True)
             itself = ops.take_along_axis(near, labels, axis=-1)
-            target_own = upstream / (1.0 + (total - itself))
-            slope = p_classes - near * target_own
+            target = upstream / (1.0 + (total - itself))
+            slope = slope - near * target
+            own_slope = target * (itself - 1.0)
         elif label_smoothing:
-            spread = upstream * (label_smoothing / p_classes.shape[-1])
-            target_own = upstream * (1.0 - label_smoothing) + spread
-            slope = p_classes - spread
+            slope = slope - upstream * (label_smoothing / slope.shape[-1])
+            own_slope = upstream * (label_smoothing - 1.0)
         else:
-            target_own = upstream
-            slope = p_classes
-        slope_own = p_own - target_own
+            own_slope = -upstream
         if radial_weight:
-            gamma = parts.temperature
-            radius = geometry.squared_radii(own, parts.squared_norm, gamma)
-            push = (upstream * radial_weight) * geometry.radial_slope(
+            own = ops.take_along_axis(parts.logits, labels, axis=-1)
+            radius = geometry.squared_radii(
+                own, parts.squared_norm, parts.temperature
+            )
+            norm_slope = (upstream * radial_weight) * geometry.radial_slope(
                 radius, parts.embedding_dim
             )
-            slope_own = slope_own - push / gamma
+            by_gamma = norm_slope / parts.temperature
+            own_slope = own_slope - by_gamma
+            gamma_slope = by_gamma * (own / parts.temperature)
         else:
-            push = ops.zeros_like(upstream)
-            gamma = parts.temperature
+            norm_slope = gamma_slope = ops.zeros_like(upstream)
+        classes = ops.arange(slope.shape[-1], dtype=labels.dtype)
+        is_own = ops.cast(ops.equal(labels, classes), slope.dtype)
         return (
             packing.pack_gradient(
-                logits=_with_own(slope, labels, slope_own),
-                abstain_logit=p[..., -1:],
-                squared_norm=push,
-                temperature=push * own / (gamma * gamma),
+                logits=slope + is_own * own_slope,
+                abstain_logit=packing.unpack(p).abstain_logit,
+                squared_norm=norm_slope,
+                temperature=gamma_slope,
             ),
         )
 
     return _with_gradient(forward, backward)(scores)
-
-
-def _logsumexp(logits):
-    # Before Keras 3.11 a symbolic tensor needs the axis as a tuple.
-    return ops.logsumexp(logits, axis=(-1,), keepdims=True)
-
-
-def _with_own(values, labels, own):
-    """Replaces the values in the columns of the labels."""
-    classes = ops.arange(values.shape[-1], dtype=labels.dtype)
-    return ops.where(ops.equal(labels, classes), own, values)

@@ -30,6 +30,8 @@ RADIUS_FLOOR = 1e-3
 # A temperature of zero would leave no way back from logits to distances.
 MIN_TEMPERATURE = 1e-6
 
+MAX_EXPONENT = 80.0
+
 # Components beyond this are saturated: their squares, times the scale of the
 # packed columns, are the largest that float32 holds.
 MAX_COMPONENT = 1e12
@@ -169,10 +171,7 @@ def to_temperature(raw_gamma):
     >>> float(ops.round(to_temperature(ops.array(0.5413)), 3))
     1.0
     """
-    gamma = ops.softplus(raw_gamma)
-    return ops.where(
-        gamma > MIN_TEMPERATURE, gamma, ops.ones_like(gamma) * MIN_TEMPERATURE
-    )
+    return ops.clip(ops.softplus(raw_gamma), MIN_TEMPERATURE, math.inf)
 
 
 def centered(centroids):
@@ -310,14 +309,8 @@ def floored_log(squared_radius):
     >>> round(float(floored_log(ops.array(0.0))), 4)
     -7.9078
     """
-    above = squared_radius > RADIUS_FLOOR
-    # The branch that is not taken gets one, so that its gradient is not
-    # 0 * inf.
-    logarithm = ops.log(ops.where(above, squared_radius, 1.0))
-    tangent = squared_radius * (1.0 / RADIUS_FLOOR) + (
-        math.log(RADIUS_FLOOR) - 1.0
-    )
-    return ops.where(above, logarithm, tangent)
+    floored = ops.clip(squared_radius, RADIUS_FLOOR, math.inf)
+    return ops.log(floored) + (squared_radius - floored) / RADIUS_FLOOR
 
 
 def radial_nll(squared_radius, embedding_dim):
@@ -374,8 +367,7 @@ def radial_slope(squared_radius, embedding_dim):
     0.375
     """
     volume = 0.5 - 1.0 / embedding_dim
-    above = squared_radius > RADIUS_FLOOR
-    return 0.5 - volume / ops.where(above, squared_radius, RADIUS_FLOOR)
+    return 0.5 - volume / ops.clip(squared_radius, RADIUS_FLOOR, math.inf)
 
 
 def smoothed_targets(labels, label_smoothing):
@@ -406,6 +398,42 @@ def smoothed_targets(labels, label_smoothing):
         return labels
     spread = label_smoothing / labels.shape[-1]
     return labels * (1.0 - label_smoothing) + spread
+
+
+def class_nearness(logits, squared_norm, temperature, label_smoothing):
+    """How near the classes are, as unnormalized target mass.
+
+    Formula:
+
+    ```python
+    e_k = exp(min(s_k - gamma * |x|^2, 0) / label_smoothing)
+        = exp(-gamma * r_k^2 / label_smoothing)
+    ```
+
+    The exponent is bounded by -80, where the mass is nothing beside one: some
+    processors take ten times longer for an `exp` that underflows.
+
+    Args:
+        logits: Tensor `s` of shape `(..., K)`.
+        squared_norm: Tensor `|x|^2` of shape `(..., 1)`.
+        temperature: Tensor `gamma` of shape `(..., 1)` or a scalar.
+        label_smoothing: Float in `(0, 1)`.
+
+    Returns:
+        Tensor of shape `(..., K)`.
+
+    Example:
+
+    >>> e = class_nearness(ops.array([[2.0, 1.9]]), 1.0, 2.0, 0.1)
+    >>> ops.convert_to_numpy(e).round(3)
+    array([[1.   , 0.368]], dtype=float32)
+    """
+    distances = ops.clip(
+        temperature * squared_norm - logits,
+        0.0,
+        MAX_EXPONENT * label_smoothing,
+    )
+    return ops.exp(distances * (-1.0 / label_smoothing))
 
 
 def distilled_targets(
@@ -452,8 +480,9 @@ def distilled_targets(
     """
     if not label_smoothing:
         return labels
-    distances = ops.relu(temperature * squared_norm - logits)
-    nearness = ops.exp(distances * (-1.0 / label_smoothing))
+    nearness = class_nearness(
+        logits, squared_norm, temperature, label_smoothing
+    )
     total = ops.sum(nearness, axis=-1, keepdims=True)
     own = labels / (1.0 + (total - nearness))
     weight = ops.sum(own, axis=-1, keepdims=True)

@@ -180,13 +180,19 @@ class HALODense(keras.layers.Layer):
             geometry.MAX_COMPONENT,
         )
         centroids = ops.convert_to_tensor(self.centroids, self.head_dtype)
+        flat = embeddings
+        if len(inputs.shape) > 2:
+            flat = ops.reshape(embeddings, (-1, centroids.shape[-1]))
         scores = fused.packed_scores(
-            ops.reshape(embeddings, (-1, centroids.shape[-1])),
+            flat,
             centroids,
             self.temperature,
             ops.convert_to_tensor(self.abstain_bias, self.head_dtype),
         )
-        return ops.reshape(scores, self.compute_output_shape(ops.shape(inputs)))
+        if len(inputs.shape) > 2:
+            shape = self.compute_output_shape(ops.shape(inputs))
+            scores = ops.reshape(scores, shape)
+        return scores
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], packing.packed_width(self.units))
