@@ -43,12 +43,12 @@ def as_images(array):
 
 
 def known_images(num_train, num_validation, num_test):
-    (x, y), (x_test, _) = keras.datasets.fashion_mnist.load_data()
+    (x, y), (x_test, y_test) = keras.datasets.fashion_mnist.load_data()
     held_out = slice(50_000, 50_000 + num_validation)
     return {
         "train": (as_images(x[:num_train]), y[:num_train]),
         "validation": (as_images(x[held_out]), y[held_out]),
-        "test": as_images(x_test[:num_test]),
+        "test": (as_images(x_test[:num_test]), y_test[:num_test]),
     }
 
 
@@ -128,22 +128,17 @@ def auroc(known, unknown):
     return 100.0 * roc_auc_score(labels, np.concatenate([known, unknown]))
 
 
+METHODS = {"isotropic joint": "joint", "fitted": "fitted"}
+
+
 def report(model, known, unknown):
-    """AUROC of both scores for every set of unknown images."""
-
-    def score(x):
-        outputs = model.predict(x, batch_size=500, verbose=0)
-        return {
-            "isotropic joint": ood_score(outputs["scores"]),
-            "fitted": outputs["ood"],
-        }
-
-    of_known = score(known)
-    table = {name: {} for name in of_known}
-    for set_name, x in unknown.items():
-        for name, values in score(x).items():
-            table[name][set_name] = auroc(of_known[name], values)
-    return table
+    """Reports of both scores on every set of unknown images."""
+    return {
+        name: keras_halo.evaluate_ood(
+            model, known, unknown, method=method, batch_size=500, verbose=0
+        )
+        for name, method in METHODS.items()
+    }
 
 
 def candidates(embeddings, scores, means, covariances):
@@ -248,6 +243,7 @@ def parse_arguments():
     parser.add_argument("--num-test", type=int, default=5_000)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--select", action="store_true")
+    parser.add_argument("--figure", help="where to save plots of one seed")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -266,7 +262,7 @@ def main():
             name = "x_test" if "x_test" in file else "x"
             mnist = as_images(file[name][: arguments.num_test])
     rng = np.random.default_rng(0)
-    unknown = unknown_images(known["test"], mnist, rng)
+    unknown = unknown_images(known["test"][0], mnist, rng)
     synthetic = synthetic_images(known["validation"][0], rng)
 
     rows, selections = [], {}
@@ -288,8 +284,14 @@ def main():
             selections[seed] = select(
                 model, known["train"], known["validation"][0], synthetic
             )
-        for name, values in report(fitted, known["test"], unknown).items():
-            rows.append((seed, name, values))
+        reports = report(fitted, known["test"], unknown)
+        for name, of_score in reports.items():
+            if seed == arguments.seeds[0]:
+                print(of_score)
+                if arguments.figure and name == "fitted":
+                    of_score.plot().savefig(arguments.figure, dpi=80)
+            aurocs = {key: 100.0 * of_score[key].auroc for key in unknown}
+            rows.append((seed, name, aurocs))
     if arguments.select:
         print_selection(selections)
     print_markdown(rows, list(unknown))

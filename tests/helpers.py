@@ -83,3 +83,32 @@ def packed(embeddings, centroids, gamma=4.0, bias=-1.0, dtype="float32"):
     )
     logits = gamma * (norm[..., None] - radii)
     return np.concatenate([logits, rest], axis=-1).astype(dtype)
+
+
+def second_derivative(function, array, direction):
+    """Gradient of `dot(gradient of function, direction)`, as NumPy array."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        def slope(x):
+            return (jax.grad(function)(x) * direction).sum()
+
+        return to_numpy(jax.grad(slope)(jax.numpy.asarray(array)))
+    if backend == "torch":
+        import torch
+
+        x = torch.tensor(array, requires_grad=True)
+        (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
+        slope = (gradient * torch.tensor(direction)).sum()
+        return to_numpy(torch.autograd.grad(slope, x)[0])
+    import tensorflow as tf
+
+    x = tf.constant(array)
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            value = function(x)
+        slope = tf.reduce_sum(inner.gradient(value, x) * direction)
+    return to_numpy(outer.gradient(slope, x))

@@ -284,6 +284,25 @@ def test_classes_without_centroids_are_named_at_their_means(rng):
         )
 
 
+def test_abstention_over_training_shows_the_metric_too():
+    logs = {
+        "abstention_rate": [0.5, 0.3, 0.2],
+        "val_abstention_rate": [0.6, 0.4, 0.3],
+        "known_abstention_rate": [0.1],
+    }
+    lines = plots.abstention_over_training(logs, frequency=3).get_lines()
+    assert [line.get_label() for line in lines] == [
+        "training",
+        "validation",
+        "known",
+    ]
+    assert [line.get_xdata().tolist() for line in lines] == [
+        [1, 2, 3],
+        [1, 2, 3],
+        [3],
+    ]
+
+
 def test_abstention_over_training_shows_every_set():
     logs = {
         "loss": [3.0, 2.0],

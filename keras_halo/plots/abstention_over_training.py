@@ -7,13 +7,19 @@ from keras_halo.plots import drawing
 
 _SUFFIX = "_abstention_rate"
 
+# What `keras_halo.metrics.AbstentionRate` logs in every epoch.
+_OF_METRIC = {
+    "abstention_rate": "training",
+    "val_abstention_rate": "validation",
+}
+
 
 def abstention_over_training(history, ax=None, frequency=1):
     """Draws how often a model says "I don't know", epoch by epoch.
 
-    Needs a training with `keras_halo.OODMonitor`: the abstention rate on the
-    known inputs should fall to a few percent while that on the unknown sets
-    rises.
+    Needs a training with `keras_halo.OODMonitor`, or with the metric
+    `keras_halo.metrics.AbstentionRate`: the abstention rate on the known
+    inputs should fall to a few percent while that on the unknown sets rises.
 
     Args:
         history: What `model.fit` returned (a `keras.callbacks.History`), or
@@ -47,6 +53,10 @@ def abstention_over_training(history, ax=None, frequency=1):
             f"`keras_halo.OODMonitor`. Received: frequency={frequency}."
         )
     ax = drawing.axes_or_new(ax)
+    for name, style in zip(_OF_METRIC.values(), ("--", ":"), strict=True):
+        if name in rates:
+            values = rates.pop(name)
+            _draw(ax, values, 1, name, color=drawing.KNOWN_COLOR, ls=style)
     known = rates.pop("known", None)
     mean = rates.pop("ood", None)
     if known is not None:
@@ -81,9 +91,11 @@ def _abstention_rates(history):
             f"`history`. Received: history of type {type(history).__name__}."
         )
     rates = {
-        key.removesuffix(_SUFFIX): finite_vector(values, key)
+        _OF_METRIC.get(key, key.removesuffix(_SUFFIX)): finite_vector(
+            values, key
+        )
         for key, values in logs.items()
-        if key.endswith(_SUFFIX)
+        if key in _OF_METRIC or key.endswith(_SUFFIX)
     }
     if not rates:
         raise ValueError(

@@ -1,0 +1,197 @@
+"""The fused head and loss against the formulas that they stand for."""
+
+import contextlib
+
+import numpy as np
+import pytest
+from helpers import float64, second_derivative, to_numpy, value_and_gradients
+from keras import ops
+
+from keras_halo import fused, geometry, packing
+
+GAMMA, BIAS = 3.0, -0.7
+SHAPES = [(1, 2, 2), (5, 3, 4), (4, 17, 6), (33, 4, 3)]
+LOSSES = [
+    (smoothing, distill, radial_weight)
+    for smoothing in (0.0, 0.2)
+    for distill in (True, False)
+    for radial_weight in (0.0, 1.5)
+]
+
+
+def plain_scores(x, centroids, gamma, bias):
+    centroids = geometry.centered(centroids)
+    return packing.pack(
+        logits=geometry.class_logits(x, centroids, gamma),
+        abstain_logit=bias,
+        squared_norm=geometry.mean_square(x),
+        temperature=gamma,
+        embedding_dim=centroids.shape[-1],
+    )
+
+
+def plain_losses(labels, scores, smoothing, distill, radial_weight):
+    parts = packing.unpack(scores)
+    one_hot = ops.cast(
+        ops.convert_to_tensor(np.eye(parts.logits.shape[-1])[labels]),
+        scores.dtype,
+    )
+    if distill:
+        targets = geometry.distilled_targets(
+            one_hot,
+            parts.logits,
+            parts.squared_norm,
+            parts.temperature,
+            smoothing,
+        )
+    else:
+        targets = geometry.smoothed_targets(one_hot, smoothing)
+    radii = geometry.squared_radii(
+        parts.logits, parts.squared_norm, parts.temperature
+    )
+    radial = geometry.radial_nll(radii, parts.embedding_dim)
+    losses = geometry.cross_entropy(
+        targets, parts.logits, parts.abstain_logit
+    ) + radial_weight * ops.sum(one_hot * radial, axis=-1, keepdims=True)
+    return ops.squeeze(losses, axis=-1)
+
+
+def arrays(shape, dtype):
+    num_samples, num_classes, dim = shape
+    rng = np.random.default_rng(sum(shape))
+    return (
+        rng.normal(size=(num_samples, dim)).astype(dtype),
+        rng.normal(size=(num_classes, dim)).astype(dtype) + 0.3,
+        np.asarray(GAMMA, dtype),
+        np.asarray(BIAS, dtype),
+    )
+
+
+def weights(shape, dtype):
+    """Weights of a sum over packed scores, to which every column matters."""
+    rng = np.random.default_rng(1)
+    array = rng.normal(size=(shape[0], packing.packed_width(shape[1])))
+    array[:, -3:] /= 2.0**40
+    return array.astype(dtype)
+
+
+def precision(dtype):
+    return float64() if dtype == "float64" else contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_head_and_its_gradients_are_those_of_the_formulas(shape, dtype):
+    rtol = 1e-11 if dtype == "float64" else 2e-5
+    with precision(dtype):
+        inputs = arrays(shape, dtype)
+        factors = ops.convert_to_tensor(weights(shape, dtype))
+        results = [
+            value_and_gradients(
+                lambda *a, f=function: ops.sum(f(*a) * factors), *inputs
+            )
+            for function in (fused.packed_scores, plain_scores)
+        ]
+    (value, gradients), (expected, plain) = results
+    np.testing.assert_allclose(value, expected, rtol=rtol, atol=10 * rtol)
+    for gradient, formula in zip(gradients, plain, strict=True):
+        assert gradient.dtype == dtype
+        assert gradient.shape == formula.shape
+        np.testing.assert_allclose(
+            gradient, formula, rtol=rtol, atol=rtol * np.abs(formula).max()
+        )
+
+
+@pytest.mark.parametrize("smoothing, distill, radial_weight", LOSSES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_loss_and_its_gradient_are_those_of_the_formulas(
+    smoothing, distill, radial_weight, dtype
+):
+    rtol = 1e-11 if dtype == "float64" else 2e-5
+    shape = (33, 5, 3)
+    labels = np.arange(shape[0], dtype="int32") % shape[1]
+    with precision(dtype):
+        scores = to_numpy(
+            plain_scores(*map(ops.convert_to_tensor, arrays(shape, dtype)))
+        )
+        factors = ops.convert_to_tensor(weights(shape, dtype)[:, 0])
+        results = [
+            value_and_gradients(
+                lambda s, f=function: ops.sum(
+                    f(labels, s, smoothing, distill, radial_weight) * factors
+                ),
+                scores,
+            )
+            for function in (
+                lambda y, *rest: fused.integer_label_losses(
+                    ops.convert_to_tensor(y), *rest
+                ),
+                plain_losses,
+            )
+        ]
+    (value, (gradient,)), (expected, (plain,)) = results
+    np.testing.assert_allclose(value, expected, rtol=rtol, atol=10 * rtol)
+    # The geometry columns are twelve orders of magnitude smaller.
+    plain[:, -1] = 0.0
+    for columns in (slice(0, -3), slice(-3, None)):
+        formula = plain[:, columns]
+        np.testing.assert_allclose(
+            gradient[:, columns],
+            formula,
+            rtol=rtol,
+            atol=rtol * np.abs(formula).max(),
+        )
+
+
+@pytest.mark.parametrize("argument", ["embeddings", "centroids"])
+def test_second_derivatives_are_those_of_the_formulas(argument):
+    shape = (6, 4, 3)
+    labels = np.arange(shape[0], dtype="int32") % shape[1]
+    with float64():
+        x, centroids, gamma, bias = arrays(shape, "float64")
+        gamma, bias = ops.convert_to_tensor(gamma), ops.convert_to_tensor(bias)
+
+        def total(array, head, loss):
+            pair = [ops.convert_to_tensor(x), ops.convert_to_tensor(centroids)]
+            pair[argument == "centroids"] = array
+            scores = head(*pair, gamma, bias)
+            return ops.sum(loss(labels, scores, 0.2, False, 1.0))
+
+        array = centroids if argument == "centroids" else x
+        direction = np.random.default_rng(2).normal(size=array.shape)
+        found, expected = (
+            second_derivative(
+                lambda a, f=functions: total(a, *f), array, direction
+            )
+            for functions in (
+                (
+                    fused.packed_scores,
+                    lambda y, *rest: fused.integer_label_losses(
+                        ops.convert_to_tensor(y), *rest
+                    ),
+                ),
+                (plain_scores, plain_losses),
+            )
+        )
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shift", [1.0, 30.0])
+def test_a_large_mean_of_the_centroids_costs_what_is_said(shift):
+    x, centroids, gamma, bias = arrays((50, 6, 8), "float32")
+    expected = to_numpy(
+        plain_scores(
+            *(ops.convert_to_tensor(a) for a in (x, centroids, gamma, bias))
+        )
+    )
+    found = to_numpy(
+        fused.packed_scores(
+            ops.convert_to_tensor(x),
+            ops.convert_to_tensor(centroids + np.float32(shift)),
+            ops.convert_to_tensor(gamma),
+            ops.convert_to_tensor(bias),
+        )
+    )
+    error = np.abs(found - expected)[:, :6].max()
+    eps = np.finfo("float32").eps
+    assert error < 8.0 * eps * GAMMA * (1.0 + shift) ** 2
