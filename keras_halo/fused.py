@@ -27,7 +27,7 @@ from keras_halo import geometry, packing
 _BLOCK_SIZE = 2**20
 
 
-def _with_gradient(function, gradient):
+def with_gradient(function, gradient):
     """Joins a function of tensors with its vector-Jacobian product.
 
     Args:
@@ -88,7 +88,8 @@ def packed_scores(embeddings, centroids, temperature, abstain_logit):
     ```
 
     Args:
-        embeddings: Tensor `x` of shape `(N, D)`.
+        embeddings: Tensor `x` of shape `(N, D)`. Components beyond `1e12` in
+            magnitude are saturated.
         centroids: Tensor of raw centroids of shape `(K, D)`.
         temperature: Tensor `gamma`, a scalar.
         abstain_logit: Tensor `b`, a scalar.
@@ -110,8 +111,15 @@ def packed_scores(embeddings, centroids, temperature, abstain_logit):
     return _packed_scores(embeddings, centroids, temperature, abstain_logit)
 
 
+def _saturated(x):
+    # Without a gradient of its own: what is far out is pulled back as if it
+    # were not.
+    return ops.clip(x, -geometry.MAX_COMPONENT, geometry.MAX_COMPONENT)
+
+
 def _packed_scores_forward(x, centroids, gamma, abstain_logit):
     num_classes, dim = centroids.shape
+    x = _saturated(x)
     scale = gamma * (2.0 / dim)
     mean = ops.sum(centroids, axis=0, keepdims=True) * (1.0 / num_classes)
     rows = ops.concatenate([x, mean]) * scale
@@ -133,6 +141,7 @@ def _packed_scores_forward(x, centroids, gamma, abstain_logit):
 def _packed_scores_backward(inputs, upstream):
     x, centroids, gamma, _ = inputs
     num_classes, dim = centroids.shape
+    x = _saturated(x)
     upstream = packing.unpack_gradient(upstream)
     g = upstream.logits
     scale = gamma * (2.0 / dim)
@@ -166,7 +175,7 @@ def _packed_scores_backward(inputs, upstream):
     return dx, dcentroids, dgamma, ops.sum(upstream.abstain_logit)
 
 
-_packed_scores = _with_gradient(_packed_scores_forward, _packed_scores_backward)
+_packed_scores = with_gradient(_packed_scores_forward, _packed_scores_backward)
 
 
 def integer_label_losses(
@@ -185,14 +194,16 @@ def integer_label_losses(
     ```
 
     Args:
-        labels: Integer tensor `y` of shape `(N,)`, in `[0, K)`.
-        scores: Packed scores, a tensor of shape `(N, K + 4)`.
+        labels: Tensor `y` of shape `(...)`, of an integer dtype or integers in
+            floating point.
+        scores: Packed scores, a tensor of shape `(..., K + 4)`.
         label_smoothing: Float in `[0, 1)`.
         distill: Boolean, distilled or plain soft targets.
         radial_weight: Non-negative float.
 
     Returns:
-        Tensor of shape `(N,)`.
+        Tensor of shape `(...)`; NaN, with a gradient of zero, where a label is
+        not in `[0, K)` or a row does not hold packed scores.
 
     Example:
 
@@ -203,12 +214,16 @@ def integer_label_losses(
     >>> round(float(loss[0]), 4)
     1.0986
     """
-    labels = ops.expand_dims(labels, axis=-1)
+    num_classes = packing.count_classes(scores.shape)
+    labels, in_range = safe_indices(labels, num_classes)
 
-    def nearness(parts):
-        return geometry.class_nearness(
+    def target_terms(parts):
+        """Mass near each class, that of the label, and what divides it."""
+        near = geometry.class_nearness(
             parts.logits, parts.squared_norm, parts.temperature, label_smoothing
         )
+        itself = ops.take_along_axis(near, labels, axis=-1)
+        return near, itself, 1.0 + (sum_columns(near) - itself)
 
     def forward(scores):
         parts = packing.unpack(scores)
@@ -216,66 +231,94 @@ def integer_label_losses(
         # The neutral columns have no share in it.
         log_p = ops.log_softmax(scores)
         losses = -ops.take_along_axis(log_p, labels, axis=-1)
-        if label_smoothing:
-            gaps = own - parts.logits
-            if distill:
-                near = nearness(parts)
-                total = ops.sum(near, axis=-1, keepdims=True)
-                itself = ops.take_along_axis(near, labels, axis=-1)
-                gaps = ops.sum(near * gaps, axis=-1, keepdims=True)
-                losses = losses + gaps / (1.0 + (total - itself))
-            else:
-                spread = label_smoothing / gaps.shape[-1]
-                gaps = ops.sum(gaps, axis=-1, keepdims=True)
-                losses = losses + gaps * spread
+        if label_smoothing and distill:
+            near, _, total = target_terms(parts)
+            losses += sum_columns(near * (own - parts.logits)) / total
+        elif label_smoothing:
+            spread = label_smoothing / num_classes
+            losses += sum_columns(own - parts.logits) * spread
         if radial_weight:
-            radius = geometry.squared_radii(
-                own, parts.squared_norm, parts.temperature
-            )
-            radial = geometry.radial_nll(radius, parts.embedding_dim)
-            losses = losses + radial * radial_weight
+            losses += radial_losses(parts, own) * radial_weight
+        losses = ops.where(is_known(parts, in_range), losses, float("nan"))
         return ops.squeeze(losses, axis=-1)
 
     def backward(inputs, upstream):
         (scores,) = inputs
-        upstream = ops.expand_dims(upstream, axis=-1)
         parts = packing.unpack(scores)
-        p = ops.softmax(scores) * upstream
-        slope = p[..., : -packing.NUM_EXTRA_COLUMNS]
+        upstream = ops.where(
+            is_known(parts, in_range), ops.expand_dims(upstream, axis=-1), 0.0
+        )
+        p = packing.unpack(ops.softmax(scores))
+        slopes = p.logits
         if label_smoothing and distill:
-            near = nearness(parts)
-            total = ops.sum(near, axis=-1, keepdims=True)
-            itself = ops.take_along_axis(near, labels, axis=-1)
-            target = upstream / (1.0 + (total - itself))
-            slope = slope - near * target
-            own_slope = target * (itself - 1.0)
+            # Targets are constants, also to a second derivative.
+            near, itself, total = map(ops.stop_gradient, target_terms(parts))
+            target = 1.0 / total
+            slopes = slopes - near * target
+            own_slope = upstream * (target * (itself - 1.0))
         elif label_smoothing:
-            slope = slope - upstream * (label_smoothing / slope.shape[-1])
+            slopes = slopes - label_smoothing / num_classes
             own_slope = upstream * (label_smoothing - 1.0)
         else:
             own_slope = -upstream
-        if radial_weight:
-            own = ops.take_along_axis(parts.logits, labels, axis=-1)
-            radius = geometry.squared_radii(
-                own, parts.squared_norm, parts.temperature
-            )
-            norm_slope = (upstream * radial_weight) * geometry.radial_slope(
-                radius, parts.embedding_dim
-            )
-            by_gamma = norm_slope / parts.temperature
-            own_slope = own_slope - by_gamma
-            gamma_slope = by_gamma * (own / parts.temperature)
-        else:
-            norm_slope = gamma_slope = ops.zeros_like(upstream)
-        classes = ops.arange(slope.shape[-1], dtype=labels.dtype)
-        is_own = ops.cast(ops.equal(labels, classes), slope.dtype)
+        # Last, when no slope is so small that the product underflows, which
+        # some processors take long for.
+        slopes = slopes * upstream
+        radial_slope, norm_slope, gamma_slope = radial_slopes(
+            parts,
+            ops.take_along_axis(parts.logits, labels, axis=-1),
+            upstream * radial_weight,
+        )
+        own_slope = own_slope + radial_slope
+        is_own = ops.equal(labels, ops.arange(num_classes, dtype="int32"))
         return (
             packing.pack_gradient(
-                logits=slope + is_own * own_slope,
-                abstain_logit=packing.unpack(p).abstain_logit,
+                logits=slopes + ops.cast(is_own, slopes.dtype) * own_slope,
+                abstain_logit=p.abstain_logit * upstream,
                 squared_norm=norm_slope,
                 temperature=gamma_slope,
             ),
         )
 
-    return _with_gradient(forward, backward)(scores)
+    return with_gradient(forward, backward)(scores)
+
+
+def safe_indices(labels, num_classes):
+    """Labels as indices that any gather takes, and whether they were in range.
+
+    Args:
+        labels: Tensor of shape `(...)`.
+        num_classes: Integer, `K`.
+
+    Returns:
+        Tuple of an int32 tensor in `[0, K)` and a boolean tensor, both of
+        shape `(..., 1)`.
+    """
+    labels = ops.expand_dims(labels, axis=-1)
+    in_range = (labels >= 0) & (labels < num_classes)
+    labels = ops.where(in_range, labels, ops.zeros_like(labels))
+    return ops.cast(labels, "int32"), in_range
+
+
+def is_known(parts, in_range):
+    """Where a loss can be told: labels in range, scores of a HALO head."""
+    return in_range & (parts.embedding_dim >= 2.0)
+
+
+def sum_columns(matrix):
+    """Sum over the last axis, which stays."""
+    return ops.sum(matrix, axis=-1, keepdims=True)
+
+
+def radial_losses(parts, own):
+    """The radial term at the labels, whose logits are `own`."""
+    radius = geometry.squared_radii(own, parts.squared_norm, parts.temperature)
+    return geometry.radial_nll(radius, parts.embedding_dim)
+
+
+def radial_slopes(parts, own, upstream):
+    """Gradients of the radial term: to `own`, `|x|^2` and `gamma`."""
+    radius = geometry.squared_radii(own, parts.squared_norm, parts.temperature)
+    of_norm = upstream * geometry.radial_slope(radius, parts.embedding_dim)
+    of_own = of_norm / -parts.temperature
+    return of_own, of_norm, of_own * (own / -parts.temperature)

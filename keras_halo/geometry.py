@@ -30,7 +30,8 @@ RADIUS_FLOOR = 1e-3
 # A temperature of zero would leave no way back from logits to distances.
 MIN_TEMPERATURE = 1e-6
 
-MAX_EXPONENT = 80.0
+# A target mass of exp(-60) is nothing beside one, see `class_nearness`.
+MAX_EXPONENT = 60.0
 
 # Components beyond this are saturated: their squares, times the scale of the
 # packed columns, are the largest that float32 holds.
@@ -410,8 +411,8 @@ def class_nearness(logits, squared_norm, temperature, label_smoothing):
         = exp(-gamma * r_k^2 / label_smoothing)
     ```
 
-    The exponent is bounded by -80, where the mass is nothing beside one: some
-    processors take ten times longer for an `exp` that underflows.
+    The exponent is bounded by -60, where the mass is nothing beside one:
+    processors take many times longer where `exp`, or a product, underflows.
 
     Args:
         logits: Tensor `s` of shape `(..., K)`.

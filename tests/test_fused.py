@@ -144,7 +144,8 @@ def test_loss_and_its_gradient_are_those_of_the_formulas(
 
 
 @pytest.mark.parametrize("argument", ["embeddings", "centroids"])
-def test_second_derivatives_are_those_of_the_formulas(argument):
+@pytest.mark.parametrize("distill", [True, False])
+def test_second_derivatives_are_those_of_the_formulas(argument, distill):
     shape = (6, 4, 3)
     labels = np.arange(shape[0], dtype="int32") % shape[1]
     with float64():
@@ -155,7 +156,7 @@ def test_second_derivatives_are_those_of_the_formulas(argument):
             pair = [ops.convert_to_tensor(x), ops.convert_to_tensor(centroids)]
             pair[argument == "centroids"] = array
             scores = head(*pair, gamma, bias)
-            return ops.sum(loss(labels, scores, 0.2, False, 1.0))
+            return ops.sum(loss(labels, scores, 0.2, distill, 1.0))
 
         array = centroids if argument == "centroids" else x
         direction = np.random.default_rng(2).normal(size=array.shape)

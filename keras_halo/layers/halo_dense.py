@@ -174,17 +174,12 @@ class HALODense(keras.layers.Layer):
 
     def call(self, inputs):
         _check_floating(inputs.dtype)
-        embeddings = ops.clip(
-            ops.cast(inputs, self.head_dtype),
-            -geometry.MAX_COMPONENT,
-            geometry.MAX_COMPONENT,
-        )
+        embeddings = ops.cast(inputs, self.head_dtype)
         centroids = ops.convert_to_tensor(self.centroids, self.head_dtype)
-        flat = embeddings
         if len(inputs.shape) > 2:
-            flat = ops.reshape(embeddings, (-1, centroids.shape[-1]))
+            embeddings = ops.reshape(embeddings, (-1, centroids.shape[-1]))
         scores = fused.packed_scores(
-            flat,
+            embeddings,
             centroids,
             self.temperature,
             ops.convert_to_tensor(self.abstain_bias, self.head_dtype),

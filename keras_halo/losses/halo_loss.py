@@ -54,30 +54,22 @@ def halo_loss(
     y_pred = ops.convert_to_tensor(y_pred)
     y_pred = ops.cast(y_pred, computation_dtype(y_pred.dtype))
     y_true = ops.convert_to_tensor(y_true)
-    scores = packing.unpack(y_pred)
-
-    known = None
-    counted = None
     if are_integer_labels(y_true.shape, y_pred.shape):
         if len(y_true.shape) == len(y_pred.shape):
             y_true = ops.squeeze(y_true, axis=-1)
-        num_classes = scores.logits.shape[-1]
-        in_range = ops.logical_and(y_true >= 0, y_true < num_classes)
-        # What `one_hot` makes of a label out of range differs by backend.
-        indices = ops.cast(
-            ops.where(in_range, y_true, ops.zeros_like(y_true)), "int32"
-        )
-        losses = fused.integer_label_losses(
-            indices, y_pred, label_smoothing, distill, radial_weight
-        )
-        # Scores of another layer would train without a word: say NaN instead.
-        known = ops.logical_and(
-            in_range, ops.squeeze(scores.embedding_dim, axis=-1) >= 2.0
-        )
+        counted = None
         if ignore_class is not None:
             counted = ops.not_equal(y_true, ignore_class)
-            known = ops.logical_or(known, ops.logical_not(counted))
-    elif ignore_class is not None:
+            y_true = ops.where(counted, y_true, ops.zeros_like(y_true))
+        losses = fused.integer_label_losses(
+            y_true, y_pred, label_smoothing, distill, radial_weight
+        )
+        if counted is not None:
+            losses = ops.where(counted, losses, 0.0)
+            # As Keras's own losses do, so that ignored samples leave the mean.
+            backend.set_keras_mask(losses, mask=counted)
+        return losses
+    if ignore_class is not None:
         raise ValueError(
             "`ignore_class` needs integer labels of shape "
             f"{tuple(y_pred.shape[:-1])}. Received: labels of shape "
@@ -85,22 +77,13 @@ def halo_loss(
             "integer labels, or give the samples to ignore a `sample_weight` "
             "of zero."
         )
-    else:
-        losses = _losses_of_distribution(
-            ops.cast(y_true, y_pred.dtype),
-            scores,
-            label_smoothing,
-            distill,
-            radial_weight,
-        )
-
-    if known is not None:
-        losses = ops.where(known, losses, float("nan"))
-    if counted is not None:
-        losses = ops.where(counted, losses, 0.0)
-        # As Keras's own losses do, so that ignored samples leave the mean.
-        backend.set_keras_mask(losses, mask=counted)
-    return losses
+    return _losses_of_distribution(
+        ops.cast(y_true, y_pred.dtype),
+        packing.unpack(y_pred),
+        label_smoothing,
+        distill,
+        radial_weight,
+    )
 
 
 def _losses_of_distribution(
