@@ -41,13 +41,18 @@ BACKEND = keras.backend.backend()
 SIZES = ((256, 10, 10), (256, 512, 1000), (64, 768, 50_000))
 GROWTH = (10, 100, 1_000, 10_000, 50_000, 100_000, 200_000)
 GROWTH_BATCH, GROWTH_DIM = 64, 128
-DENSE, HALO, PLAIN, NAIVE, PRODUCT = (
+DENSE, HALO, PLAIN, BLOCKS, HEAD, NAIVE, PRODUCT = (
     "Dense + cross-entropy",
     "HALO",
     "HALO, plain targets",
+    "HALO, in blocks of 2048",
+    "HALO head alone",
     "HALO, pairwise differences",
     "matrix products alone",
 )
+
+# For the loss in blocks: here the scores are what takes the memory.
+MANY_CLASSES = (512, 32, 200_000)
 
 # The pairwise form holds B x K x D numbers; beyond this many it is left out.
 MAX_PAIRWISE = 2**28
@@ -92,6 +97,11 @@ def sum_of_scores(y_true, y_pred):
     return ops.sum(y_pred)
 
 
+def product_of_scores(y_true, y_pred):
+    """A loss whose gradient is a given array of the size of the scores."""
+    return ops.sum(y_true * y_pred)
+
+
 def head_and_loss(method, units):
     if method == DENSE:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -100,7 +110,12 @@ def head_and_loss(method, units):
         return Products(units), sum_of_scores
     if method == NAIVE:
         return PairwiseHALODense(units), HALOLoss()
-    return HALODense(units), HALOLoss(distill=method == HALO)
+    if method == HEAD:
+        return HALODense(units), product_of_scores
+    return HALODense(units), HALOLoss(
+        distill=method != PLAIN,
+        block_size=2048 if method == BLOCKS else None,
+    )
 
 
 def compiled_step(layer, loss):
@@ -152,7 +167,10 @@ def make_step(method, batch, dim, units):
     rng = np.random.default_rng(0)
     layer, loss = head_and_loss(method, units)
     x = ops.convert_to_tensor(rng.normal(size=(batch, dim)).astype("float32"))
-    y = ops.convert_to_tensor(rng.integers(0, units, batch).astype("int32"))
+    y = rng.integers(0, units, batch).astype("int32")
+    if method == HEAD:
+        y = np.zeros((batch, packing.packed_width(units)), "float32")
+    y = ops.convert_to_tensor(y)
     layer.build(x.shape)
     step = compiled_step(layer, loss)
     return lambda: step(x, y)
@@ -320,21 +338,34 @@ def child(method, batch, dim, units):
 
 def bench_memory(arguments):
     size = SIZES[1] if arguments.quick else SIZES[2]
-    for method in (DENSE, HALO):
-        used = [peak_memory(method, *size) for _ in range(3)]
-        if method == DENSE:
-            base = np.median(used)
-            print(
-                f"| peak memory of the step {size} | {DENSE} "
-                f"| {base:.0f} MiB | |"
-            )
-        else:
-            ratio = np.array(used) / base
-            print(
-                f"| peak memory of the step {size} | {method} "
-                f"| {np.median(ratio):.2f} "
-                f"| {ratio.min():.2f} to {ratio.max():.2f} |"
-            )
+    title = f"peak memory of the step {size}"
+    used = {
+        method: np.array([peak_memory(method, *size) for _ in range(3)])
+        for method in (DENSE, HALO)
+    }
+    base = np.median(used[DENSE])
+    ratio = used[HALO] / base
+    print(f"| {title} | {DENSE} | {base:.0f} MiB | |")
+    print(
+        f"| {title} | {HALO} | {np.median(ratio):.2f} "
+        f"| {ratio.min():.2f} to {ratio.max():.2f} |",
+        flush=True,
+    )
+    if arguments.quick:
+        return
+    title = f"memory of the loss alone {MANY_CLASSES}, over that of the logits"
+    logits = MANY_CLASSES[0] * MANY_CLASSES[2] * 4 / 2**20
+    head = np.median([peak_memory(HEAD, *MANY_CLASSES) for _ in range(3)])
+    for method in (HALO, BLOCKS):
+        extra = [
+            (peak_memory(method, *MANY_CLASSES) - head) / logits
+            for _ in range(3)
+        ]
+        print(
+            f"| {title} | {method} | {np.median(extra):.2f} "
+            f"| {min(extra):.2f} to {max(extra):.2f} |",
+            flush=True,
+        )
 
 
 def bench_growth(arguments):

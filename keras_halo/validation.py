@@ -20,3 +20,18 @@ def check_label_smoothing(label_smoothing):
             "`label_smoothing` must be in [0, 1). Received: "
             f"label_smoothing={label_smoothing}. Use 0 to switch it off."
         )
+
+
+def check_block_size(block_size):
+    """Raises `ValueError` unless `block_size` is `None` or positive."""
+    if block_size is None:
+        return
+    if (
+        not isinstance(block_size, int)
+        or isinstance(block_size, bool)
+        or block_size < 1
+    ):
+        raise ValueError(
+            "`block_size` must be a positive integer, or `None` for all "
+            f"classes at once. Received: block_size={block_size}."
+        )

@@ -2,12 +2,21 @@
 
 import contextlib
 
+import keras
 import numpy as np
 import pytest
 from helpers import float64, second_derivative, to_numpy, value_and_gradients
 from keras import ops
 
-from keras_halo import fused, geometry, packing
+from keras_halo import (
+    HALODense,
+    HALOLoss,
+    blockwise,
+    fused,
+    geometry,
+    packing,
+)
+from keras_halo.losses import halo_loss
 
 GAMMA, BIAS = 3.0, -0.7
 SHAPES = [(1, 2, 2), (5, 3, 4), (4, 17, 6), (33, 4, 3)]
@@ -196,3 +205,71 @@ def test_a_large_mean_of_the_centroids_costs_what_is_said(shift):
     error = np.abs(found - expected)[:, :6].max()
     eps = np.finfo("float32").eps
     assert error < 8.0 * eps * GAMMA * (1.0 + shift) ** 2
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 5, 100])
+@pytest.mark.parametrize("smoothing, distill, radial_weight", LOSSES[-4:])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_blocks_of_classes_change_nothing(
+    block_size, smoothing, distill, radial_weight, dtype
+):
+    rtol = 1e-12 if dtype == "float64" else 1e-5
+    shape = (12, 7, 3)
+    # Two labels out of range among them.
+    labels = (np.arange(shape[0]) % 9).reshape(3, 4)
+    with precision(dtype):
+        scores = to_numpy(
+            plain_scores(*map(ops.convert_to_tensor, arrays(shape, dtype)))
+        ).reshape(3, 4, -1)
+        tensor = ops.convert_to_tensor(labels)
+        arguments = (smoothing, distill, radial_weight)
+        results = []
+        for function in (
+            lambda s: fused.integer_label_losses(tensor, s, *arguments),
+            lambda s: blockwise.integer_label_losses(
+                tensor, s, *arguments, block_size
+            ),
+        ):
+            losses = to_numpy(function(ops.convert_to_tensor(scores)))
+            _, (gradient,) = value_and_gradients(
+                lambda s, f=function: ops.sum(f(s)), scores
+            )
+            results.append((losses, gradient))
+    (expected, plain), (losses, gradient) = results
+    assert np.isnan(losses).sum() == 2
+    np.testing.assert_allclose(losses, expected, rtol=rtol)
+    for columns in (slice(0, -3), slice(-3, None)):
+        np.testing.assert_allclose(
+            gradient[..., columns],
+            plain[..., columns],
+            rtol=rtol,
+            atol=rtol * np.abs(plain[..., columns]).max(),
+        )
+
+
+def test_a_loss_in_blocks_trains_and_comes_back():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 4)).astype("float32")
+    y = rng.integers(0, 7, 64)
+    histories = []
+    for block_size in (None, 3):
+        keras.utils.set_random_seed(1)
+        loss = HALOLoss(block_size=block_size)
+        loss = HALOLoss.from_config(loss.get_config())
+        assert loss.block_size == block_size
+        model = keras.Sequential([keras.Input((4,)), HALODense(7)])
+        model.compile("sgd", loss=loss)
+        histories.append(model.fit(x, y, epochs=3, verbose=0).history["loss"])
+    np.testing.assert_allclose(*histories, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [0, -1, 2.5, True])
+def test_block_sizes_that_are_none_are_refused(block_size):
+    with pytest.raises(ValueError, match="`block_size` must be a positive"):
+        HALOLoss(block_size=block_size)
+
+
+def test_blocks_need_integer_labels():
+    scores = np.zeros((2, 7), "float32")
+    with pytest.raises(ValueError, match="`block_size` needs integer labels"):
+        halo_loss(np.eye(3)[:2], scores, block_size=2)

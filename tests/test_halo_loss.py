@@ -426,6 +426,7 @@ def test_serialization_keeps_every_argument():
         distill=False,
         radial_weight=0.5,
         ignore_class=255,
+        block_size=4096,
         reduction="sum",
         name="mine",
         dtype="float64",
@@ -440,6 +441,7 @@ def test_serialization_keeps_every_argument():
         "distill": False,
         "radial_weight": 0.5,
         "ignore_class": 255,
+        "block_size": 4096,
         "dtype": "float64",
     }
 

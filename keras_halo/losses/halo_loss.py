@@ -3,10 +3,10 @@ import numpy as np
 from keras import ops
 from keras.src import backend
 
-from keras_halo import fused, geometry, packing
+from keras_halo import blockwise, fused, geometry, packing
 from keras_halo.labels import are_integer_labels
 from keras_halo.precision import computation_dtype
-from keras_halo.validation import check_label_smoothing
+from keras_halo.validation import check_block_size, check_label_smoothing
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -17,6 +17,7 @@ def halo_loss(
     distill=True,
     radial_weight=1.0,
     ignore_class=None,
+    block_size=None,
 ):
     """Computes the HALO loss of packed scores, sample by sample.
 
@@ -36,6 +37,8 @@ def halo_loss(
         radial_weight: Non-negative float. Defaults to `1.0`.
         ignore_class: Optional integer, a label that does not count. Needs
             integer labels. Defaults to `None`.
+        block_size: Optional integer, how many classes to work on at a time.
+            Needs integer labels. Defaults to `None`, all of them.
 
     Returns:
         Tensor of shape `(...)`. Where an integer label is neither in `[0, K)`
@@ -43,7 +46,7 @@ def halo_loss(
 
     Raises:
         ValueError: If the shapes of labels and scores do not fit, or
-            `ignore_class` is given with a label distribution.
+            `ignore_class` or `block_size` is given with a label distribution.
 
     Example:
 
@@ -61,9 +64,11 @@ def halo_loss(
         if ignore_class is not None:
             counted = ops.not_equal(y_true, ignore_class)
             y_true = ops.where(counted, y_true, ops.zeros_like(y_true))
-        losses = fused.integer_label_losses(
-            y_true, y_pred, label_smoothing, distill, radial_weight
-        )
+        arguments = (y_true, y_pred, label_smoothing, distill, radial_weight)
+        if block_size is None:
+            losses = fused.integer_label_losses(*arguments)
+        else:
+            losses = blockwise.integer_label_losses(*arguments, block_size)
         if counted is not None:
             losses = ops.where(counted, losses, 0.0)
             # As Keras's own losses do, so that ignored samples leave the mean.
@@ -76,6 +81,13 @@ def halo_loss(
             f"{tuple(y_true.shape)} with ignore_class={ignore_class}. Pass "
             "integer labels, or give the samples to ignore a `sample_weight` "
             "of zero."
+        )
+    if block_size is not None:
+        raise ValueError(
+            "`block_size` needs integer labels of shape "
+            f"{tuple(y_pred.shape[:-1])}: a distribution over so many classes "
+            "would take the memory that blocks save. Received: labels of "
+            f"shape {tuple(y_true.shape)} with block_size={block_size}."
         )
     return _losses_of_distribution(
         ops.cast(y_true, y_pred.dtype),
@@ -155,6 +167,10 @@ class HALOLoss(keras.losses.Loss):
         ignore_class: Optional integer, a label that does not count, such as
             -1 or 255 for void pixels; needs integer labels. Defaults to
             `None`.
+        block_size: Optional integer, how many classes to work on at a time;
+            needs integer labels. For very many classes: the loss then makes
+            no array of the size of the scores but their gradient. 8,192 is a
+            good size. Defaults to `None`, all classes at once.
         reduction: Type of reduction to apply to the loss, one of
             `"sum_over_batch_size"`, `"sum"`, `"mean"`,
             `"mean_with_sample_weight"`, `"none"` or `None`, with the meaning
@@ -203,6 +219,7 @@ class HALOLoss(keras.losses.Loss):
         distill=True,
         radial_weight=1.0,
         ignore_class=None,
+        block_size=None,
         reduction="sum_over_batch_size",
         name="halo_loss",
         dtype=None,
@@ -215,6 +232,7 @@ class HALOLoss(keras.losses.Loss):
                 f"radial_weight={radial_weight}. Use 0 to switch the radial "
                 "term off."
             )
+        check_block_size(block_size)
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         super().__init__(
             name=name,
@@ -225,6 +243,7 @@ class HALOLoss(keras.losses.Loss):
         self.distill = distill
         self.radial_weight = radial_weight
         self.ignore_class = ignore_class
+        self.block_size = block_size
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         if isinstance(y_pred, (np.ndarray, list, tuple)):
@@ -246,6 +265,7 @@ class HALOLoss(keras.losses.Loss):
             distill=self.distill,
             radial_weight=self.radial_weight,
             ignore_class=self.ignore_class,
+            block_size=self.block_size,
         )
 
     def get_config(self):
@@ -256,6 +276,7 @@ class HALOLoss(keras.losses.Loss):
                 "distill": self.distill,
                 "radial_weight": self.radial_weight,
                 "ignore_class": self.ignore_class,
+                "block_size": self.block_size,
                 "dtype": self.dtype,
             }
         )

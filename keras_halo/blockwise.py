@@ -1,0 +1,149 @@
+"""The loss of integer labels in blocks of classes, for very many classes.
+
+The same numbers as `keras_halo.fused.integer_label_losses`, from arrays of
+`block_size` columns: beside the scores and their gradient no array of the size
+of the scores is made.
+"""
+
+import keras
+from keras import ops
+
+from keras_halo import geometry, packing
+from keras_halo.fused import (
+    is_known,
+    radial_losses,
+    radial_slopes,
+    safe_indices,
+    sum_columns,
+    with_gradient,
+)
+
+
+def integer_label_losses(
+    labels, scores, label_smoothing, distill, radial_weight, block_size
+):
+    """The HALO loss of integer labels, a block of classes at a time.
+
+    Args:
+        labels: Tensor `y` of shape `(...)`, of an integer dtype or integers in
+            floating point.
+        scores: Packed scores, a tensor of shape `(..., K + 4)`.
+        label_smoothing: Float in `[0, 1)`.
+        distill: Boolean, distilled or plain soft targets.
+        radial_weight: Non-negative float.
+        block_size: Positive integer, the number of classes in a block.
+
+    Returns:
+        Tensor of shape `(...)`; NaN, with a gradient of zero, where a label is
+        not in `[0, K)` or a row does not hold packed scores.
+
+    Example:
+
+    >>> scores = packing.pack(
+    ...     ops.array([[0.0, 0.0]]), 0.0, ops.array([[0.0]]), 1.0, 2
+    ... )
+    >>> loss = integer_label_losses(ops.array([1]), scores, 0.0, True, 0.0, 1)
+    >>> round(float(loss[0]), 4)
+    1.0986
+    """
+    shape = ops.shape(labels)
+    scores = ops.reshape(scores, (-1, scores.shape[-1]))
+    num_classes = packing.count_classes(scores.shape)
+    labels, in_range = safe_indices(ops.reshape(labels, (-1,)), num_classes)
+    starts = range(0, num_classes, block_size)
+
+    def block_of(parts, start):
+        return parts.logits[:, start : min(start + block_size, num_classes)]
+
+    def nearness(parts, logits):
+        return geometry.class_nearness(
+            logits, parts.squared_norm, parts.temperature, label_smoothing
+        )
+
+    def sums_of(parts, own, with_gaps=True):
+        """What the classes contribute: `log Z`, target mass and gaps."""
+        normalizer = parts.abstain_logit
+        total = gaps = ops.zeros_like(own)
+        for start in starts:
+            logits = block_of(parts, start)
+            # Not `ops.logaddexp`, which rounds float64 to float32.
+            normalizer = normalizer + ops.softplus(
+                ops.logsumexp(logits, axis=(-1,), keepdims=True) - normalizer
+            )
+            near = 1.0
+            if label_smoothing and distill:
+                near = nearness(parts, logits)
+                total = total + sum_columns(near)
+            if label_smoothing and with_gaps:
+                gaps = gaps + sum_columns((own - logits) * near)
+        if label_smoothing and distill:
+            total = 1.0 + (total - nearness(parts, own))
+        return normalizer, total, gaps
+
+    def forward(scores):
+        parts = packing.unpack(scores)
+        own = ops.take_along_axis(parts.logits, labels, axis=-1)
+        normalizer, total, gaps = sums_of(parts, own)
+        losses = normalizer - own
+        if label_smoothing and distill:
+            losses += gaps / total
+        elif label_smoothing:
+            losses += gaps * (label_smoothing / num_classes)
+        if radial_weight:
+            losses += radial_losses(parts, own) * radial_weight
+        losses = ops.where(is_known(parts, in_range), losses, float("nan"))
+        return ops.squeeze(losses, axis=-1)
+
+    def backward(inputs, upstream):
+        (scores,) = inputs
+        parts = packing.unpack(scores)
+        upstream = ops.where(
+            is_known(parts, in_range), ops.expand_dims(upstream, axis=-1), 0.0
+        )
+        own = ops.take_along_axis(parts.logits, labels, axis=-1)
+        normalizer, total, _ = sums_of(parts, own, with_gaps=False)
+        if label_smoothing and distill:
+            # Targets are constants, also to a second derivative.
+            target = ops.stop_gradient(1.0 / total)
+            itself = ops.stop_gradient(nearness(parts, own))
+            own_slope = upstream * (target * (itself - 1.0))
+        else:
+            own_slope = upstream * (label_smoothing - 1.0)
+        radial_slope, norm_slope, gamma_slope = radial_slopes(
+            parts, own, upstream * radial_weight
+        )
+        own_slope = own_slope + radial_slope
+
+        def slopes_of(start):
+            logits = block_of(parts, start)
+            slopes = ops.exp(logits - normalizer)
+            if label_smoothing and distill:
+                near = ops.stop_gradient(nearness(parts, logits))
+                slopes = slopes - near * target
+            elif label_smoothing:
+                slopes = slopes - label_smoothing / num_classes
+            classes = ops.arange(start, start + logits.shape[-1], dtype="int32")
+            is_own = ops.cast(ops.equal(labels, classes), slopes.dtype)
+            return slopes * upstream + is_own * own_slope
+
+        gradient = ops.zeros_like(scores)
+        for start in starts:
+            gradient = _with_columns(gradient, start, slopes_of(start))
+        rest = packing.pack_gradient(
+            logits=parts.logits[:, :0],
+            abstain_logit=ops.exp(parts.abstain_logit - normalizer) * upstream,
+            squared_norm=norm_slope,
+            temperature=gamma_slope,
+        )
+        return (_with_columns(gradient, num_classes, rest),)
+
+    return ops.reshape(with_gradient(forward, backward)(scores), shape)
+
+
+def _with_columns(matrix, start, columns):
+    """`matrix` with some of its columns replaced; may write into it."""
+    if keras.backend.backend() == "torch":
+        # `ops.slice_update` would copy the whole matrix.
+        matrix[:, start : start + columns.shape[-1]] = columns
+        return matrix
+    return ops.slice_update(matrix, (0, start), columns)
