@@ -2,7 +2,8 @@
 
 The same numbers as `keras_halo.fused.integer_label_losses`, from arrays of
 `block_size` columns: beside the scores and their gradient no array of the size
-of the scores is made.
+of the scores is made. The loop over the blocks is a loop of the graph: were it
+unrolled, XLA would work on many blocks at a time and hold them all.
 """
 
 import keras
@@ -50,22 +51,31 @@ def integer_label_losses(
     scores = ops.reshape(scores, (-1, scores.shape[-1]))
     num_classes = packing.count_classes(scores.shape)
     labels, in_range = safe_indices(ops.reshape(labels, (-1,)), num_classes)
-    starts = range(0, num_classes, block_size)
+    batch = ops.shape(scores)[0]
 
-    def block_of(parts, start):
-        return parts.logits[:, start : min(start + block_size, num_classes)]
+    def over_blocks(step, carry):
+        """`carry = step(start, size, carry)` for one block after the other."""
+        count, rest = divmod(num_classes, block_size)
+        if count:
+            carry = ops.fori_loop(
+                0,
+                count,
+                lambda i, carry: step(i * block_size, block_size, carry),
+                carry,
+            )
+        return step(count * block_size, rest, carry) if rest else carry
 
     def nearness(parts, logits):
         return geometry.class_nearness(
             logits, parts.squared_norm, parts.temperature, label_smoothing
         )
 
-    def sums_of(parts, own, with_gaps=True):
+    def sums_of(scores, parts, own, with_gaps=True):
         """What the classes contribute: `log Z`, target mass and gaps."""
-        normalizer = parts.abstain_logit
-        total = gaps = ops.zeros_like(own)
-        for start in starts:
-            logits = block_of(parts, start)
+
+        def add_block(start, size, carry):
+            normalizer, total, gaps = carry
+            logits = ops.slice(scores, (0, start), (batch, size))
             # Not `ops.logaddexp`, which rounds float64 to float32.
             normalizer = normalizer + ops.softplus(
                 ops.logsumexp(logits, axis=(-1,), keepdims=True) - normalizer
@@ -76,6 +86,12 @@ def integer_label_losses(
                 total = total + sum_columns(near)
             if label_smoothing and with_gaps:
                 gaps = gaps + sum_columns((own - logits) * near)
+            return normalizer, total, gaps
+
+        nothing = ops.zeros_like(own)
+        normalizer, total, gaps = over_blocks(
+            add_block, (parts.abstain_logit, nothing, nothing)
+        )
         if label_smoothing and distill:
             total = 1.0 + (total - nearness(parts, own))
         return normalizer, total, gaps
@@ -83,7 +99,7 @@ def integer_label_losses(
     def forward(scores):
         parts = packing.unpack(scores)
         own = ops.take_along_axis(parts.logits, labels, axis=-1)
-        normalizer, total, gaps = sums_of(parts, own)
+        normalizer, total, gaps = sums_of(scores, parts, own)
         losses = normalizer - own
         if label_smoothing and distill:
             losses += gaps / total
@@ -101,7 +117,7 @@ def integer_label_losses(
             is_known(parts, in_range), ops.expand_dims(upstream, axis=-1), 0.0
         )
         own = ops.take_along_axis(parts.logits, labels, axis=-1)
-        normalizer, total, _ = sums_of(parts, own, with_gaps=False)
+        normalizer, total, _ = sums_of(scores, parts, own, with_gaps=False)
         if label_smoothing and distill:
             # Targets are constants, also to a second derivative.
             target = ops.stop_gradient(1.0 / total)
@@ -114,21 +130,20 @@ def integer_label_losses(
         )
         own_slope = own_slope + radial_slope
 
-        def slopes_of(start):
-            logits = block_of(parts, start)
+        def fill_block(start, size, gradient):
+            logits = ops.slice(scores, (0, start), (batch, size))
             slopes = ops.exp(logits - normalizer)
             if label_smoothing and distill:
                 near = ops.stop_gradient(nearness(parts, logits))
                 slopes = slopes - near * target
             elif label_smoothing:
                 slopes = slopes - label_smoothing / num_classes
-            classes = ops.arange(start, start + logits.shape[-1], dtype="int32")
+            classes = ops.arange(size, dtype="int32") + start
             is_own = ops.cast(ops.equal(labels, classes), slopes.dtype)
-            return slopes * upstream + is_own * own_slope
+            slopes = slopes * upstream + is_own * own_slope
+            return _with_columns(gradient, start, slopes)
 
-        gradient = ops.zeros_like(scores)
-        for start in starts:
-            gradient = _with_columns(gradient, start, slopes_of(start))
+        gradient = over_blocks(fill_block, ops.zeros_like(scores))
         rest = packing.pack_gradient(
             logits=parts.logits[:, :0],
             abstain_logit=ops.exp(parts.abstain_logit - normalizer) * upstream,
