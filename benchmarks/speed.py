@@ -8,11 +8,13 @@ meets all of them. The table gives the median of the rounds' ratios and the
 range that holds the middle 80 % of them. Memory is that of separate processes.
 
     KERAS_BACKEND=jax python benchmarks/speed.py
-    KERAS_BACKEND=torch python benchmarks/speed.py --only step memory
+    KERAS_BACKEND=torch python benchmarks/speed.py --only step --compile
     KERAS_BACKEND=tensorflow python benchmarks/speed.py --quick
 
 The rivals: `Dense` with Keras's cross-entropy, and the pairwise form of the
 method, which takes the difference of every embedding and every centroid.
+JAX and TensorFlow compile the step, PyTorch runs it eagerly, as Keras does by
+default; `--compile` compiles it there, too, as `jit_compile=True` does.
 """
 
 import argparse
@@ -41,10 +43,12 @@ BACKEND = keras.backend.backend()
 SIZES = ((256, 10, 10), (256, 512, 1000), (64, 768, 50_000))
 GROWTH = (10, 100, 1_000, 10_000, 50_000, 100_000, 200_000)
 GROWTH_BATCH, GROWTH_DIM = 64, 128
-DENSE, HALO, PLAIN, BLOCKS, HEAD, NAIVE, PRODUCT = (
+DENSE, DENSE_ONE_HOT, HALO, PLAIN, ONE_HOT, BLOCKS, HEAD, NAIVE, PRODUCT = (
     "Dense + cross-entropy",
+    "Dense + cross-entropy, one-hot labels",
     "HALO",
     "HALO, plain targets",
+    "HALO, one-hot labels",
     "HALO, in blocks of 2048",
     "HALO head alone",
     "HALO, pairwise differences",
@@ -102,9 +106,12 @@ def product_of_scores(y_true, y_pred):
     return ops.sum(y_true * y_pred)
 
 
-def head_and_loss(method, units):
+def head_and_loss(method, units, dtype="float32"):
     if method == DENSE:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        return layers.Dense(units), loss
+    if method == DENSE_ONE_HOT:
+        loss = keras.losses.CategoricalCrossentropy(from_logits=True)
         return layers.Dense(units), loss
     if method == PRODUCT:
         return Products(units), sum_of_scores
@@ -112,13 +119,13 @@ def head_and_loss(method, units):
         return PairwiseHALODense(units), HALOLoss()
     if method == HEAD:
         return HALODense(units), product_of_scores
-    return HALODense(units), HALOLoss(
+    return HALODense(units, dtype=dtype), HALOLoss(
         distill=method != PLAIN,
         block_size=2048 if method == BLOCKS else None,
     )
 
 
-def compiled_step(layer, loss):
+def compiled_step(layer, loss, on_torch=False):
     """A function of inputs and labels: the loss and every gradient."""
     if BACKEND == "jax":
         import jax
@@ -152,27 +159,38 @@ def compiled_step(layer, loss):
     else:
         parameters = [v.value for v in layer.trainable_variables]
 
+        def objective(x, y):
+            return loss(y, layer(x))
+
+        if on_torch:
+            import torch
+
+            objective = torch.compile(objective)
+
         def step(x, y):
             x = x.detach().requires_grad_()
             for parameter in parameters:
                 parameter.grad = None
-            value = loss(y, layer(x))
+            value = objective(x, y)
             value.backward()
             return value
 
     return step
 
 
-def make_step(method, batch, dim, units):
+def make_step(method, batch, dim, units, dtype="float32", on_torch=False):
     rng = np.random.default_rng(0)
-    layer, loss = head_and_loss(method, units)
+    layer, loss = head_and_loss(method, units, dtype)
     x = ops.convert_to_tensor(rng.normal(size=(batch, dim)).astype("float32"))
+    x = ops.cast(x, layer.compute_dtype)
     y = rng.integers(0, units, batch).astype("int32")
     if method == HEAD:
         y = np.zeros((batch, packing.packed_width(units)), "float32")
+    elif method in (DENSE_ONE_HOT, ONE_HOT):
+        y = np.eye(units, dtype="float32")[y]
     y = ops.convert_to_tensor(y)
     layer.build(x.shape)
-    step = compiled_step(layer, loss)
+    step = compiled_step(layer, loss, on_torch)
     return lambda: step(x, y)
 
 
@@ -220,9 +238,31 @@ def bench_step(arguments):
         methods = [DENSE, HALO, PLAIN, PRODUCT]
         if np.prod(size) <= MAX_PAIRWISE:
             methods.append(NAIVE)
-        functions = {method: make_step(method, *size) for method in methods}
+        functions = {
+            method: make_step(method, *size, on_torch=arguments.compile)
+            for method in methods
+        }
         title = f"head + loss step {size}"
         show(title, interleaved(functions, arguments.rounds, 0.1))
+        if size[2] > 10_000:
+            continue
+        functions = {
+            method: make_step(method, *size, on_torch=arguments.compile)
+            for method in (DENSE_ONE_HOT, ONE_HOT)
+        }
+        times = interleaved(functions, arguments.rounds, 0.1)
+        show(title, times, DENSE_ONE_HOT)
+
+
+def bench_mixed(arguments):
+    """What it costs that the head computes in float32 on 16-bit inputs."""
+    size = SIZES[0] if arguments.quick else SIZES[1]
+    functions = {
+        f"HALO, {dtype}": make_step(HALO, *size, dtype, arguments.compile)
+        for dtype in ("float32", "mixed_float16", "mixed_bfloat16")
+    }
+    times = interleaved(functions, arguments.rounds, 0.1)
+    show(f"head + loss step {size}", times, "HALO, float32")
 
 
 def convnet(method):
@@ -299,12 +339,7 @@ def bench_inference(arguments):
         ),
         "predict + joint score": lambda: ood_score(scores(HALO)),
         "predict + decode": lambda: decode_predictions(scores(HALO)),
-        "predict + decode + joint score": lambda: (
-            decode_predictions(scores(HALO)),
-            ood_score(scores(HALO)),
-        ),
     }
-    functions.pop("predict + decode + joint score")
     times = interleaved(functions, arguments.rounds, 0.3)
     show("inference, convnet, 1024 images", times, "predict + softmax")
 
@@ -417,6 +452,7 @@ def draw(counts, curves, path):
 
 PARTS = {
     "step": bench_step,
+    "mixed": bench_mixed,
     "training": bench_training,
     "inference": bench_inference,
     "memory": bench_memory,
@@ -434,6 +470,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--figure", help="where to save the growth curve")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the step on PyTorch"
+    )
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

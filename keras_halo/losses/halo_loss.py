@@ -169,7 +169,7 @@ class HALOLoss(keras.losses.Loss):
             `None`.
         block_size: Optional integer, how many classes to work on at a time;
             needs integer labels. For very many classes: the loss then makes
-            no array of the size of the scores but their gradient. 8,192 is a
+            no array of the size of the scores but their gradient. 2,048 is a
             good size. Defaults to `None`, all classes at once.
         reduction: Type of reduction to apply to the loss, one of
             `"sum_over_batch_size"`, `"sum"`, `"mean"`,
