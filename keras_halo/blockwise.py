@@ -96,7 +96,7 @@ def integer_label_losses(
             total = 1.0 + (total - nearness(parts, own))
         return normalizer, total, gaps
 
-    def forward(scores):
+    def forward(scores, labels, in_range):
         parts = packing.unpack(scores)
         own = ops.take_along_axis(parts.logits, labels, axis=-1)
         normalizer, total, gaps = sums_of(scores, parts, own)
@@ -111,7 +111,7 @@ def integer_label_losses(
         return ops.squeeze(losses, axis=-1)
 
     def backward(inputs, upstream):
-        (scores,) = inputs
+        scores, labels, in_range = inputs
         parts = packing.unpack(scores)
         upstream = ops.where(
             is_known(parts, in_range), ops.expand_dims(upstream, axis=-1), 0.0
@@ -150,9 +150,10 @@ def integer_label_losses(
             squared_norm=norm_slope,
             temperature=gamma_slope,
         )
-        return (_with_columns(gradient, num_classes, rest),)
+        return _with_columns(gradient, num_classes, rest), None, None
 
-    return ops.reshape(with_gradient(forward, backward)(scores), shape)
+    losses = with_gradient(forward, backward)(scores, labels, in_range)
+    return ops.reshape(losses, shape)
 
 
 def _with_columns(matrix, start, columns):

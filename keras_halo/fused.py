@@ -30,10 +30,13 @@ _BLOCK_SIZE = 2**20
 def with_gradient(function, gradient):
     """Joins a function of tensors with its vector-Jacobian product.
 
+    Both have to get every tensor as an input, labels included: JAX calls them
+    again when the trace in which a closure was made is long over.
+
     Args:
         function: Callable, `function(*inputs)` returns a tensor.
         gradient: Callable, `gradient(inputs, upstream)` returns a tuple with
-            one tensor for every input.
+            one tensor for every input, or `None` where it has no gradient.
 
     Returns:
         Callable like `function`.
@@ -217,7 +220,7 @@ def integer_label_losses(
     num_classes = packing.count_classes(scores.shape)
     labels, in_range = safe_indices(labels, num_classes)
 
-    def target_terms(parts):
+    def target_terms(parts, labels):
         """Mass near each class, that of the label, and what divides it."""
         near = geometry.class_nearness(
             parts.logits, parts.squared_norm, parts.temperature, label_smoothing
@@ -225,14 +228,14 @@ def integer_label_losses(
         itself = ops.take_along_axis(near, labels, axis=-1)
         return near, itself, 1.0 + (sum_columns(near) - itself)
 
-    def forward(scores):
+    def forward(scores, labels, in_range):
         parts = packing.unpack(scores)
         own = ops.take_along_axis(parts.logits, labels, axis=-1)
         # The neutral columns have no share in it.
         log_p = ops.log_softmax(scores)
         losses = -ops.take_along_axis(log_p, labels, axis=-1)
         if label_smoothing and distill:
-            near, _, total = target_terms(parts)
+            near, _, total = target_terms(parts, labels)
             losses += sum_columns(near * (own - parts.logits)) / total
         elif label_smoothing:
             spread = label_smoothing / num_classes
@@ -243,7 +246,7 @@ def integer_label_losses(
         return ops.squeeze(losses, axis=-1)
 
     def backward(inputs, upstream):
-        (scores,) = inputs
+        scores, labels, in_range = inputs
         parts = packing.unpack(scores)
         upstream = ops.where(
             is_known(parts, in_range), ops.expand_dims(upstream, axis=-1), 0.0
@@ -252,7 +255,9 @@ def integer_label_losses(
         slopes = p.logits
         if label_smoothing and distill:
             # Targets are constants, also to a second derivative.
-            near, itself, total = map(ops.stop_gradient, target_terms(parts))
+            near, itself, total = map(
+                ops.stop_gradient, target_terms(parts, labels)
+            )
             target = 1.0 / total
             slopes = slopes - near * target
             own_slope = upstream * (target * (itself - 1.0))
@@ -278,9 +283,11 @@ def integer_label_losses(
                 squared_norm=norm_slope,
                 temperature=gamma_slope,
             ),
+            None,
+            None,
         )
 
-    return with_gradient(forward, backward)(scores)
+    return with_gradient(forward, backward)(scores, labels, in_range)
 
 
 def safe_indices(labels, num_classes):

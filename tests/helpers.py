@@ -1,25 +1,30 @@
 """What the tests need from a backend and keras.ops does not offer."""
 
 import contextlib
+import functools
 
 import keras
 import numpy as np
 
 
-def value_and_gradients(function, *arrays):
-    """Value and gradients of a scalar function of arrays, as NumPy arrays."""
+def value_and_gradients(function, *arrays, constants=()):
+    """Value and gradients of a scalar function of arrays, as NumPy arrays.
+
+    The function is called with the arrays, and the constants after them.
+    """
     backend = keras.backend.backend()
+    constants = [keras.ops.convert_to_tensor(array) for array in constants]
     if backend == "jax":
         import jax
 
-        value, gradients = jax.jit(
-            jax.value_and_grad(function, argnums=tuple(range(len(arrays))))
-        )(*[jax.numpy.asarray(array) for array in arrays])
+        value, gradients = _compiled_by_jax(function, len(arrays))(
+            *[jax.numpy.asarray(array) for array in arrays], *constants
+        )
     elif backend == "torch":
         import torch
 
         tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
-        value = function(*tensors)
+        value = function(*tensors, *constants)
         value.backward()
         gradients = [tensor.grad for tensor in tensors]
     else:
@@ -28,9 +33,19 @@ def value_and_gradients(function, *arrays):
         tensors = [tf.constant(array) for array in arrays]
         with tf.GradientTape() as tape:
             tape.watch(tensors)
-            value = function(*tensors)
+            value = function(*tensors, *constants)
         gradients = tape.gradient(value, tensors)
     return to_numpy(value), [to_numpy(gradient) for gradient in gradients]
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_by_jax(function, num_arrays):
+    # JAX compiles once for every function object and shape.
+    import jax
+
+    return jax.jit(
+        jax.value_and_grad(function, argnums=tuple(range(num_arrays)))
+    )
 
 
 def to_numpy(x):

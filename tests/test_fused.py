@@ -5,7 +5,13 @@ import contextlib
 import keras
 import numpy as np
 import pytest
-from helpers import float64, second_derivative, to_numpy, value_and_gradients
+from helpers import (
+    float64,
+    packed,
+    second_derivative,
+    to_numpy,
+    value_and_gradients,
+)
 from keras import ops
 
 from keras_halo import (
@@ -261,6 +267,26 @@ def test_a_loss_in_blocks_trains_and_comes_back():
         model.compile("sgd", loss=loss)
         histories.append(model.fit(x, y, epochs=3, verbose=0).history["loss"])
     np.testing.assert_allclose(*histories, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [None, 3])
+@pytest.mark.parametrize("transformation", ["jit", "checkpoint"])
+def test_gradients_of_a_function_that_jax_has_transformed(
+    transformation, block_size
+):
+    jax = pytest.importorskip("jax", reason="transformations of JAX")
+    scores = packed(np.eye(4), np.eye(5, 4))
+    labels = np.array([0, 1, 4, 2])
+
+    def total(scores, labels):
+        return ops.sum(halo_loss(labels, scores, block_size=block_size))
+
+    transformed = getattr(jax, transformation)(total)
+    np.testing.assert_allclose(
+        jax.grad(transformed)(scores, labels),
+        jax.grad(total)(scores, labels),
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("block_size", [0, -1, 2.5, True])
