@@ -6,18 +6,43 @@ of the scores is made. The loop over the blocks is a loop of the graph: were it
 unrolled, XLA would work on many blocks at a time and hold them all.
 """
 
+import math
+
 import keras
 from keras import ops
 
 from keras_halo import geometry, packing
 from keras_halo.fused import (
+    at_labels,
     is_known,
+    plus_at_labels,
     radial_losses,
     radial_slopes,
     safe_indices,
     sum_columns,
     with_gradient,
 )
+
+# Tensors of PyTorch can be written into.
+_WRITES = keras.backend.backend() == "torch"
+
+# PyTorch makes an array for every operation. Beyond this many numbers most of
+# its time goes into the memory pages of these arrays, while small ones are
+# used again and stay in the cache.
+_LARGE, _SMALL = 2**21, 2**19
+
+
+def best_block_size(scores):
+    """Classes in a block where nothing is asked for: an integer, or `None`.
+
+    XLA makes one loop of the unblocked loss and needs no blocks.
+
+    Args:
+        scores: Packed scores, a tensor of shape `(..., K + 4)`.
+    """
+    if not _WRITES or math.prod(scores.shape) < _LARGE:
+        return None
+    return max(_SMALL // math.prod(scores.shape[:-1]), 1)
 
 
 def integer_label_losses(
@@ -98,7 +123,7 @@ def integer_label_losses(
 
     def forward(scores, labels, in_range):
         parts = packing.unpack(scores)
-        own = ops.take_along_axis(parts.logits, labels, axis=-1)
+        own = at_labels(parts.logits, labels)
         normalizer, total, gaps = sums_of(scores, parts, own)
         losses = normalizer - own
         if label_smoothing and distill:
@@ -116,7 +141,7 @@ def integer_label_losses(
         upstream = ops.where(
             is_known(parts, in_range), ops.expand_dims(upstream, axis=-1), 0.0
         )
-        own = ops.take_along_axis(parts.logits, labels, axis=-1)
+        own = at_labels(parts.logits, labels)
         normalizer, total, _ = sums_of(scores, parts, own, with_gaps=False)
         if label_smoothing and distill:
             # Targets are constants, also to a second derivative.
@@ -138,12 +163,14 @@ def integer_label_losses(
                 slopes = slopes - near * target
             elif label_smoothing:
                 slopes = slopes - label_smoothing / num_classes
-            classes = ops.arange(size, dtype="int32") + start
-            is_own = ops.cast(ops.equal(labels, classes), slopes.dtype)
-            slopes = slopes * upstream + is_own * own_slope
+            slopes = slopes * upstream
+            if not _WRITES:
+                slopes = plus_at_labels(slopes, labels, own_slope, start)
             return _with_columns(gradient, start, slopes)
 
         gradient = over_blocks(fill_block, ops.zeros_like(scores))
+        if _WRITES:
+            gradient = plus_at_labels(gradient, labels, own_slope)
         rest = packing.pack_gradient(
             logits=parts.logits[:, :0],
             abstain_logit=ops.exp(parts.abstain_logit - normalizer) * upstream,
@@ -158,7 +185,7 @@ def integer_label_losses(
 
 def _with_columns(matrix, start, columns):
     """`matrix` with some of its columns replaced; may write into it."""
-    if keras.backend.backend() == "torch":
+    if _WRITES:
         # `ops.slice_update` would copy the whole matrix.
         matrix[:, start : start + columns.shape[-1]] = columns
         return matrix

@@ -218,6 +218,11 @@ def integer_label_losses(
     1.0986
     """
     num_classes = packing.count_classes(scores.shape)
+    shape = None
+    if len(scores.shape) > 2:
+        shape = ops.shape(labels)
+        labels = ops.reshape(labels, (-1,))
+        scores = ops.reshape(scores, (-1, scores.shape[-1]))
     labels, in_range = safe_indices(labels, num_classes)
 
     def target_terms(parts, labels):
@@ -225,15 +230,15 @@ def integer_label_losses(
         near = geometry.class_nearness(
             parts.logits, parts.squared_norm, parts.temperature, label_smoothing
         )
-        itself = ops.take_along_axis(near, labels, axis=-1)
+        itself = at_labels(near, labels)
         return near, itself, 1.0 + (sum_columns(near) - itself)
 
     def forward(scores, labels, in_range):
         parts = packing.unpack(scores)
-        own = ops.take_along_axis(parts.logits, labels, axis=-1)
+        own = at_labels(parts.logits, labels)
         # The neutral columns have no share in it.
         log_p = ops.log_softmax(scores)
-        losses = -ops.take_along_axis(log_p, labels, axis=-1)
+        losses = -at_labels(log_p, labels)
         if label_smoothing and distill:
             near, _, total = target_terms(parts, labels)
             losses += sum_columns(near * (own - parts.logits)) / total
@@ -271,14 +276,13 @@ def integer_label_losses(
         slopes = slopes * upstream
         radial_slope, norm_slope, gamma_slope = radial_slopes(
             parts,
-            ops.take_along_axis(parts.logits, labels, axis=-1),
+            at_labels(parts.logits, labels),
             upstream * radial_weight,
         )
         own_slope = own_slope + radial_slope
-        is_own = ops.equal(labels, ops.arange(num_classes, dtype="int32"))
         return (
             packing.pack_gradient(
-                logits=slopes + ops.cast(is_own, slopes.dtype) * own_slope,
+                logits=plus_at_labels(slopes, labels, own_slope),
                 abstain_logit=p.abstain_logit * upstream,
                 squared_norm=norm_slope,
                 temperature=gamma_slope,
@@ -287,7 +291,8 @@ def integer_label_losses(
             None,
         )
 
-    return with_gradient(forward, backward)(scores, labels, in_range)
+    losses = with_gradient(forward, backward)(scores, labels, in_range)
+    return losses if shape is None else ops.reshape(losses, shape)
 
 
 def safe_indices(labels, num_classes):
@@ -305,6 +310,37 @@ def safe_indices(labels, num_classes):
     in_range = (labels >= 0) & (labels < num_classes)
     labels = ops.where(in_range, labels, ops.zeros_like(labels))
     return ops.cast(labels, "int32"), in_range
+
+
+def at_labels(matrix, labels):
+    """The entry of each row of a matrix at its label, shape `(N, 1)`."""
+    if keras.backend.backend() == "torch":
+        # One operation, where `ops.take_along_axis` takes five.
+        rows = ops.arange(labels.shape[0], dtype="int32")
+        return matrix[rows, labels[:, 0]][:, None]
+    return ops.take_along_axis(matrix, labels, axis=-1)
+
+
+def plus_at_labels(matrix, labels, values, start=0):
+    """`matrix` with one value a row added at its label; may write into it.
+
+    Args:
+        matrix: Tensor of shape `(N, K)`.
+        labels: Integer tensor of shape `(N, 1)`.
+        values: Tensor of shape `(N, 1)`.
+        start: Integer, the class of the first column.
+
+    Returns:
+        Tensor of shape `(N, K)`. A row whose label has no column is unchanged,
+        but on PyTorch all labels need one.
+    """
+    if keras.backend.backend() == "torch":
+        rows = ops.arange(labels.shape[0], dtype="int32")
+        matrix[rows, labels[:, 0]] += values[:, 0]
+        return matrix
+    classes = ops.arange(matrix.shape[-1], dtype="int32") + start
+    is_own = ops.cast(ops.equal(labels, classes), matrix.dtype)
+    return matrix + is_own * values
 
 
 def is_known(parts, in_range):

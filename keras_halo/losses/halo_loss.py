@@ -38,7 +38,7 @@ def halo_loss(
         ignore_class: Optional integer, a label that does not count. Needs
             integer labels. Defaults to `None`.
         block_size: Optional integer, how many classes to work on at a time.
-            Needs integer labels. Defaults to `None`, all of them.
+            Needs integer labels. Defaults to `None`: what is fastest.
 
     Returns:
         Tensor of shape `(...)`. Where an integer label is neither in `[0, K)`
@@ -65,6 +65,8 @@ def halo_loss(
             counted = ops.not_equal(y_true, ignore_class)
             y_true = ops.where(counted, y_true, ops.zeros_like(y_true))
         arguments = (y_true, y_pred, label_smoothing, distill, radial_weight)
+        if block_size is None:
+            block_size = blockwise.best_block_size(y_pred)
         if block_size is None:
             losses = fused.integer_label_losses(*arguments)
         else:
@@ -170,7 +172,9 @@ class HALOLoss(keras.losses.Loss):
         block_size: Optional integer, how many classes to work on at a time;
             needs integer labels. For very many classes: the loss then makes
             no array of the size of the scores but their gradient. 2,048 is a
-            good size. Defaults to `None`, all classes at once.
+            good size. Defaults to `None`, what is fastest: all classes at once
+            where XLA compiles the loss, which makes no such array either, and
+            blocks that stay in the processor's cache on PyTorch.
         reduction: Type of reduction to apply to the loss, one of
             `"sum_over_batch_size"`, `"sum"`, `"mean"`,
             `"mean_with_sample_weight"`, `"none"` or `None`, with the meaning
