@@ -284,10 +284,19 @@ def test_there_is_a_file_of_every_backend():
     }
 
 
+def version(text):
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
 @pytest.mark.parametrize("name", SAVED)
 def test_what_any_backend_saved_in_an_earlier_release_still_works(
     name, tmp_path
 ):
+    with zipfile.ZipFile(DATA / f"classifier-{name}.keras") as archive:
+        saved_by = json.loads(archive.read("metadata.json"))["keras_version"]
+    if version(keras.__version__) < version(saved_by):
+        # Nor does it load its own layers then: `Dense` has new arguments.
+        pytest.skip(f"Keras loads no files of a later Keras, here {saved_by}")
     with np.load(DATA / f"predictions-{name}.npz") as arrays:
         expected = dict(arrays)
     rng = np.random.default_rng(0)
