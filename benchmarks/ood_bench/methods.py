@@ -53,6 +53,16 @@ Args:
 """
 
 
+Training = collections.namedtuple("Training", ["model", "loss", "metric"])
+Training.__doc__ = """What is fitted in order to train a model.
+
+Args:
+    model: The model itself, or one that shares its layers.
+    loss: As `keras.Model.compile` takes it.
+    metric: Accuracy, as `keras.Model.compile` takes it.
+"""
+
+
 def _predict(model, x):
     """Predictions, all batches of one size: some backends compile for each."""
     padding = -len(x) % _BATCH_SIZE
@@ -89,8 +99,8 @@ class CrossEntropy:
     def head(self, features, num_classes):
         return layers.Dense(num_classes, name="logits")(features)
 
-    def loss(self):
-        return _cross_entropy(self.label_smoothing)
+    def training(self, model):
+        return Training(model, _cross_entropy(self.label_smoothing), "accuracy")
 
     def reader(self, model, images):
         network = _with_features(model)
@@ -114,14 +124,14 @@ class LogitNorm(CrossEntropy):
 
     temperature: float = 0.04
 
-    def loss(self):
+    def training(self, model):
         loss = _cross_entropy(scale=1.0 / self.temperature)
 
         def normalized(y_true, y_pred):
             norms = ops.sqrt(ops.sum(ops.square(y_pred), -1, keepdims=True))
             return loss(y_true, y_pred / (norms + 1e-7))
 
-        return normalized
+        return Training(model, normalized, "accuracy")
 
 
 @keras.saving.register_keras_serializable(package="ood_bench")
@@ -161,8 +171,9 @@ class IsoMaxPlus:
     def head(self, features, num_classes):
         return IsoMaxPlusHead(num_classes, name="logits")(features)
 
-    def loss(self):
-        return _cross_entropy(scale=self.entropic_scale)
+    def training(self, model):
+        loss = _cross_entropy(scale=self.entropic_scale)
+        return Training(model, loss, "accuracy")
 
     def reader(self, model, images):
         network = _with_features(model)
@@ -172,6 +183,37 @@ class IsoMaxPlus:
         # All logits have the same scale: the largest is the least distance.
         detectors["min distance"] = detectors.pop("max logit")
         return _reader(network, detectors)
+
+
+def roundness(labels, embeddings, centroids):
+    """How far the residuals of a batch are from a unit Gaussian's covariance.
+
+    The radial term of HALO fixes the length of a residual and leaves its
+    direction free. This term is smallest where all directions are alike.
+
+    Formula:
+
+    ```python
+    residuals = embeddings - c[labels]
+    covariance = transpose(residuals) @ residuals / batch_size
+    roundness = sum((covariance - identity) ** 2) / D
+    ```
+
+    Args:
+        labels: Tensor of shape `(B,)` or `(B, 1)`.
+        embeddings: Tensor of shape `(B, D)`.
+        centroids: Tensor of shape `(K, D)`, not centred.
+
+    Returns:
+        Scalar tensor.
+    """
+    centroids = keras_halo.geometry.centered(ops.convert_to_tensor(centroids))
+    labels = ops.cast(ops.reshape(labels, (-1,)), "int32")
+    residuals = embeddings - ops.take(centroids, labels, axis=0)
+    dim = embeddings.shape[-1]
+    total = ops.matmul(ops.transpose(residuals), residuals)
+    covariance = total / ops.cast(ops.shape(residuals)[0], total.dtype)
+    return ops.sum(ops.square(covariance - ops.eye(dim))) / dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +228,7 @@ class HALO:
         learn_gamma: As of `keras_halo.HALODense`.
         normalize: Boolean, whether batch normalization without a scale comes
             before the head.
+        roundness: Float, the weight of `roundness` in the loss.
     """
 
     embedding_dim: int = 0
@@ -194,6 +237,7 @@ class HALO:
     radial_weight: float = 1.0
     learn_gamma: bool = True
     normalize: bool = False
+    roundness: float = 0.0
 
     def head(self, features, num_classes):
         dim = self.embedding_dim or num_classes
@@ -204,11 +248,31 @@ class HALO:
             num_classes, self.label_smoothing, self.learn_gamma
         )(x)
 
-    def loss(self):
-        return keras_halo.HALOLoss(
+    def training(self, model):
+        loss = keras_halo.HALOLoss(
             label_smoothing=self.label_smoothing,
             distill=self.distill,
             radial_weight=self.radial_weight,
+        )
+        if not self.roundness:
+            return Training(model, loss, "accuracy")
+        head = model.layers[-1]
+        width = model.output.shape[-1]
+        # A loss sees one tensor: packed scores and embeddings side by side.
+        both = layers.Concatenate()([model.output, head.input])
+
+        def with_roundness(y_true, y_pred):
+            return loss(y_true, y_pred[:, :width]) + self.roundness * roundness(
+                y_true, y_pred[:, width:], head.centroids
+            )
+
+        def accuracy(y_true, y_pred):
+            return keras.metrics.sparse_categorical_accuracy(
+                y_true, y_pred[:, :width]
+            )
+
+        return Training(
+            keras.Model(model.input, both), with_roundness, accuracy
         )
 
     def reader(self, model, images):
@@ -278,6 +342,7 @@ METHODS = {
     "HALO-normalized": HALO(
         distill=False, label_smoothing=0.02, embedding_dim=16, normalize=True
     ),
+    "HALO-round": HALO(distill=False, label_smoothing=0.02, roundness=1.0),
 }
 
 # One of each kind, for a quick comparison.

@@ -25,6 +25,7 @@ KNOWN_COLUMNS = (
 )
 COST_COLUMNS = (
     ("seconds", "training, s", 1, 0),
+    ("cpu_seconds", "training, CPU s", 1, 0),
     ("epoch_seconds", "epoch, s", 1, 1),
     ("peak_mib", "memory, MiB", 1, 0),
 )
@@ -58,7 +59,9 @@ shares in %. ECE with 15 bins of equal width. NLL in nats, Brier score between
 - *keeps*: numbers that the detector stores besides the network.
 - *choose by*: AUROC of validation images against synthetic outliers, none of
   which is among the sets that are reported. Settings may be chosen by it.
-- *epoch, s*: median over the epochs after the first, which compiles.
+- *CPU s*: time of all cores together, which other programs on the same
+  machine prolong less than the time on the clock. *epoch, s*: on the clock,
+  median over the epochs after the first, which compiles.
   *memory*: peak of the process up to the end of training, libraries and
   images included."""
 

@@ -52,11 +52,11 @@ def run(folder, settings, evaluation):
 def _run_here(folder, settings, evaluation):
     _end_with_parent()
     images = data.load(settings, evaluation)
-    model, loss = build(settings, images)
+    model = build(settings, images)
     path = training_path(folder, settings)
     trained = store.load(path)
     if trained is None:
-        record = train(model, loss, settings, images)
+        record = train(model, settings, images)
         weights = {f"w{i}": w for i, w in enumerate(model.get_weights())}
         store.save(path, record, weights)
     else:
@@ -83,30 +83,30 @@ def _end_with_parent():
 
 
 def build(settings, images):
-    """The model with fresh weights that the seed determines, and its loss."""
+    """The model with the fresh weights that the seed determines."""
     keras.utils.set_random_seed(settings.seed)
     backbone = NETWORKS[settings.network](images.train[0].shape[1:])
     method = METHODS[settings.method]
     outputs = method.head(backbone.output, images.num_classes)
-    return keras.Model(backbone.input, outputs), method.loss()
+    return keras.Model(backbone.input, outputs)
 
 
-def train(model, loss, settings, images):
+def train(model, settings, images):
     """Trains in place; returns how long it took, and how it went."""
     batches = data.training_batches(settings, images)
     schedule = keras.optimizers.schedules.CosineDecay(
         settings.learning_rate, settings.epochs * batches.num_batches
     )
-    model.compile(
-        keras.optimizers.Adam(schedule), loss=loss, metrics=["accuracy"]
-    )
+    fitted, loss, metric = METHODS[settings.method].training(model)
+    fitted.compile(keras.optimizers.Adam(schedule), loss=loss, metrics=[metric])
     progress = _Progress(settings)
-    start = time.perf_counter()
-    history = model.fit(
+    start, cpu_start = time.perf_counter(), time.process_time()
+    history = fitted.fit(
         batches, epochs=settings.epochs, verbose=0, callbacks=[progress]
     ).history
     return {
         "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu_start,
         "epoch_seconds": progress.seconds,
         "peak_mib": _peak_mib(),
         "loss": history["loss"],
