@@ -9,7 +9,8 @@ training images are kept for validation: temperatures are fitted to them, and
 so that settings can be chosen without a look at what is reported.
 
     python benchmarks/ood.py --dataset fashion_mnist --seeds 3
-    python benchmarks/ood.py --dataset fashion_mnist --ood mnist.npz
+    python benchmarks/ood.py --dataset fashion_mnist --ood mnist
+    python benchmarks/ood.py --dataset fashion_mnist --ood letters.npz
     python benchmarks/ood.py --dataset fashion_mnist --hold-out 8 9
     python benchmarks/ood.py --quick
     python benchmarks/ood.py --list
@@ -84,8 +85,9 @@ def parse_arguments(arguments=None):
         "--ood",
         nargs="+",
         default=[],
-        metavar="[NAME=]FILE",
-        help="npz files with more unknown images, arrays `x` or `x_test`",
+        metavar="[NAME=]SOURCE",
+        help="more unknown images: a data set, or an npz file that holds an\n"
+        "array `x` or `x_test`",
     )
     parser.add_argument("--no-augmentation", action="store_true")
     parser.add_argument("--output", help="folder, default ood_results")
@@ -119,9 +121,11 @@ def plan(arguments):
     """The settings of every run, and how all of them are evaluated."""
     extra = []
     for entry in arguments.ood:
-        name, _, path = entry.rpartition("=")
-        stem = os.path.splitext(os.path.basename(path))[0]
-        extra.append((name or stem, os.path.abspath(path)))
+        name, _, source = entry.rpartition("=")
+        stem = os.path.splitext(os.path.basename(source))[0]
+        if source not in data.DATASETS:
+            source = os.path.abspath(source)
+        extra.append((name or stem, source))
     evaluation = Evaluation(arguments.num_test, tuple(extra))
     settings = [
         Settings(
@@ -185,12 +189,15 @@ def main():
     arguments = parse_arguments()
     if arguments.list:
         for name, method in METHODS.items():
-            print(f"{name:18}{method}")
+            print(f"{name:23}{method}")
         return
     planned, evaluation = plan(arguments)
     # Bad arguments show here, and not after the first training.
-    images = data.load(planned[0], evaluation)
-    sets = data.unknown_sets(images, evaluation)
+    try:
+        images = data.load(planned[0], evaluation)
+        sets = data.unknown_sets(images, evaluation)
+    except ValueError as error:
+        sys.exit(f"ood.py: {error}")
     print(
         f"{len(planned)} runs on {arguments.dataset}, "
         f"{len(images.train[0]):,} images to train, "

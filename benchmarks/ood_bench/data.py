@@ -103,13 +103,17 @@ def unknown_sets(images, evaluation):
     """
     x = images.test[0]
     sets = {}
-    for name, path in evaluation.extra:
-        sets[name] = read_images(path)[: evaluation.num_test or None]
-        if sets[name].shape[1:] != x.shape[1:]:
+    for name, source in evaluation.extra:
+        if source in DATASETS:
+            extra = as_images(DATASETS[source]()[1][0])
+        else:
+            extra = read_images(source)
+        if extra.shape[1:] != x.shape[1:]:
             raise ValueError(
-                f"The images of {path} must have the shape {x.shape[1:]} of "
-                f"the known ones. Received: {sets[name].shape[1:]}."
+                f"The images of {source} must have the shape {x.shape[1:]} of "
+                f"the known ones. Received: {extra.shape[1:]}."
             )
+        sets[name] = extra[: evaluation.num_test or None]
     if len(images.held_out):
         sets[HELD_OUT] = images.held_out
     return {

@@ -90,17 +90,11 @@ def _cross_entropy(label_smoothing=0.0, scale=1.0):
     return loss
 
 
-@dataclasses.dataclass(frozen=True)
-class CrossEntropy:
-    """A linear layer and cross-entropy."""
-
-    label_smoothing: float = 0.0
+class _Linear:
+    """A linear layer on the features, with every post-hoc detector."""
 
     def head(self, features, num_classes):
         return layers.Dense(num_classes, name="logits")(features)
-
-    def training(self, model):
-        return Training(model, _cross_entropy(self.label_smoothing), "accuracy")
 
     def reader(self, model, images):
         network = _with_features(model)
@@ -119,7 +113,18 @@ class CrossEntropy:
 
 
 @dataclasses.dataclass(frozen=True)
-class LogitNorm(CrossEntropy):
+class CrossEntropy(_Linear):
+    """Cross-entropy, with or without label smoothing."""
+
+    label_smoothing: float = 0.0
+
+    def training(self, model):
+        loss = _cross_entropy(self.label_smoothing)
+        return Training(model, loss, "accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitNorm(_Linear):
     """Cross-entropy of logits that have a constant norm in training."""
 
     temperature: float = 0.04
@@ -343,6 +348,13 @@ METHODS = {
         distill=False, label_smoothing=0.02, embedding_dim=16, normalize=True
     ),
     "HALO-round": HALO(distill=False, label_smoothing=0.02, roundness=1.0),
+    "HALO-normalized-round": HALO(
+        distill=False,
+        label_smoothing=0.02,
+        embedding_dim=16,
+        normalize=True,
+        roundness=1.0,
+    ),
 }
 
 # One of each kind, for a quick comparison.

@@ -46,7 +46,8 @@ class Evaluation:
 
     Args:
         num_test: Integer, how many test images; 0 for all of them.
-        extra: Tuple of pairs, name and file of further unknown images.
+        extra: Tuple of pairs, the name of further unknown images and their
+            source: a key of `data.DATASETS` or an npz file.
     """
 
     num_test: int
