@@ -27,8 +27,6 @@ def _digits():
     return (x[:1300], y[:1300]), (x[1300:], y[1300:])
 
 
-# How many pixels augmentation may shift an image, by data set. Digits must
-# not be mirrored.
 DATASETS = {
     "fashion_mnist": keras.datasets.fashion_mnist.load_data,
     "mnist": keras.datasets.mnist.load_data,
@@ -36,6 +34,9 @@ DATASETS = {
     "cifar100": keras.datasets.cifar100.load_data,
     "digits": _digits,
 }
+
+# How augmentation treats a data set: by how many pixels it shifts, 2 where
+# nothing is said, and whether it mirrors.
 SHIFTS = {"cifar10": 4, "cifar100": 4, "digits": 1}
 MIRRORED = ("fashion_mnist", "cifar10", "cifar100")
 
