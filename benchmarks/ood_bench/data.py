@@ -13,7 +13,6 @@ from images import (
     synthetic_images,
 )
 
-VALIDATION_SHARE = 0.1
 MAX_SYNTHETIC = 1000
 HELD_OUT = "held-out classes"
 
@@ -27,12 +26,32 @@ def _digits():
     return (x[:1300], y[:1300]), (x[1300:], y[1300:])
 
 
+def _stripes():
+    """Gratings of 32 x 32 pixels, a direction and a colour for each class.
+
+    Made, not loaded: for trying out what is meant for CIFAR.
+    """
+    rng = np.random.default_rng(0)
+    y = np.arange(1200) % 10
+    rows, columns = np.mgrid[:32, :32] / 32.0
+    angles = (y * np.pi / 10)[:, None, None]
+    phases = rng.uniform(0, 2 * np.pi, (len(y), 1, 1))
+    distance = rows * np.cos(angles) + columns * np.sin(angles)
+    waves = 0.5 + 0.4 * np.sin(6 * np.pi * distance + phases)
+    colors = rng.uniform(0.4, 1.0, (10, 3))[y]
+    x = waves[..., None] * colors[:, None, None]
+    x = np.clip(x + 0.1 * rng.normal(size=x.shape), 0, 1)
+    x = (255 * x).astype("uint8")
+    return (x[:1000], y[:1000]), (x[1000:], y[1000:])
+
+
 DATASETS = {
     "fashion_mnist": keras.datasets.fashion_mnist.load_data,
     "mnist": keras.datasets.mnist.load_data,
     "cifar10": keras.datasets.cifar10.load_data,
     "cifar100": keras.datasets.cifar100.load_data,
     "digits": _digits,
+    "stripes": _stripes,
 }
 
 # How augmentation treats a data set: by how many pixels it shifts, 2 where
@@ -80,7 +99,7 @@ def load(settings, evaluation):
     order = np.random.default_rng(0).permutation(
         np.flatnonzero(np.isin(y, classes))
     )
-    num_validation = round(VALIDATION_SHARE * len(order))
+    num_validation = settings.num_validation or len(order) // 10
     known = np.isin(y_test, classes)
     num_test = evaluation.num_test or None
 

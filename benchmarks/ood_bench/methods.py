@@ -29,7 +29,7 @@ import keras_halo
 from keras_halo import packing
 from ood_bench import posthoc
 
-_BATCH_SIZE = 500
+_BATCH_SIZE = 250
 
 Reading = collections.namedtuple(
     "Reading", ["logits", "scores", "probabilities"]

@@ -146,21 +146,21 @@ def _tables(results):
                 for name in _set_names(results)
             ]
             aurocs.append(np.mean(aurocs, axis=0))
-            per_set.append([*row, *(_cell(a, 100, 1) for a in aurocs)])
+            per_set.append([*row, *(cell(a, 100, 1) for a in aurocs)])
             means.append(
                 [
                     *row,
                     *_cells([mean_over_sets(f) for f in found], MEAN_COLUMNS),
                     *_cells(found, RISK_COLUMNS),
                     f"{found[0]['storage']:,}",
-                    _cell([f["synthetic_auroc"] for f in found], 100, 1),
+                    cell([f["synthetic_auroc"] for f in found], 100, 1),
                 ]
             )
     return (
-        "**Known images**\n\n" + _markdown(known),
-        "**AUROC against each unknown set**\n\n" + _markdown(per_set),
+        "**Known images**\n\n" + markdown(known),
+        "**AUROC against each unknown set**\n\n" + markdown(per_set),
         "**Means over the unknown sets, and selective prediction**\n\n"
-        + _markdown(means),
+        + markdown(means),
     )
 
 
@@ -184,12 +184,13 @@ def _costs(training):
 
 def _cells(records, columns):
     return [
-        _cell([record.get(key) for record in records], factor, decimals)
+        cell([record.get(key) for record in records], factor, decimals)
         for key, _, factor, decimals in columns
     ]
 
 
-def _cell(values, factor, decimals):
+def cell(values, factor, decimals):
+    """Mean ± standard deviation of a figure; nothing where one is missing."""
     if any(value is None for value in values):
         return ""
     values = factor * np.array(values, "float64")
@@ -199,7 +200,8 @@ def _cell(values, factor, decimals):
     return text
 
 
-def _markdown(rows):
+def markdown(rows):
+    """A Markdown table of rows of strings, the first of them the header."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---" * len(rows[0]) + "|")
     return "\n".join(lines)

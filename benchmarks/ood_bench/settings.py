@@ -16,8 +16,11 @@ class Settings:
         seed: Integer, of weights, order of samples and augmentation.
         epochs: Integer.
         batch_size: Integer.
+        optimizer: String, a key of `runs.OPTIMIZERS`.
         learning_rate: Float, the first of a cosine schedule that ends in 0.
         num_train: Integer, how many training images; 0 for all of them.
+        num_validation: Integer, how many of the training images are kept for
+            validation; 0 for a tenth.
         hold_out: Tuple of integers, classes that are left out of training.
         augment: Boolean, whether images are shifted and mirrored.
         backend: String, the backend of Keras.
@@ -29,8 +32,10 @@ class Settings:
     seed: int
     epochs: int
     batch_size: int
+    optimizer: str
     learning_rate: float
     num_train: int
+    num_validation: int
     hold_out: tuple
     augment: bool
     backend: str
