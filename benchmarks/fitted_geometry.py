@@ -27,7 +27,14 @@ import time
 
 import keras
 import numpy as np
+from images import (
+    as_images,
+    corrupted_images,
+    read_images,
+    synthetic_images,
+)
 from keras import layers
+from networks import convnet
 from sklearn.metrics import roc_auc_score
 
 import keras_halo
@@ -36,10 +43,6 @@ from keras_halo.ood import ood_score
 from keras_halo.statistics import class_statistics
 
 NUM_CLASSES = 10
-
-
-def as_images(array):
-    return (array / 255.0).astype("float32")[..., None]
 
 
 def known_images(num_train, num_validation, num_test):
@@ -52,65 +55,12 @@ def known_images(num_train, num_validation, num_test):
     }
 
 
-def unknown_images(images, mnist, rng):
-    """The six sets of the report, made of test images and of noise."""
-    shape = images.shape
-    flat = images.reshape(len(images), -1)
-    sets = {
-        "Gaussian noise": np.clip(rng.normal(0.5, 0.5, shape), 0, 1),
-        "uniform noise": rng.random(shape),
-        "shuffled pixels": rng.permuted(flat, axis=1).reshape(shape),
-        "inverted": 1.0 - images,
-        "flipped": images[:, ::-1],
-    }
-    if mnist is not None:
-        sets = {"MNIST": mnist, **sets}
-    return {name: x.astype("float32") for name, x in sets.items()}
-
-
-def synthetic_images(images, rng):
-    """Outliers to choose by: nothing that the report contains."""
-    n, size = len(images), images.shape[1]
-    half = size // 2
-    other = images[rng.permutation(n)]
-
-    def smooth(resolution):
-        noise = rng.random((n, resolution, resolution, 1)).astype("float32")
-        resized = keras.ops.image.resize(noise, (size, size))
-        return keras.ops.convert_to_numpy(resized)
-
-    rectangles = np.zeros_like(images)
-    for image in rectangles:
-        for _ in range(rng.integers(1, 5)):
-            top, left = rng.integers(0, size - 6, 2)
-            height, width = rng.integers(2, size - 8, 2)
-            image[top : top + height, left : left + width] = rng.random()
-    return {
-        "smooth noise 4": smooth(4),
-        "smooth noise 8": smooth(8),
-        "one grey": np.ones_like(images) * rng.random((n, 1, 1, 1)),
-        "rectangles": rectangles,
-        "rotated by 90": np.rot90(images, axes=(1, 2)),
-        "mean of two": (images + other) / 2,
-        "two halves": np.concatenate(
-            [images[:, :, :half], other[:, :, half:]], axis=2
-        ),
-        "quadrants": np.roll(images, (half, half), axis=(1, 2)),
-    }
-
-
 def train(x, y, embedding_dim, epochs, distill):
-    """Conv-BN-ReLU of 32, 64, 128 filters, pooling, embedding, HALO head."""
-    model = keras.Sequential([keras.Input(x.shape[1:])])
-    for filters in (32, 64, 128):
-        model.add(layers.Conv2D(filters, 3, padding="same", use_bias=False))
-        # So few steps leave the default moving averages behind.
-        model.add(layers.BatchNormalization(momentum=0.9))
-        model.add(layers.ReLU())
-        model.add(layers.MaxPooling2D())
-    model.add(layers.GlobalAveragePooling2D())
-    model.add(layers.Dense(embedding_dim))
-    model.add(keras_halo.HALODense(NUM_CLASSES))
+    """The small convnet with an embedding and a HALO head."""
+    backbone = convnet(x.shape[1:])
+    embeddings = layers.Dense(embedding_dim)(backbone.output)
+    scores = keras_halo.HALODense(NUM_CLASSES)(embeddings)
+    model = keras.Model(backbone.input, scores)
     batch_size = 128
     steps = epochs * -(-len(x) // batch_size)
     rate = keras.optimizers.schedules.CosineDecay(2e-3, steps)
@@ -256,13 +206,11 @@ def parse_arguments():
 def main():
     arguments = parse_arguments()
     known = known_images(arguments.num_train, 1_000, arguments.num_test)
-    mnist = None
-    if arguments.mnist:
-        with np.load(arguments.mnist) as file:
-            name = "x_test" if "x_test" in file else "x"
-            mnist = as_images(file[name][: arguments.num_test])
     rng = np.random.default_rng(0)
-    unknown = unknown_images(known["test"][0], mnist, rng)
+    unknown = corrupted_images(known["test"][0], rng)
+    if arguments.mnist:
+        mnist = read_images(arguments.mnist)[: arguments.num_test]
+        unknown = {"MNIST": mnist, **unknown}
     synthetic = synthetic_images(known["validation"][0], rng)
 
     rows, selections = [], {}

@@ -96,7 +96,8 @@ def main():
     print(f"{keras.backend.backend()}, K = {NUM_CLASSES}, means over seeds\n")
     print(
         "| D | scale of centroids | products in | error of r², rms | largest "
-        "| nearest class changed | error of the loss |\n|---|---|---|---|---|---|---|"
+        "| nearest class changed | error of the loss |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for dim in (8, 64, 512, 4096):
         for scale in (0.3, 1.0, 10.0):

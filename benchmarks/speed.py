@@ -30,6 +30,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 from keras import layers, ops
+from networks import convnet, resnet18
 
 from keras_halo import (
     HALODense,
@@ -267,44 +268,11 @@ def bench_mixed(arguments):
     show(f"head + loss step {size}", times, "HALO, float32")
 
 
-def convnet(method):
-    blocks = [keras.Input((28, 28, 1))]
-    for filters in (32, 64, 128):
-        blocks += [
-            layers.Conv2D(filters, 3, padding="same", use_bias=False),
-            layers.BatchNormalization(),
-            layers.ReLU(),
-            layers.MaxPooling2D(),
-        ]
-    blocks += [layers.GlobalAveragePooling2D(), layers.Dense(10)]
-    return with_head(keras.Sequential(blocks), method)
-
-
-def resnet18(method):
-    """ResNet-18 as it is customary for images of 32 x 32."""
-
-    def conv(x, filters, stride, size=3):
-        x = layers.Conv2D(
-            filters, size, stride, padding="same", use_bias=False
-        )(x)
-        return layers.BatchNormalization()(x)
-
-    inputs = keras.Input((32, 32, 3))
-    x = layers.ReLU()(conv(inputs, 64, 1))
-    for filters, first in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        for stride in (first, 1):
-            shortcut = x
-            if stride > 1 or x.shape[-1] != filters:
-                shortcut = conv(x, filters, stride, size=1)
-            x = layers.ReLU()(conv(x, filters, stride))
-            x = layers.ReLU()(layers.Add()([conv(x, filters, 1), shortcut]))
-    x = layers.GlobalAveragePooling2D()(x)
-    return with_head(keras.Model(inputs, layers.Dense(10)(x)), method)
-
-
-def with_head(backbone, method):
+def classifier(backbone, method):
+    """A network with an embedding of size 10 and a head for 10 classes."""
     head, loss = head_and_loss(method, 10)
-    model = keras.Model(backbone.inputs[0], head(backbone.outputs[0]))
+    embeddings = layers.Dense(10)(backbone.output)
+    model = keras.Model(backbone.input, head(embeddings))
     model.compile(keras.optimizers.SGD(1e-3), loss)
     return model
 
@@ -319,7 +287,7 @@ def bench_training(arguments):
         y = rng.integers(0, 10, batch)
         functions = {}
         for method in (DENSE, HALO):
-            model = build(method)
+            model = classifier(build(shape), method)
             functions[method] = lambda model=model, x=x, y=y: (
                 model.train_on_batch(x, y)
             )
@@ -331,7 +299,10 @@ def bench_training(arguments):
 def bench_inference(arguments):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1024, 28, 28, 1)).astype("float32")
-    models = {method: convnet(method) for method in (DENSE, HALO)}
+    models = {
+        method: classifier(convnet(x.shape[1:]), method)
+        for method in (DENSE, HALO)
+    }
 
     def scores(method):
         return models[method].predict(x, batch_size=256, verbose=0)

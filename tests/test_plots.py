@@ -89,6 +89,15 @@ def test_risk_coverage_shows_the_curve_and_the_best_possible(rng):
     assert legend_texts(ax).count("best order possible") == 1
 
 
+def test_a_worse_curve_drawn_later_still_fits_on_the_axes(rng):
+    uncertainty = rng.random(200)
+    ax = plots.risk_coverage(uncertainty > 0.95, uncertainty, label="good")
+    plots.risk_coverage(uncertainty > 0.4, uncertainty, ax=ax, label="bad")
+    highest = max(line.get_ydata().max() for line in ax.get_lines())
+    bottom, top = ax.get_ylim()
+    assert bottom == 0 and top >= highest
+
+
 def test_risk_coverage_of_one_distinct_uncertainty_is_visible():
     ax = plots.risk_coverage([0, 1, 1, 0], [3.0, 3.0, 3.0, 3.0])
     assert ax.get_lines()[0].get_marker() == "o"

@@ -80,7 +80,8 @@ def risk_coverage(errors, uncertainty, ax=None, label="risk"):
         xlabel="coverage (share of samples kept)",
         ylabel="risk (error rate among them)",
     )
-    ax.set_ylim(bottom=0)
+    # `auto=None`: a curve that is drawn later may still need more room.
+    ax.set_ylim(bottom=0, auto=None)
     ax.legend(loc="best", framealpha=0.6)
     return ax
 

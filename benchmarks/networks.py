@@ -1,0 +1,43 @@
+"""The networks of the benchmarks, from images to features."""
+
+import keras
+from keras import layers
+
+
+def _normalization():
+    # Short trainings leave moving averages with the default momentum behind.
+    return layers.BatchNormalization(momentum=0.9)
+
+
+def convnet(shape):
+    """Conv-BN-ReLU of 32, 64, 128 filters with max-pooling: 128 features."""
+    x = inputs = keras.Input(shape)
+    for filters in (32, 64, 128):
+        x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
+        x = layers.ReLU()(_normalization()(x))
+        x = layers.MaxPooling2D()(x)
+    return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
+
+
+def resnet18(shape):
+    """ResNet-18 as it is customary for images of 32 x 32: 512 features."""
+
+    def conv(x, filters, stride, size=3):
+        x = layers.Conv2D(
+            filters, size, stride, padding="same", use_bias=False
+        )(x)
+        return _normalization()(x)
+
+    inputs = keras.Input(shape)
+    x = layers.ReLU()(conv(inputs, 64, 1))
+    for filters, first in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        for stride in (first, 1):
+            shortcut = x
+            if stride > 1 or x.shape[-1] != filters:
+                shortcut = conv(x, filters, stride, size=1)
+            x = layers.ReLU()(conv(x, filters, stride))
+            x = layers.ReLU()(layers.Add()([conv(x, filters, 1), shortcut]))
+    return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
+
+
+NETWORKS = {"convnet": convnet, "resnet18": resnet18}

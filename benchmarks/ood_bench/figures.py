@@ -1,0 +1,152 @@
+"""Pictures of finished runs."""
+
+import os
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from keras_halo.plots import reliability_diagram, risk_coverage
+from keras_halo.plots.drawing import PALETTE
+from ood_bench.report import groups, mean_over_sets
+
+
+def draw(folder, results):
+    """Writes a set of pictures for each network.
+
+    Args:
+        folder: String.
+        results: List of `Settings`, record and arrays of every run.
+    """
+    grouped = groups(results)
+    for network in dict.fromkeys(network for network, _ in grouped):
+        runs = {m: r for (n, m), r in grouped.items() if n == network}
+        for name, figure in {
+            "auroc": _mean_aurocs(runs),
+            "auroc_by_set": _aurocs_by_set(runs),
+            "reliability": _reliability(runs),
+            "risk_coverage": _risk_coverage(runs),
+        }.items():
+            path = os.path.join(folder, f"{name}-{network}.png")
+            figure.savefig(path, dpi=100)
+            plt.close(figure)
+
+
+def _mean_aurocs(runs):
+    """One row a detector: a dot for each seed, a bar at the mean."""
+    rows = []
+    for index, (method, seeds) in enumerate(runs.items()):
+        for detector in _chosen([record for record, _ in seeds]):
+            values = [
+                100 * mean_over_sets(r["detectors"][detector])["auroc"]
+                for r, _ in seeds
+            ]
+            color = PALETTE[index % len(PALETTE)]
+            rows.append((f"{method} · {detector}", values, color))
+    rows.sort(key=lambda row: np.mean(row[1]))
+    figure, ax = plt.subplots(
+        figsize=(8, 1.5 + 0.25 * len(rows)), layout="constrained"
+    )
+    for y, (_, values, color) in enumerate(rows):
+        ax.plot(values, [y] * len(values), "o", color=color, alpha=0.6, ms=5)
+        ax.plot(np.mean(values), y, "|", color=color, ms=13, mew=2.5)
+    ax.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
+    ax.set(
+        xlabel="AUROC, mean over the unknown sets, %; dots are seeds",
+        ylim=(-1, len(rows)),
+        title="Of each training: its first detector, and the three that\n"
+        "do best on validation images and synthetic outliers",
+    )
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def _chosen(records, count=3):
+    """The first detector, and the best ones by what may be chosen by."""
+    names = list(records[0]["detectors"])
+    quality = {
+        name: np.mean(
+            [r["detectors"][name]["synthetic_auroc"] for r in records]
+        )
+        for name in names
+    }
+    best = sorted(names, key=quality.get, reverse=True)[:count]
+    return dict.fromkeys([names[0], *best])
+
+
+def _aurocs_by_set(runs):
+    """A table of colours: every detector of each training by set."""
+    labels, table = [], []
+    for method, seeds in runs.items():
+        for detector, entry in seeds[0][0]["detectors"].items():
+            labels.append(f"{method} · {detector}")
+            table.append(
+                [
+                    100
+                    * np.mean(
+                        [
+                            r["detectors"][detector]["sets"][name]["auroc"]
+                            for r, _ in seeds
+                        ]
+                    )
+                    for name in entry["sets"]
+                ]
+            )
+    names = list(entry["sets"])
+    figure, ax = plt.subplots(
+        figsize=(4 + 0.75 * len(names), 2 + 0.22 * len(labels)),
+        layout="constrained",
+    )
+    image = ax.imshow(table, aspect="auto", cmap="RdYlGn", vmin=0, vmax=100)
+    for row, values in enumerate(table):
+        for column, value in enumerate(values):
+            # Dark text on the pale middle of the scale, light on its ends.
+            ax.text(
+                column,
+                row,
+                f"{value:.1f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="black" if 12 < value < 92 else "white",
+            )
+    ax.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    ax.set_yticks(range(len(labels)), labels, fontsize=8)
+    figure.colorbar(image, label="AUROC, mean over the seeds, %", aspect=40)
+    return figure
+
+
+def _reliability(runs):
+    """Confidence against accuracy of each training's first seed."""
+    columns = min(4, len(runs))
+    lines = -(-len(runs) // columns)
+    figure, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(4 * columns, 4 * lines),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat[len(runs) :]:
+        ax.set_axis_off()
+    for ax, (method, seeds) in zip(axes.flat, runs.items(), strict=False):
+        record, arrays = seeds[0]
+        reliability_diagram(arrays["labels"], arrays["probabilities"], ax=ax)
+        if ax is not axes.flat[0]:
+            ax.get_legend().remove()
+        ax.set_title(f"{method}: ECE {100 * record['known']['ece']:.1f} %")
+    return figure
+
+
+def _risk_coverage(runs):
+    """What each training's most certain answers cost, for the first seed."""
+    figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
+    for method, seeds in runs.items():
+        arrays = seeds[0][1]
+        risk_coverage(
+            arrays["errors"], arrays["uncertainty"], ax=ax, label=method
+        )
+    return figure

@@ -1,0 +1,367 @@
+"""What is trained: the head on top of the features, and the loss.
+
+Every method takes the same network up to its features. It says how the head
+is built, what the loss is, and how a trained model is read: as class logits,
+as scores of detectors, and, where it can abstain, as probabilities that leave
+mass for that.
+
+References:
+
+- Christian Szegedy et al., Rethinking the Inception Architecture for Computer
+  Vision, 2016. (Label smoothing.)
+- Hongxin Wei et al., Mitigating Neural Network Overconfidence with Logit
+  Normalization, 2022.
+- David Macêdo, Teresa Ludermir, Enhanced Isotropy Maximization Loss: Seamless
+  and High-Performance Out-of-Distribution Detection Simply Replacing the
+  SoftMax Loss, 2021.
+- Raphael Pisoni, "I don't know!": Teaching neural networks to abstain with
+  the HALO-Loss, 2026.
+"""
+
+import collections
+import dataclasses
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+import keras_halo
+from keras_halo import packing
+from ood_bench import posthoc
+
+_BATCH_SIZE = 250
+
+Reading = collections.namedtuple(
+    "Reading", ["logits", "scores", "probabilities"]
+)
+Reading.__doc__ = """What a trained model says of `N` images.
+
+Args:
+    logits: Array of shape `(N, K)`, those of the classes alone.
+    scores: Dictionary of the name of a detector to `N` scores.
+    probabilities: Array of shape `(N, K)` whose rows leave the mass of
+        abstaining out, or `None` for a model that cannot abstain.
+"""
+
+Reader = collections.namedtuple("Reader", ["read", "storage"])
+Reader.__doc__ = """How to read a trained model.
+
+Args:
+    read: Function of images, which returns a `Reading`.
+    storage: Dictionary of the name of a detector to how many numbers it keeps
+        besides the network.
+"""
+
+
+Training = collections.namedtuple("Training", ["model", "loss", "metric"])
+Training.__doc__ = """What is fitted in order to train a model.
+
+Args:
+    model: The model itself, or one that shares its layers.
+    loss: As `keras.Model.compile` takes it.
+    metric: Accuracy, as `keras.Model.compile` takes it.
+"""
+
+
+def _predict(model, x):
+    """Predictions, all batches of one size: some backends compile for each."""
+    padding = -len(x) % _BATCH_SIZE
+    padded = np.concatenate(
+        [x, np.zeros_like(x, shape=(padding, *x.shape[1:]))]
+    )
+    outputs = model.predict(padded, batch_size=_BATCH_SIZE, verbose=0)
+    return {name: values[: len(x)] for name, values in outputs.items()}
+
+
+def _cross_entropy(label_smoothing=0.0, scale=1.0):
+    """Cross-entropy of logits, with integer labels, for each sample."""
+
+    def loss(y_true, y_pred):
+        labels = ops.one_hot(
+            ops.cast(ops.reshape(y_true, (-1,)), "int32"), y_pred.shape[-1]
+        )
+        return keras.losses.categorical_crossentropy(
+            labels,
+            scale * y_pred,
+            from_logits=True,
+            label_smoothing=label_smoothing,
+        )
+
+    return loss
+
+
+class _Linear:
+    """A linear layer on the features, with every post-hoc detector."""
+
+    def head(self, features, num_classes):
+        return layers.Dense(num_classes, name="logits")(features)
+
+    def reader(self, model, images):
+        network = _with_features(model)
+        x, y = images.train
+        train = _predict(network, x)
+        kernel, bias = model.get_layer("logits").get_weights()
+        detectors = posthoc.fit_all(
+            train["features"],
+            train["logits"],
+            y,
+            kernel,
+            bias,
+            _validation_temperature(network, images),
+        )
+        return _reader(network, detectors)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy(_Linear):
+    """Cross-entropy, with or without label smoothing."""
+
+    label_smoothing: float = 0.0
+
+    def training(self, model):
+        loss = _cross_entropy(self.label_smoothing)
+        return Training(model, loss, "accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitNorm(_Linear):
+    """Cross-entropy of logits that have a constant norm in training."""
+
+    temperature: float = 0.04
+
+    def training(self, model):
+        loss = _cross_entropy(scale=1.0 / self.temperature)
+
+        def normalized(y_true, y_pred):
+            norms = ops.sqrt(ops.sum(ops.square(y_pred), -1, keepdims=True))
+            return loss(y_true, y_pred / (norms + 1e-7))
+
+        return Training(model, normalized, "accuracy")
+
+
+@keras.saving.register_keras_serializable(package="ood_bench")
+class IsoMaxPlusHead(layers.Layer):
+    """Negative scaled distances of unit features to unit prototypes."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+
+    def build(self, input_shape):
+        self.prototypes = self.add_weight(
+            shape=(self.units, input_shape[-1]),
+            initializer=keras.initializers.RandomNormal(stddev=1.0),
+            name="prototypes",
+        )
+        self.distance_scale = self.add_weight(
+            shape=(), initializer="ones", name="distance_scale"
+        )
+
+    def call(self, inputs):
+        cosines = ops.matmul(
+            ops.normalize(inputs, axis=-1),
+            ops.transpose(ops.normalize(self.prototypes, axis=-1)),
+        )
+        # The floor keeps the slope of the root finite on a prototype.
+        distances = ops.sqrt(ops.maximum(2.0 - 2.0 * cosines, 1e-6))
+        return -ops.abs(self.distance_scale) * distances
+
+
+@dataclasses.dataclass(frozen=True)
+class IsoMaxPlus:
+    """Distances to prototypes, with a scale that is left out afterwards."""
+
+    entropic_scale: float = 10.0
+
+    def head(self, features, num_classes):
+        return IsoMaxPlusHead(num_classes, name="logits")(features)
+
+    def training(self, model):
+        loss = _cross_entropy(scale=self.entropic_scale)
+        return Training(model, loss, "accuracy")
+
+    def reader(self, model, images):
+        network = _with_features(model)
+        detectors = posthoc.logit_detectors(
+            _validation_temperature(network, images)
+        )
+        # All logits have the same scale: the largest is the least distance.
+        detectors["min distance"] = detectors.pop("max logit")
+        return _reader(network, detectors)
+
+
+def roundness(labels, embeddings, centroids):
+    """How far the residuals of a batch are from a unit Gaussian's covariance.
+
+    The radial term of HALO fixes the length of a residual and leaves its
+    direction free. This term is smallest where all directions are alike.
+
+    Formula:
+
+    ```python
+    residuals = embeddings - c[labels]
+    covariance = transpose(residuals) @ residuals / batch_size
+    roundness = sum((covariance - identity) ** 2) / D
+    ```
+
+    Args:
+        labels: Tensor of shape `(B,)` or `(B, 1)`.
+        embeddings: Tensor of shape `(B, D)`.
+        centroids: Tensor of shape `(K, D)`, not centred.
+
+    Returns:
+        Scalar tensor.
+    """
+    centroids = keras_halo.geometry.centered(ops.convert_to_tensor(centroids))
+    labels = ops.cast(ops.reshape(labels, (-1,)), "int32")
+    residuals = embeddings - ops.take(centroids, labels, axis=0)
+    dim = embeddings.shape[-1]
+    total = ops.matmul(ops.transpose(residuals), residuals)
+    covariance = total / ops.cast(ops.shape(residuals)[0], total.dtype)
+    return ops.sum(ops.square(covariance - ops.eye(dim))) / dim
+
+
+@dataclasses.dataclass(frozen=True)
+class HALO:
+    """The HALO head and loss.
+
+    Args:
+        embedding_dim: Integer, the size `D` of the embedding; 0 for `D = K`.
+        label_smoothing: As of `keras_halo.HALOLoss` and `HALODense`.
+        distill: As of `keras_halo.HALOLoss`.
+        radial_weight: As of `keras_halo.HALOLoss`.
+        learn_gamma: As of `keras_halo.HALODense`.
+        normalize: Boolean, whether batch normalization without a scale comes
+            before the head.
+        roundness: Float, the weight of `roundness` in the loss.
+    """
+
+    embedding_dim: int = 0
+    label_smoothing: float = 0.1
+    distill: bool = True
+    radial_weight: float = 1.0
+    learn_gamma: bool = True
+    normalize: bool = False
+    roundness: float = 0.0
+
+    def head(self, features, num_classes):
+        dim = self.embedding_dim or num_classes
+        x = layers.Dense(dim, use_bias=not self.normalize)(features)
+        if self.normalize:
+            x = layers.BatchNormalization(momentum=0.9, scale=False)(x)
+        return keras_halo.HALODense(
+            num_classes, self.label_smoothing, self.learn_gamma
+        )(x)
+
+    def training(self, model):
+        loss = keras_halo.HALOLoss(
+            label_smoothing=self.label_smoothing,
+            distill=self.distill,
+            radial_weight=self.radial_weight,
+        )
+        if not self.roundness:
+            return Training(model, loss, "accuracy")
+        head = model.layers[-1]
+        width = model.output.shape[-1]
+        # A loss sees one tensor: packed scores and embeddings side by side.
+        both = layers.Concatenate()([model.output, head.input])
+
+        def with_roundness(y_true, y_pred):
+            return loss(y_true, y_pred[:, :width]) + self.roundness * roundness(
+                y_true, y_pred[:, width:], head.centroids
+            )
+
+        def accuracy(y_true, y_pred):
+            return keras.metrics.sparse_categorical_accuracy(
+                y_true, y_pred[:, :width]
+            )
+
+        return Training(
+            keras.Model(model.input, both), with_roundness, accuracy
+        )
+
+    def reader(self, model, images):
+        fitted = keras_halo.fit_class_gaussians(
+            model, *images.train, batch_size=_BATCH_SIZE, verbose=0
+        )
+        # What the layer of Gaussians keeps, and nothing that was trained.
+        weights = fitted.get_layer("class_gaussians").weights
+        storage = dict.fromkeys(keras_halo.OOD_METHODS, 0)
+        storage["fitted"] = sum(int(np.prod(w.shape)) for w in weights)
+
+        def read(x):
+            outputs = _predict(fitted, x)
+            packed = outputs["scores"]
+            scores = {
+                name: keras_halo.ood_score(packed, name)
+                for name in keras_halo.OOD_METHODS
+            }
+            return Reading(
+                packing.unpack(packed).logits,
+                {**scores, "fitted": outputs["ood"]},
+                keras_halo.decode_predictions(packed).probabilities,
+            )
+
+        return Reader(read, storage)
+
+
+def _with_features(model):
+    """The model with the input of its last layer as a second output."""
+    last = model.layers[-1]
+    return keras.Model(
+        model.input, {"features": last.input, "logits": model.output}
+    )
+
+
+def _validation_temperature(network, images):
+    x, y = images.validation
+    return posthoc.fit_temperature(_predict(network, x)["logits"], y)
+
+
+def _reader(network, detectors):
+    def read(x):
+        outputs = _predict(network, x)
+        features, logits = outputs["features"], outputs["logits"]
+        scores = {
+            name: detector.score(features, logits)
+            for name, detector in detectors.items()
+        }
+        return Reading(logits, scores, None)
+
+    return Reader(read, {name: d.storage for name, d in detectors.items()})
+
+
+# 0.02, plain targets and normalized embeddings did well in short trials.
+METHODS = {
+    "cross-entropy": CrossEntropy(),
+    "label-smoothing": CrossEntropy(label_smoothing=0.1),
+    "LogitNorm": LogitNorm(),
+    "IsoMax+": IsoMaxPlus(),
+    "HALO": HALO(),
+    "HALO-plain": HALO(distill=False),
+    "HALO-fixed-gamma": HALO(learn_gamma=False),
+    "HALO-no-radial": HALO(radial_weight=0.0),
+    "HALO-D32": HALO(embedding_dim=32),
+    "HALO-D128": HALO(embedding_dim=128),
+    "HALO-plain-0.02": HALO(distill=False, label_smoothing=0.02),
+    "HALO-normalized": HALO(
+        distill=False, label_smoothing=0.02, embedding_dim=16, normalize=True
+    ),
+    "HALO-round": HALO(distill=False, label_smoothing=0.02, roundness=1.0),
+    "HALO-normalized-round": HALO(
+        distill=False,
+        label_smoothing=0.02,
+        embedding_dim=16,
+        normalize=True,
+        roundness=1.0,
+    ),
+}
+
+# One of each kind, for a quick comparison.
+CENTRAL = (
+    "cross-entropy",
+    "LogitNorm",
+    "HALO",
+    "HALO-plain-0.02",
+    "HALO-normalized",
+)
