@@ -14,17 +14,24 @@ from keras_halo.calibration import Calibration, calibrate
 from keras_halo.callbacks import OODMonitor
 from keras_halo.evaluation import OODReport, evaluate_ood
 from keras_halo.fitting import fit_class_gaussians
-from keras_halo.layers import HALODense, HALOSoftmax
-from keras_halo.losses import HALOLoss
+from keras_halo.labels import matches
+from keras_halo.layers import HALODense, HALOSimilarity, HALOSoftmax
+from keras_halo.losses import HALOContrastiveLoss, HALOLoss
 from keras_halo.ood import OOD_METHODS, ood_score
-from keras_halo.predictions import Predictions, decode_predictions
+from keras_halo.predictions import (
+    Predictions,
+    decode_predictions,
+    pair_log_odds,
+)
 from keras_halo.version import __version__
 
 __all__ = [
     "OOD_METHODS",
     "Calibration",
+    "HALOContrastiveLoss",
     "HALODense",
     "HALOLoss",
+    "HALOSimilarity",
     "HALOSoftmax",
     "OODMonitor",
     "OODReport",
@@ -38,9 +45,11 @@ __all__ = [
     "geometry",
     "layers",
     "losses",
+    "matches",
     "metrics",
     "ood_score",
     "packing",
+    "pair_log_odds",
     "plots",
     "rejection",
 ]

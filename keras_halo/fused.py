@@ -117,6 +117,28 @@ def _saturated(x):
     return ops.clip(x, -geometry.MAX_COMPONENT, geometry.MAX_COMPONENT)
 
 
+_saturated_where_far = with_gradient(
+    _saturated, lambda inputs, upstream: (upstream,)
+)
+
+
+def saturated(x):
+    """Embeddings whose squares float32 holds; the gradient passes as it is.
+
+    Args:
+        x: Tensor of any shape.
+
+    Returns:
+        Tensor like `x`, with components in `[-1e12, 1e12]`.
+
+    Example:
+
+    >>> float(saturated(ops.array(-1e20)))
+    -999999995904.0
+    """
+    return _saturated_where_far(x)
+
+
 def _packed_scores_forward(x, centroids, gamma, abstain_logit):
     num_classes, dim = centroids.shape
     x = _saturated(x)
@@ -214,7 +236,7 @@ def integer_label_losses(
     >>> round(float(loss[0]), 4)
     1.0986
     """
-    num_classes = packing.count_classes(scores.shape)
+    num_classes = packing.class_count(scores)
     labels, in_range = safe_indices(labels, num_classes)
 
     def target_terms(parts):
@@ -270,7 +292,7 @@ def integer_label_losses(
             upstream * radial_weight,
         )
         own_slope = own_slope + radial_slope
-        is_own = ops.equal(labels, ops.arange(num_classes, dtype="int32"))
+        is_own = ops.equal(labels, _class_indices(num_classes))
         return (
             packing.pack_gradient(
                 logits=slopes + ops.cast(is_own, slopes.dtype) * own_slope,
@@ -283,18 +305,26 @@ def integer_label_losses(
     return with_gradient(forward, backward)(scores)
 
 
+def _class_indices(num_classes):
+    if ops.is_tensor(num_classes):
+        num_classes = ops.cast(num_classes, "int32")
+    return ops.arange(num_classes, dtype="int32")
+
+
 def safe_indices(labels, num_classes):
     """Labels as indices that any gather takes, and whether they were in range.
 
     Args:
         labels: Tensor of shape `(...)`.
-        num_classes: Integer, `K`.
+        num_classes: `K`, an integer or a scalar tensor.
 
     Returns:
         Tuple of an int32 tensor in `[0, K)` and a boolean tensor, both of
         shape `(..., 1)`.
     """
     labels = ops.expand_dims(labels, axis=-1)
+    if ops.is_tensor(num_classes):
+        num_classes = ops.cast(num_classes, labels.dtype)
     in_range = (labels >= 0) & (labels < num_classes)
     labels = ops.where(in_range, labels, ops.zeros_like(labels))
     return ops.cast(labels, "int32"), in_range
