@@ -12,6 +12,7 @@ from keras_halo import (
 )
 from keras_halo.calibration import Calibration, calibrate
 from keras_halo.callbacks import OODMonitor
+from keras_halo.conversion import convert_head
 from keras_halo.evaluation import OODReport, evaluate_ood
 from keras_halo.fitting import fit_class_gaussians
 from keras_halo.labels import matches
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "callbacks",
+    "convert_head",
     "decode_predictions",
     "evaluate_ood",
     "fit_class_gaussians",
