@@ -74,13 +74,13 @@ def fit_class_gaussians(model, x, y=None, batch_size=None, verbose="auto"):
     layer = ClassGaussians(find_head(model).units, name="class_gaussians")
     # Built before the pass, so that what cannot work fails at once.
     ood = layer(embeddings, scores)
-    inputs = _input_structure(model)
+    inputs = input_structure(model)
     embedder = keras.Model(inputs, embeddings)
     layer.adapt(*_embed(embedder, x, y, batch_size, verbose))
     return keras.Model(inputs, {"scores": scores, "ood": ood})
 
 
-def _input_structure(model):
+def input_structure(model):
     """The inputs nested as the model takes them: Keras warns otherwise."""
     inputs = model.inputs
     return inputs[0] if len(inputs) == 1 else model.input
@@ -207,7 +207,7 @@ def head_tensors(model):
             and head in operation._flatten_layers()
         ):
             inner = keras.Model(
-                _input_structure(operation), head_tensors(operation)
+                input_structure(operation), head_tensors(operation)
             )
             return inner(*node.arguments.args)
         pending.extend(node.input_tensors)

@@ -120,6 +120,28 @@ def _saturated(x):
     return ops.clip(x, -geometry.MAX_COMPONENT, geometry.MAX_COMPONENT)
 
 
+_saturated_where_far = with_gradient(
+    _saturated, lambda inputs, upstream: (upstream,)
+)
+
+
+def saturated(x):
+    """Embeddings whose squares float32 holds; the gradient passes as it is.
+
+    Args:
+        x: Tensor of any shape.
+
+    Returns:
+        Tensor like `x`, with components in `[-1e12, 1e12]`.
+
+    Example:
+
+    >>> float(saturated(ops.array(-1e20)))
+    -999999995904.0
+    """
+    return _saturated_where_far(x)
+
+
 def _packed_scores_forward(x, centroids, gamma, abstain_logit):
     num_classes, dim = centroids.shape
     x = _saturated(x)
@@ -217,12 +239,12 @@ def integer_label_losses(
     >>> round(float(loss[0]), 4)
     1.0986
     """
-    num_classes = packing.count_classes(scores.shape)
+    num_classes = packing.class_count(scores)
     shape = None
     if len(scores.shape) > 2:
         shape = ops.shape(labels)
         labels = ops.reshape(labels, (-1,))
-        scores = ops.reshape(scores, (-1, scores.shape[-1]))
+        scores = ops.reshape(scores, (-1, ops.shape(scores)[-1]))
     labels, in_range = safe_indices(labels, num_classes)
 
     def target_terms(parts, labels):
@@ -295,18 +317,26 @@ def integer_label_losses(
     return losses if shape is None else ops.reshape(losses, shape)
 
 
+def _class_indices(num_classes):
+    if ops.is_tensor(num_classes):
+        num_classes = ops.cast(num_classes, "int32")
+    return ops.arange(num_classes, dtype="int32")
+
+
 def safe_indices(labels, num_classes):
     """Labels as indices that any gather takes, and whether they were in range.
 
     Args:
         labels: Tensor of shape `(...)`.
-        num_classes: Integer, `K`.
+        num_classes: `K`, an integer or a scalar tensor.
 
     Returns:
         Tuple of an int32 tensor in `[0, K)` and a boolean tensor, both of
         shape `(..., 1)`.
     """
     labels = ops.expand_dims(labels, axis=-1)
+    if ops.is_tensor(num_classes):
+        num_classes = ops.cast(num_classes, labels.dtype)
     in_range = (labels >= 0) & (labels < num_classes)
     labels = ops.where(in_range, labels, ops.zeros_like(labels))
     return ops.cast(labels, "int32"), in_range
@@ -338,7 +368,7 @@ def plus_at_labels(matrix, labels, values, start=0):
         rows = ops.arange(labels.shape[0], dtype="int32")
         matrix[rows, labels[:, 0]] += values[:, 0]
         return matrix
-    classes = ops.arange(matrix.shape[-1], dtype="int32") + start
+    classes = _class_indices(ops.shape(matrix)[-1]) + start
     is_own = ops.cast(ops.equal(labels, classes), matrix.dtype)
     return matrix + is_own * values
 

@@ -23,6 +23,8 @@ import math
 
 from keras import ops
 
+from keras_halo.shapes import axis_length
+
 # Below this squared radius the logarithm of the radial term continues as its
 # tangent, which bounds the push off a centroid that an embedding sits on.
 RADIUS_FLOOR = 1e-3
@@ -131,11 +133,12 @@ def abstain_bias(embedding_dim, num_classes, label_smoothing):
 
     Args:
         embedding_dim: Integer, at least 2. The size `D` of an embedding.
-        num_classes: Integer, at least 2. The number `K` of classes.
+        num_classes: Integer, at least 2. The number `K` of classes; or a
+            scalar tensor of a floating dtype.
         label_smoothing: Float in `[0, 1)`.
 
     Returns:
-        Float.
+        Float; a scalar tensor if `num_classes` is one.
 
     Example:
 
@@ -148,8 +151,10 @@ def abstain_bias(embedding_dim, num_classes, label_smoothing):
     else:
         p_hi = 0.99
         p_lo = 0.01 / num_classes
+    odds = p_hi / p_lo
+    log_odds = ops.log(odds) if ops.is_tensor(odds) else math.log(odds)
     margin = initial_temperature(embedding_dim) * (1.0 - shell(embedding_dim))
-    return margin - math.log(p_hi / p_lo)
+    return margin - log_odds
 
 
 def to_temperature(raw_gamma):
@@ -197,8 +202,8 @@ def centered(centroids):
     ... ).tolist()
     [[-1.0, -2.0], [1.0, 2.0]]
     """
-    num_classes = centroids.shape[0]
-    return centroids - ops.sum(centroids, axis=0, keepdims=True) / num_classes
+    total = ops.sum(centroids, axis=0, keepdims=True)
+    return centroids - total / axis_length(centroids, 0)
 
 
 def mean_square(vectors):
@@ -397,7 +402,7 @@ def smoothed_targets(labels, label_smoothing):
     """
     if not label_smoothing:
         return labels
-    spread = label_smoothing / labels.shape[-1]
+    spread = label_smoothing / axis_length(labels, -1)
     return labels * (1.0 - label_smoothing) + spread
 
 

@@ -12,7 +12,8 @@ def are_integer_labels(y_true_shape, y_pred_shape):
     Args:
         y_true_shape: Tuple, the shape of the labels: `(...)` or `(..., 1)` for
             integers, `(..., K)` for a distribution.
-        y_pred_shape: Tuple, the shape `(..., K + 4)` of the packed scores.
+        y_pred_shape: Tuple, the shape `(..., K + 4)` of the packed scores. The
+            width may be `None`, where a batch of keys are the classes.
 
     Returns:
         Boolean, true for integer labels.
@@ -28,7 +29,9 @@ def are_integer_labels(y_true_shape, y_pred_shape):
     False
     """
     y_true_shape, y_pred_shape = tuple(y_true_shape), tuple(y_pred_shape)
-    num_classes = packing.count_classes(y_pred_shape)
+    num_classes = None
+    if y_pred_shape[-1:] != (None,):
+        num_classes = packing.count_classes(y_pred_shape)
     rank = len(y_pred_shape)
     batch_shape = y_pred_shape[:-1]
     fits = len(y_true_shape) >= rank - 1 and all(
@@ -40,7 +43,7 @@ def are_integer_labels(y_true_shape, y_pred_shape):
     if fits and len(y_true_shape) == rank:
         if y_true_shape[-1] == 1:
             return True
-        if y_true_shape[-1] in (num_classes, None):
+        if num_classes is None or y_true_shape[-1] in (num_classes, None):
             return False
     raise ValueError(
         f"Labels do not fit the packed scores, which have {num_classes} "
@@ -105,3 +108,66 @@ def class_indices(labels, num_classes, leading_shape):
             "`scores[kept], labels[kept]`."
         )
     return labels.astype("int64")
+
+
+def matches(query_ids, key_ids=None, dtype="float32"):
+    """Soft labels of queries among keys: even over the keys of the same id.
+
+    What `keras_halo.HALOSimilarity` is trained on. Ids are only compared: they
+    name what a query and a key are about, such as the number of the image that
+    several captions describe. Where every pair stands for itself, the number
+    of the pair is its id.
+
+    Formula:
+
+    ```python
+    same = query_ids[:, None] == key_ids[None, :]
+    labels = same / max(sum(same, axis=-1, keepdims=True), 1)
+    ```
+
+    Args:
+        query_ids: Integers of shape `(B,)` or `(B, 1)`, an array or a tensor.
+        key_ids: Integers of shape `(K,)` or `(K, 1)`. Defaults to `None`,
+            which means `query_ids`: query and key come in pairs.
+        dtype: String, the dtype of the labels. Defaults to `"float32"`.
+
+    Returns:
+        Labels of shape `(B, K)`. A row sums to one; that of a query
+        without a match is zero, which `keras_halo.HALOLoss` leaves out. A
+        NumPy array for arrays, a tensor if one of the ids is a tensor.
+
+    Raises:
+        ValueError: If the ids are not of the shape above.
+
+    Example:
+
+    >>> matches([3, 5, 3])
+    array([[0.5, 0. , 0.5],
+           [0. , 1. , 0. ],
+           [0.5, 0. , 0.5]], dtype=float32)
+    """
+    if key_ids is None:
+        key_ids = query_ids
+    query_ids, key_ids = _flat_ids(query_ids), _flat_ids(key_ids)
+    if ops.is_tensor(query_ids) or ops.is_tensor(key_ids):
+        same = ops.equal(query_ids[:, None], key_ids[None, :])
+        same = ops.cast(same, dtype)
+        return same / ops.clip(ops.sum(same, axis=-1, keepdims=True), 1, np.inf)
+    same = (query_ids[:, None] == key_ids[None, :]).astype(dtype)
+    return same / same.sum(axis=-1, keepdims=True).clip(1)
+
+
+def _flat_ids(ids):
+    if not ops.is_tensor(ids):
+        ids = np.asarray(ids)
+    shape = tuple(ids.shape)
+    if len(shape) == 2 and shape[1] == 1:
+        return ids[:, 0]
+    if len(shape) != 1:
+        raise ValueError(
+            "Ids say which queries and keys belong together: expected integers "
+            f"of shape (batch_size,) or (batch_size, 1). Received: shape="
+            f"{shape}. Pass one id for every pair; a model with an output for "
+            "each direction takes them once for each."
+        )
+    return ids

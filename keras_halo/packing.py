@@ -21,6 +21,8 @@ import collections
 import numpy as np
 from keras import ops
 
+from keras_halo.shapes import axis_length
+
 # Abstain logit and the three neutral columns.
 NUM_EXTRA_COLUMNS = 4
 
@@ -90,6 +92,29 @@ def count_classes(shape):
     return width - NUM_EXTRA_COLUMNS
 
 
+def class_count(scores):
+    """Returns the number of classes in packed scores, also inside a graph.
+
+    Args:
+        scores: Tensor of shape `(..., K + 4)`. `K` may be known only when the
+            graph runs: where the classes are a batch of keys.
+
+    Returns:
+        Integer; or a scalar tensor of the dtype of `scores`.
+
+    Raises:
+        ValueError: If the width is known and leaves fewer than two classes.
+
+    Example:
+
+    >>> class_count(ops.zeros((5, 14)))
+    10
+    """
+    if len(scores.shape) and scores.shape[-1] is None:
+        return axis_length(scores, -1) - NUM_EXTRA_COLUMNS
+    return count_classes(scores.shape)
+
+
 def _to_neutral(value):
     return (value + 1.0) * -_NEUTRAL_SCALE
 
@@ -150,7 +175,7 @@ def unpack(scores):
         `PackedScores`.
 
     Raises:
-        ValueError: If the width is unknown or leaves fewer than two classes.
+        ValueError: If the width is known and leaves fewer than two classes.
 
     Example:
 
@@ -159,10 +184,10 @@ def unpack(scores):
     >>> float(unpack(packed).temperature[0, 0])
     2.0
     """
-    num_classes = count_classes(scores.shape)
+    class_count(scores)
     geometry = _from_neutral(scores[..., -3:])
     return PackedScores(
-        logits=scores[..., :num_classes],
+        logits=scores[..., :-NUM_EXTRA_COLUMNS],
         abstain_logit=scores[..., -4:-3],
         squared_norm=geometry[..., 0:1],
         temperature=geometry[..., 1:2],

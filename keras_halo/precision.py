@@ -1,6 +1,8 @@
 """The one rule about number formats: the head never computes below float32."""
 
 import keras
+import numpy as np
+from keras import ops
 
 
 def computation_dtype(dtype):
@@ -26,3 +28,24 @@ def computation_dtype(dtype):
     if keras.backend.standardize_dtype(dtype) == "float64":
         return "float64"
     return "float32"
+
+
+def exact_constant(value):
+    """Returns an initializer that fills a weight with a number.
+
+    `keras.initializers.Constant` rounds float64 to float32 on TensorFlow.
+
+    Args:
+        value: Float.
+
+    Returns:
+        Callable of a shape and a dtype.
+
+    Example:
+
+    >>> float(exact_constant(0.5)((), "float32"))
+    0.5
+    """
+    return lambda shape, dtype: ops.convert_to_tensor(
+        np.full(shape, value, dtype)
+    )

@@ -117,5 +117,45 @@ def decode_predictions(scores):
     )
 
 
+def pair_log_odds(scores):
+    """Log-odds of every class, or key, against abstaining alone.
+
+    For the scores of `keras_halo.HALOSimilarity` this tells of each pair by
+    itself whether it is aligned, whatever else the gallery holds: where it is
+    negative, "nothing matches" is the better answer. Its sigmoid is the
+    probability of the pair if abstaining is the only alternative. Larger for
+    pairs that belong together; negate it to have a score that is larger for
+    outliers.
+
+    Formula:
+
+    ```python
+    log_odds_k = s_k - b
+    ```
+
+    Args:
+        scores: NumPy array (or what converts to one) of packed scores with
+            shape `(..., K + 4)`.
+
+    Returns:
+        Array of shape `(..., K)`.
+
+    Raises:
+        ValueError: If the array holds NaN, infinite values or no packed
+            scores.
+
+    Example:
+
+    >>> texts = np.eye(3, 8, dtype="float32")
+    >>> scores = keras_halo.HALOSimilarity()([texts, texts])
+    >>> (pair_log_odds(scores) > 0).tolist()
+    [[True, False, False], [False, True, False], [False, False, True]]
+    """
+    scores = ops.convert_to_numpy(scores)
+    packing.check_packed(scores)
+    parts = packing.unpack(scores)
+    return parts.logits - parts.abstain_logit
+
+
 def _per_sample(column):
     return np.array(ops.convert_to_numpy(column)[..., 0])

@@ -1,5 +1,7 @@
 """Checks of arguments that several parts of the package take."""
 
+import keras
+
 
 def check_units(units):
     """Raises `ValueError` unless `units` is an integer of at least 2."""
@@ -34,4 +36,15 @@ def check_block_size(block_size):
         raise ValueError(
             "`block_size` must be a positive integer, or `None` for all "
             f"classes at once. Received: block_size={block_size}."
+        )
+
+
+def check_floating(dtype, layer):
+    """Raises `ValueError` unless embeddings of a dtype suit a layer."""
+    dtype = keras.backend.standardize_dtype(dtype)
+    if "float" not in dtype:
+        raise ValueError(
+            f"`{type(layer).__name__}` takes embeddings in floating point. "
+            f"Received: dtype={dtype}. Cast the input to float32, or put the "
+            "network that computes embeddings before the head."
         )

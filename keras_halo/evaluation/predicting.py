@@ -148,7 +148,7 @@ def predict_answers(
     """
     parts = []
     with (
-        _inference(model),
+        inference_mode(model),
         contextlib.closing(read_batches(data, batch_size)) as batches,
     ):
         for index, (x, y, sample_weight) in enumerate(batches):
@@ -179,7 +179,7 @@ def predict_answers(
 
 
 @contextlib.contextmanager
-def _inference(model):
+def inference_mode(model):
     """Takes a torch model out of training mode, as `model.predict` does."""
     if keras.backend.backend() != "torch" or not model.training:
         yield

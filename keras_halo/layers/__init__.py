@@ -1,6 +1,13 @@
 from keras_halo.layers.class_gaussians import ClassGaussians
 from keras_halo.layers.halo_dense import HALODense
+from keras_halo.layers.halo_similarity import HALOSimilarity
 from keras_halo.layers.halo_softmax import HALOSoftmax
 from keras_halo.layers.ood_score import OODScore
 
-__all__ = ["ClassGaussians", "HALODense", "HALOSoftmax", "OODScore"]
+__all__ = [
+    "ClassGaussians",
+    "HALODense",
+    "HALOSimilarity",
+    "HALOSoftmax",
+    "OODScore",
+]

@@ -1,10 +1,13 @@
 import keras
-import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
 from keras_halo import fused, geometry, packing
-from keras_halo.precision import computation_dtype
-from keras_halo.validation import check_label_smoothing, check_units
+from keras_halo.precision import computation_dtype, exact_constant
+from keras_halo.validation import (
+    check_floating,
+    check_label_smoothing,
+    check_units,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -134,7 +137,7 @@ class HALODense(keras.layers.Layer):
         self.raw_gamma = self._add_head_weight(
             name="raw_gamma",
             shape=(),
-            initializer=_constant(
+            initializer=exact_constant(
                 geometry.inverse_softplus(
                     geometry.initial_temperature(embedding_dim)
                 )
@@ -145,7 +148,7 @@ class HALODense(keras.layers.Layer):
         self.abstain_bias = self._add_head_weight(
             name="abstain_bias",
             shape=(),
-            initializer=_constant(
+            initializer=exact_constant(
                 geometry.abstain_bias(
                     embedding_dim, self.units, self.label_smoothing
                 )
@@ -173,7 +176,7 @@ class HALODense(keras.layers.Layer):
         )
 
     def call(self, inputs):
-        _check_floating(inputs.dtype)
+        check_floating(inputs.dtype, self)
         embeddings = ops.cast(inputs, self.head_dtype)
         centroids = ops.convert_to_tensor(self.centroids, self.head_dtype)
         if len(inputs.shape) > 2:
@@ -195,7 +198,7 @@ class HALODense(keras.layers.Layer):
     def compute_output_spec(self, inputs):
         # The base class would announce the 16-bit compute dtype of a mixed
         # policy, which is not what `call` returns.
-        _check_floating(inputs.dtype)
+        check_floating(inputs.dtype, self)
         return keras.KerasTensor(
             self.compute_output_shape(inputs.shape), dtype=self.head_dtype
         )
@@ -219,20 +222,3 @@ class HALODense(keras.layers.Layer):
             }
         )
         return config
-
-
-def _constant(value):
-    # `initializers.Constant` rounds float64 to float32 on TensorFlow.
-    return lambda shape, dtype: ops.convert_to_tensor(
-        np.full(shape, value, dtype)
-    )
-
-
-def _check_floating(dtype):
-    dtype = keras.backend.standardize_dtype(dtype)
-    if "float" not in dtype:
-        raise ValueError(
-            "`HALODense` takes embeddings in floating point. Received: "
-            f"dtype={dtype}. Cast the input to float32, or put the network "
-            "that computes embeddings before the head."
-        )

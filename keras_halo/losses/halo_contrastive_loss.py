@@ -1,0 +1,143 @@
+import keras
+from keras import ops
+
+from keras_halo import packing
+from keras_halo.labels import matches
+from keras_halo.losses.halo_loss import HALOLoss
+
+
+@keras.saving.register_keras_serializable(package="keras_halo")
+class HALOContrastiveLoss(HALOLoss):
+    """The HALO loss of two towers, from the ids of the pairs in a batch.
+
+    Takes the place of the symmetric cross-entropy (InfoNCE) in a model that
+    ends in `HALOSimilarity`. A query is to find the keys of its own id among
+    all keys of the batch; where an id occurs several times in a batch, all of
+    its keys are right, in equal parts. It is `HALOLoss` on the soft labels
+    `keras_halo.matches(ids)`, made anew for every batch, whatever its size. In
+    a batch of one pair there is nothing to tell apart: its loss is zero.
+
+    Ids are compared as the integers they are, not as floats.
+
+    Formula:
+
+    ```python
+    same = ids[:, None] == ids[None, :]
+    labels = same / sum(same, axis=-1, keepdims=True)
+    loss = HALOLoss(labels, scores)
+    ```
+
+    Args:
+        label_smoothing: Float in `[0, 1)`. As in `HALOLoss`; give
+            `HALOSimilarity` the same value. Defaults to `0.1`.
+        distill: Boolean. As in `HALOLoss`. Defaults to `True`.
+        radial_weight: Non-negative float. As in `HALOLoss`. Defaults to
+            `1.0`.
+        reduction: As in `HALOLoss`. Defaults to `"sum_over_batch_size"`.
+        name: Optional name for the loss instance.
+        dtype: As in `HALOLoss`. Defaults to `None`.
+
+    Call arguments:
+        y_true: Ids, integers of shape `(B,)` or `(B, 1)`.
+        y_pred: Packed scores of shape `(B, B + 4)`, or `(B, 2, B + 4)` of both
+            directions.
+        sample_weight: Optional weights of shape `(B,)`, or `(B, 2)` to weigh
+            the directions by themselves.
+
+    Raises:
+        ValueError: If an argument is out of range, or ids and scores do not
+            fit.
+
+    Example:
+
+    >>> pairs = np.random.default_rng(0).normal(size=(3, 8)).astype("float32")
+    >>> scores = keras_halo.HALOSimilarity()([pairs, pairs])
+    >>> contrastive = keras_halo.HALOContrastiveLoss()(np.arange(3), scores)
+    >>> by_position = keras_halo.HALOLoss()(np.arange(3), scores)
+    >>> bool(ops.abs(contrastive - by_position) < 1e-5)
+    True
+
+    References:
+
+    - Raphael Pisoni, "I don't know!": Teaching neural networks to abstain
+      with the HALO-Loss, 2026.
+    - Aaron van den Oord, Yazhe Li, Oriol Vinyals, Representation Learning
+      with Contrastive Predictive Coding, 2018.
+    """
+
+    def __init__(
+        self,
+        label_smoothing=0.1,
+        distill=True,
+        radial_weight=1.0,
+        reduction="sum_over_batch_size",
+        name="halo_contrastive_loss",
+        dtype=None,
+    ):
+        super().__init__(
+            label_smoothing=label_smoothing,
+            distill=distill,
+            radial_weight=radial_weight,
+            reduction=reduction,
+            name=name,
+            dtype=dtype,
+        )
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        # Before the base class turns them into floats: a float32 cannot tell
+        # 2^24 from its successor.
+        labels = ops.convert_to_tensor(matches(y_true, dtype=self.dtype))
+        y_pred = ops.convert_to_tensor(y_pred)
+        _check_pairs(labels.shape, y_pred.shape)
+        if len(y_pred.shape) == 3:
+            labels = ops.stack([labels, labels], axis=1)
+            sample_weight = _per_pair(sample_weight)
+        return super().__call__(labels, y_pred, sample_weight=sample_weight)
+
+    def call(self, y_true, y_pred):
+        if y_pred.shape[-1] == packing.packed_width(1):
+            # Not bare zeros, which have no gradient.
+            return y_pred[..., 0] * 0.0
+        losses = super().call(y_true, y_pred)
+        if y_pred.shape[-1] is None:
+            losses = ops.where(packing.class_count(y_pred) > 1, losses, 0.0)
+        return losses
+
+    def get_config(self):
+        config = super().get_config()
+        # They need integer labels.
+        del config["ignore_class"], config["block_size"]
+        return config
+
+
+def _per_pair(sample_weight):
+    """Weights of pairs, made to broadcast over both directions."""
+    if sample_weight is None:
+        return None
+    sample_weight = ops.convert_to_tensor(sample_weight)
+    if len(sample_weight.shape) == 1:
+        sample_weight = ops.expand_dims(sample_weight, axis=-1)
+    return sample_weight
+
+
+def _check_pairs(labels_shape, y_pred_shape):
+    """Raises `ValueError` unless scores have a row and a key for every id."""
+    rank = len(y_pred_shape)
+    fits = rank == 2 or (rank == 3 and y_pred_shape[1] == 2)
+    if fits:
+        sizes = {labels_shape[0], y_pred_shape[0]} - {None}
+        width = y_pred_shape[-1]
+        if width is not None:
+            sizes.add(width - packing.NUM_EXTRA_COLUMNS)
+        fits = len(sizes) <= 1
+    if not fits:
+        raise ValueError(
+            "Expected ids of shape (B,) and packed scores of shape "
+            f"(B, B + {packing.NUM_EXTRA_COLUMNS}) or "
+            f"(B, 2, B + {packing.NUM_EXTRA_COLUMNS}), as "
+            "`keras_halo.HALOSimilarity` emits them for pairs. Received: "
+            f"{labels_shape[0]} ids and scores of shape "
+            f"{tuple(y_pred_shape)}. For keys that are not paired with the "
+            "queries use `keras_halo.HALOLoss` with the labels "
+            "`keras_halo.matches(query_ids, key_ids)`."
+        )

@@ -1,0 +1,557 @@
+"""Two towers: scores between batches, their labels, loss, and training."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import (
+    float64,
+    jit,
+    naive_softmax,
+    packed,
+    to_numpy,
+    value_and_gradients,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+import keras_halo
+from keras_halo import (
+    HALOContrastiveLoss,
+    HALOLoss,
+    HALOSimilarity,
+    geometry,
+    packing,
+)
+from keras_halo.layers.halo_similarity import similarity_scores
+
+D = 6
+POLICIES = {
+    "float32": "float32",
+    "mixed_float16": "float32",
+    "mixed_bfloat16": "float32",
+    "bfloat16": "float32",
+    "float64": "float64",
+}
+
+
+def _pairs(queries=5, keys=5, seed=0, dtype="float32"):
+    rng = np.random.default_rng(seed)
+    q, k = rng.normal(size=(queries, D)), rng.normal(size=(keys, D))
+    # A mean that is not zero, so that centring is seen.
+    return q.astype(dtype), (k + 0.5).astype(dtype)
+
+
+def _by_the_book(queries, keys, gamma=None, smoothing=0.1, dtype="float64"):
+    """Packed scores from float64 loops over the pairs."""
+    dim = queries.shape[-1]
+    if gamma is None:
+        gamma = geometry.initial_temperature(dim)
+    return packed(
+        queries,
+        keys,
+        gamma=gamma,
+        bias=geometry.abstain_bias(dim, len(keys), smoothing),
+        dtype=dtype,
+    )
+
+
+def _naive_loss(same, scores, smoothing=0.1, distill=True, radial_weight=1.0):
+    """The loss of one direction by the book, query by query."""
+    losses = []
+    for is_match, row in zip(same, scores.astype("float64"), strict=True):
+        s, b = row[:-4], row[-4]
+        norm, gamma, size = row[-3:] / -(2.0**40) - 1.0
+        radii = norm - s / gamma
+        log_p = np.log(naive_softmax(np.append(s, b)))[:-1]
+        loss = 0.0
+        for y in np.flatnonzero(is_match):
+            if distill:
+                z = np.minimum(s - gamma * norm, 0.0) / smoothing
+                z[y] = 0.0
+                q = naive_softmax(z)
+            else:
+                q = np.eye(len(s))[y] * (1 - smoothing) + smoothing / len(s)
+            radial = radii[y] / 2 - (0.5 - 1 / size) * np.log(radii[y])
+            loss += -(q * log_p).sum() + radial_weight * radial
+        losses.append(loss / is_match.sum())
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("keys", [5, 3])
+def test_scores_are_those_of_the_book_in_both_directions(keys):
+    q, k = _pairs(keys=keys)
+    similarity = HALOSimilarity()
+    for a, b in ((q, k), (k, q)):
+        scores = to_numpy(similarity([a, b]))
+        np.testing.assert_allclose(
+            scores, _by_the_book(a, b), rtol=1e-4, atol=1e-4
+        )
+        assert similarity.compute_output_shape([a.shape, b.shape]) == (
+            scores.shape
+        )
+    assert len(similarity.weights) == 1
+
+
+def test_bidirectional_scores_are_those_of_both_directions():
+    q, k = _pairs()
+    one_way, both = HALOSimilarity(), HALOSimilarity(bidirectional=True)
+    expected = np.stack(
+        [to_numpy(one_way([q, k])), to_numpy(one_way([k, q]))], axis=1
+    )
+    np.testing.assert_array_equal(to_numpy(both([q, k])), expected)
+    assert both.compute_output_shape([q.shape, k.shape]) == expected.shape
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_abstain_bias_follows_the_number_of_keys(smoothing):
+    for keys in (2, 7):
+        q, k = _pairs(keys=keys)
+        layer = HALOSimilarity(label_smoothing=smoothing)
+        bias = to_numpy(packing.unpack(layer([q, k])).abstain_logit)
+        np.testing.assert_allclose(
+            bias, geometry.abstain_bias(D, keys, smoothing), rtol=1e-6
+        )
+    as_tensor = geometry.abstain_bias(
+        D, ops.convert_to_tensor(7.0, "float32"), smoothing
+    )
+    np.testing.assert_allclose(to_numpy(as_tensor), bias[0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_output_is_never_below_float32(policy):
+    expected = POLICIES[policy]
+    with float64():
+        layer = HALOSimilarity(dtype=policy)
+        q, k = _pairs(dtype=expected)
+        output = layer([q, k])
+        symbolic = layer(
+            [keras.KerasTensor((None, D)), keras.KerasTensor((None, D))]
+        )
+        assert keras.backend.standardize_dtype(output.dtype) == expected
+        assert symbolic.dtype == expected
+        assert symbolic.shape == (None, None)
+        assert {w.dtype for w in layer.weights} == {expected}
+        digits = 1e-11 if expected == "float64" else 1e-4
+        np.testing.assert_allclose(
+            to_numpy(output), _by_the_book(q, k), rtol=digits, atol=digits
+        )
+
+
+def test_symbolic_shapes():
+    def shape(queries, keys, **kwargs):
+        layer = HALOSimilarity(**kwargs)
+        return layer(
+            [keras.KerasTensor((queries, D)) for queries in (queries, keys)]
+        ).shape
+
+    assert shape(None, 7) == (None, 11)
+    assert shape(3, None) == (3, None)
+    assert shape(None, None, bidirectional=True) == (None, 2, None)
+    assert shape(4, None, bidirectional=True) == (4, 2, 8)
+
+
+@pytest.mark.parametrize("distill", [True, False])
+def test_gradients_reach_queries_keys_and_temperature(distill):
+    q, k = _pairs(dtype="float64")
+    ids = np.array([0, 1, 0, 2, 3])
+    same = ids[:, None] == ids[None]
+    gamma = np.array(9.0)
+
+    def loss(q, k, gamma):
+        total = 0.0
+        for a, b in ((q, k), (k, q)):
+            scores = similarity_scores(a, b, gamma, 0.1)
+            # The reductions of Keras round to float32 on PyTorch.
+            each = HALOContrastiveLoss(
+                distill=distill, reduction=None, dtype="float64"
+            )(ids, scores)
+            total = total + ops.sum(each) / len(ids)
+        return total
+
+    def frozen(q, k, gamma, targets):
+        """The loss by the book for soft targets that stay as they are."""
+        total = 0.0
+        for (a, b), q_soft in zip(((q, k), (k, q)), targets, strict=True):
+            row = _by_the_book(a, b, gamma=gamma)
+            s = row[:, :-3]
+            log_p = s - np.logaddexp.reduce(s, axis=-1, keepdims=True)
+            c = b - b.mean(axis=0)
+            radii = ((a[:, None] - c[None]) ** 2).mean(axis=-1)
+            radial = radii / 2 - (0.5 - 1 / D) * np.log(radii)
+            labels = same / same.sum(axis=-1, keepdims=True)
+            each = -(q_soft * log_p[:, :-1]).sum(-1) + (labels * radial).sum(-1)
+            total += each.mean()
+        return total
+
+    def soft_targets():
+        labels = same / same.sum(axis=-1, keepdims=True)
+        if not distill:
+            return [0.9 * labels + 0.1 / len(q)] * 2
+        result = []
+        for a, b in ((q, k), (k, q)):
+            c = b - b.mean(axis=0)
+            z = -gamma * ((a[:, None] - c[None]) ** 2).mean(axis=-1) / 0.1
+            rows = []
+            for label, distance in zip(labels, z, strict=True):
+                row = np.zeros(len(q))
+                for y in np.flatnonzero(label):
+                    own = distance.copy()
+                    own[y] = 0.0
+                    row += label[y] * naive_softmax(own)
+                rows.append(row)
+            result.append(np.array(rows))
+        return result
+
+    targets = soft_targets()
+    arrays = [q, k, gamma]
+    with float64():
+        value, gradients = value_and_gradients(loss, *arrays)
+    assert value == pytest.approx(frozen(*arrays, targets), rel=1e-9)
+    for index, gradient in enumerate(gradients):
+        expected = np.zeros_like(arrays[index])
+        for position in np.ndindex(expected.shape):
+            ends = []
+            for step in (1e-5, -1e-5):
+                moved = [array.copy() for array in arrays]
+                moved[index][position] += step
+                ends.append(frozen(*moved, targets))
+            expected[position] = (ends[0] - ends[1]) / 2e-5
+        assert np.abs(expected).max() > 1e-3
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e12, 1e38])
+def test_scores_losses_and_gradients_stay_finite(scale):
+    q, k = _pairs()
+
+    def loss(q, k):
+        both = HALOSimilarity(bidirectional=True)
+        both.build([q.shape, k.shape])
+        return HALOContrastiveLoss()(np.arange(5), both([q, k]))
+
+    for arrays in ((scale * q, k), (scale * q, scale * k)):
+        value, gradients = value_and_gradients(
+            loss, *(array.astype("float32") for array in arrays)
+        )
+        assert np.isfinite(value)
+        assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+ids_strategy = st.lists(st.integers(-3, 3), min_size=1, max_size=8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(queries=ids_strategy, keys=ids_strategy)
+def test_matches_are_even_over_the_keys_of_the_same_id(queries, keys):
+    labels = keras_halo.matches(queries, keys)
+    assert labels.shape == (len(queries), len(keys))
+    for query, row in zip(queries, labels, strict=True):
+        count = keys.count(query)
+        expected = [(key == query) / max(count, 1) for key in keys]
+        np.testing.assert_allclose(row, expected, rtol=1e-6)
+
+
+def test_matches_of_tensors_columns_and_large_ids():
+    # Equal once rounded to float32.
+    ids = np.array([2**24, 2**24 + 1, 2**24], "int32")
+    expected = [[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]]
+    for given_ids in (
+        ids,
+        ids[:, None],
+        ops.convert_to_tensor(ids),
+        ops.convert_to_tensor(ids[:, None]),
+    ):
+        np.testing.assert_array_equal(
+            to_numpy(keras_halo.matches(given_ids)), expected
+        )
+    scores = HALOSimilarity()(_pairs(3, 3))
+    loss = HALOContrastiveLoss(reduction=None)
+    np.testing.assert_array_equal(
+        to_numpy(loss(ids, scores)), to_numpy(loss([7, 8, 7], scores))
+    )
+
+
+@pytest.mark.parametrize("distill", [True, False])
+def test_contrastive_loss_with_repeated_ids_is_that_of_the_book(distill):
+    q, k = _pairs()
+    ids = np.array([4, 9, 4, 2, 4])
+    same = ids[:, None] == ids[None]
+    scores = HALOSimilarity(bidirectional=True)([q, k])
+    losses = to_numpy(
+        HALOContrastiveLoss(distill=distill, reduction=None)(ids, scores)
+    )
+    for direction, (a, b) in enumerate(((q, k), (k, q))):
+        np.testing.assert_allclose(
+            losses[:, direction],
+            _naive_loss(same, _by_the_book(a, b), distill=distill),
+            rtol=1e-4,
+        )
+
+
+def test_halo_loss_takes_positions_one_hot_and_matches():
+    q, k = _pairs(4, 7)
+    scores = HALOSimilarity()([q, k])
+    positions = np.array([6, 0, 3, 3])
+    loss = HALOLoss(reduction=None)
+    expected = _naive_loss(np.eye(7)[positions], _by_the_book(q, k))
+    for labels in (
+        positions,
+        np.eye(7)[positions],
+        keras_halo.matches(positions, np.arange(7)),
+    ):
+        np.testing.assert_allclose(
+            to_numpy(loss(labels, scores)), expected, rtol=1e-4
+        )
+
+
+def test_a_query_without_a_match_does_not_count():
+    q, k = _pairs(3, 5)
+    labels = keras_halo.matches([0, 77, 2], np.arange(5))
+    losses = to_numpy(
+        HALOLoss(reduction=None)(labels, HALOSimilarity()([q, k]))
+    )
+    assert losses[1] == 0.0
+    assert losses[0] != 0.0 and losses[2] != 0.0
+
+
+def test_a_batch_of_one_pair_has_no_loss_and_no_gradient():
+    q, k = _pairs(1, 1)
+
+    def loss(q, k):
+        scores = similarity_scores(q, k, ops.convert_to_tensor(9.0), 0.1)
+        return HALOContrastiveLoss()(np.array([3]), scores)
+
+    value, gradients = value_and_gradients(loss, q, k)
+    assert value == 0.0
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_compiled_and_eager_scores_agree():
+    q, k = _pairs()
+    layer = HALOSimilarity(bidirectional=True)
+    expected = to_numpy(layer([q, k]))
+    compiled = jit(lambda q, k: layer([q, k]))
+    np.testing.assert_allclose(
+        to_numpy(compiled(ops.convert_to_tensor(q), ops.convert_to_tensor(k))),
+        expected,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def _towers(bidirectional=True, on_sphere=False, dtype=None):
+    images, texts = (
+        keras.Input((20,), name="image"),
+        keras.Input((12,), name="text"),
+    )
+    embedded = [
+        keras.layers.Dense(12, name=name, dtype=dtype)(x)
+        for name, x in (("image_tower", images), ("text_tower", texts))
+    ]
+    if on_sphere:
+        embedded = [
+            keras.layers.Rescaling(6**0.5, dtype=dtype)(
+                keras.layers.UnitNormalization(dtype=dtype)(x)
+            )
+            for x in embedded
+        ]
+    similarity = HALOSimilarity(
+        bidirectional=bidirectional, name="similarity", dtype=dtype
+    )
+    if bidirectional:
+        outputs = similarity(embedded)
+    else:
+        outputs = {
+            "image_to_text": similarity(embedded),
+            "text_to_image": similarity(embedded[::-1]),
+        }
+    return keras.Model([images, texts], outputs)
+
+
+def _data(pairs=21, concepts=8, seed=0):
+    """Pairs that share a hidden cause, some of them the same one."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(concepts, 12))
+    ids = rng.integers(0, concepts, size=pairs)
+    images = hidden[ids] @ rng.normal(size=(12, 20)) / 4
+    texts = hidden[ids] + 0.1 * rng.normal(size=(pairs, 12))
+    return [images.astype("float32"), texts.astype("float32")], ids
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_fit_follows_the_book_batch_by_batch(bidirectional):
+    x, ids = _data()
+    model = _towers(bidirectional)
+    # No step, so that every batch sees the same weights.
+    model.compile(keras.optimizers.SGD(0.0), HALOContrastiveLoss())
+    y = ids
+    if not bidirectional:
+        y = {"image_to_text": ids, "text_to_image": ids}
+    # The last batch of 21 holds five pairs.
+    history = model.fit(x, y, batch_size=8, shuffle=False, verbose=0).history
+    towers = [model.get_layer(f"{name}_tower") for name in ("image", "text")]
+    embedded = [
+        to_numpy(tower(part)) for tower, part in zip(towers, x, strict=True)
+    ]
+    expected = []
+    for start in range(0, 21, 8):
+        q, k = (e[start : start + 8] for e in embedded)
+        batch_ids = ids[start : start + 8]
+        same = batch_ids[:, None] == batch_ids[None]
+        both = [
+            _naive_loss(same, _by_the_book(a, b)).mean()
+            for a, b in ((q, k), (k, q))
+        ]
+        expected.append((len(q), np.mean(both) if bidirectional else sum(both)))
+    sizes, losses = zip(*expected, strict=True)
+    assert history["loss"][0] == pytest.approx(
+        np.average(losses, weights=sizes), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_training_survives_a_tiny_last_batch(last):
+    x, ids = _data(pairs=8 + last)
+    model = _towers()
+    model.compile(keras.optimizers.Adam(1e-2), HALOContrastiveLoss())
+    history = model.fit(x, ids, batch_size=8, epochs=2, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    assert all(np.isfinite(to_numpy(w)).all() for w in model.weights)
+    assert np.isfinite(model.evaluate(x, ids, batch_size=8, verbose=0))
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_towers_learn_to_retrieve_and_to_reject(policy, tmp_path):
+    x, ids = _data(pairs=200, concepts=32)
+    model = _towers(on_sphere=True, dtype=policy)
+    model.compile(
+        keras.optimizers.Adam(0.01), HALOContrastiveLoss(radial_weight=0.0)
+    )
+    model.fit(x, ids, batch_size=64, epochs=40, verbose=0)
+
+    similarity = model.get_layer("similarity")
+    image_tower, text_tower = (
+        keras.Model(*ends)
+        for ends in zip(model.inputs, similarity.input, strict=True)
+    )
+    seen, first = np.unique(ids, return_index=True)
+    gallery = text_tower.predict(x[1][first], verbose=0)
+    queries = image_tower.predict(x[0], verbose=0)
+    temperature = to_numpy(similarity.temperature)
+    assert abs(temperature - geometry.initial_temperature(12)) > 0.01
+
+    scores = to_numpy(similarity.to_head(gallery)(queries))
+    one_way = HALOSimilarity()
+    one_way.build([(None, 12), (None, 12)])
+    one_way.raw_gamma.assign(similarity.raw_gamma)
+    np.testing.assert_allclose(
+        scores, to_numpy(one_way([queries, gallery])), rtol=1e-4, atol=1e-3
+    )
+    known = keras_halo.decode_predictions(scores)
+    assert np.mean(seen[known.probabilities.argmax(-1)] == ids) > 0.95
+    pairs = keras_halo.pair_log_odds(scores)
+    same = ids[:, None] == seen
+    assert keras_halo.metrics.auroc(-pairs[same], -pairs[~same]) > 0.95
+    # The same queries, with half of what they look for gone.
+    half = to_numpy(similarity.to_head(gallery[::2])(queries))
+    odds = keras_halo.ood_score(half, "abstain")
+    aligned = np.isin(ids, seen[::2])
+    assert keras_halo.metrics.auroc(odds[aligned], odds[~aligned]) > 0.9
+
+    model.save(tmp_path / "towers.keras")
+    loaded = keras.saving.load_model(tmp_path / "towers.keras")
+    assert isinstance(loaded.loss, HALOContrastiveLoss)
+    np.testing.assert_array_equal(
+        loaded.predict([part[:8] for part in x], verbose=0),
+        model.predict([part[:8] for part in x], verbose=0),
+    )
+
+
+def test_pair_log_odds_are_logits_above_that_of_abstaining():
+    q, k = _pairs()
+    scores = to_numpy(HALOSimilarity()([q, k]))
+    odds = keras_halo.pair_log_odds(scores)
+    answers = naive_softmax(scores[:, :-3].astype("float64"))
+    np.testing.assert_allclose(
+        1 / (1 + np.exp(-odds)),
+        answers[:, :-1] / (answers[:, :-1] + answers[:, -1:]),
+        rtol=1e-5,
+    )
+
+
+def test_sample_weights_weigh_both_directions_of_a_pair():
+    q, k = _pairs()
+    scores = HALOSimilarity(bidirectional=True)([q, k])
+    ids, weights = np.arange(5), np.array([0.0, 1.0, 2.0, 0.5, 0.0])
+    each = to_numpy(HALOContrastiveLoss(reduction=None)(ids, scores))
+    loss = HALOContrastiveLoss(reduction="sum")
+    weighted = to_numpy(loss(ids, scores, sample_weight=weights))
+    assert weighted == pytest.approx((weights[:, None] * each).sum(), rel=1e-5)
+
+
+def test_config_round_trips():
+    layer = HALOSimilarity(
+        label_smoothing=0.02, learn_gamma=False, bidirectional=True, name="s"
+    )
+    revived = keras.layers.deserialize(keras.layers.serialize(layer))
+    assert revived.get_config() == layer.get_config()
+    assert revived.bidirectional and not revived.learn_gamma
+    loss = HALOContrastiveLoss(0.02, distill=False, radial_weight=0.5)
+    revived = keras.losses.deserialize(keras.losses.serialize(loss))
+    assert revived.get_config() == loss.get_config()
+    assert revived.label_smoothing == 0.02 and revived.radial_weight == 0.5
+
+
+def test_a_fixed_temperature_is_not_trained():
+    layer = HALOSimilarity(learn_gamma=False)
+    layer.build([(None, D), (None, D)])
+    assert layer.trainable_weights == [] and len(layer.weights) == 1
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(4, 6)],
+        [(4, 6), (4, 6), (4, 6)],
+        [(4, 6), (4, 5)],
+        [(4, 1), (4, 1)],
+        [(4, 3, 6), (4, 3, 6)],
+        [(6,), (6,)],
+        [(4, None), (4, None)],
+    ],
+)
+def test_shapes_that_are_no_two_batches_of_embeddings_are_refused(shapes):
+    with pytest.raises(ValueError, match="list of two tensors.*Received"):
+        HALOSimilarity().compute_output_shape(shapes)
+    with pytest.raises(ValueError, match="list of two tensors.*Received"):
+        HALOSimilarity()([keras.KerasTensor(shape) for shape in shapes])
+
+
+def test_other_bad_arguments_are_refused():
+    q, k = _pairs(4, 5)
+    with pytest.raises(ValueError, match="as many keys as queries"):
+        HALOSimilarity(bidirectional=True)([q, k])
+    with pytest.raises(ValueError, match="list of two tensors"):
+        HALOSimilarity()(q)
+    with pytest.raises(ValueError, match="floating point.*dtype=int32"):
+        HALOSimilarity()([q.astype("int32"), k])
+    with pytest.raises(ValueError, match=r"in \[0, 1\)"):
+        HALOSimilarity(label_smoothing=1.0)
+    with pytest.raises(ValueError, match="was not built"):
+        HALOSimilarity().to_head(k)
+    layer = HALOSimilarity()
+    scores = layer([q, k])
+    for gallery in (k[:1], k[:, :3], k[0]):
+        with pytest.raises(ValueError, match="gallery of shape.*Received"):
+            layer.to_head(gallery)
+    with pytest.raises(ValueError, match="Expected ids.*matches"):
+        HALOContrastiveLoss()(np.arange(4), scores)
+    with pytest.raises(ValueError, match="Expected ids.*Received: 3 ids"):
+        HALOContrastiveLoss()(np.arange(3), layer([k, k]))
+    for ids in (3, np.eye(5)):
+        with pytest.raises(ValueError, match="Ids say.*Received"):
+            HALOContrastiveLoss()(ids, layer([k, k]))
+    with pytest.raises(ValueError, match="no packed geometry"):
+        keras_halo.pair_log_odds(np.zeros((2, 9), "float32"))
