@@ -172,8 +172,9 @@ def test_no_nan_where_cross_entropy_has_none(setting):
         )
         assert not is_finite(*rival), f"diverged: {setting}"
     else:
-        if setting.clipped and setting.scale == 1.0:
-            # Clipping does not only hide the trouble.
+        if setting.clipped and setting.scale == 1.0 and not setting.batch_size:
+            # Clipping does not only hide the trouble. The first loss of a
+            # batch of one is that of a single sample and compares to nothing.
             assert result[0][-1] < result[0][0]
         # Its answers are answers still, and a threshold can be set on them.
         x, _ = data(setting)
