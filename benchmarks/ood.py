@@ -47,7 +47,13 @@ SMOKE = {
     "epochs": 5,
     "batch_size": 32,
     "hold_out": [8, 9],
-    "methods": ["cross-entropy", "IsoMax+", "HALO", "HALO-normalized"],
+    "methods": [
+        "cross-entropy",
+        "IsoMax+",
+        "HALO",
+        "HALO-normalized",
+        "HALO-converted",
+    ],
 }
 DEFAULTS = {
     "dataset": "fashion_mnist",

@@ -63,6 +63,20 @@ Args:
 """
 
 
+class _OnePhase:
+    """Trains in one go."""
+
+    def phases(self, model, images, epochs):
+        """Yields each `Training` and its epochs, once the one before is done.
+
+        Args:
+            model: The model to train in place.
+            images: `data.Images`.
+            epochs: Integer, of all phases together.
+        """
+        yield self.training(model), epochs
+
+
 def _predict(model, x):
     """Predictions, all batches of one size: some backends compile for each."""
     padding = -len(x) % _BATCH_SIZE
@@ -90,7 +104,7 @@ def _cross_entropy(label_smoothing=0.0, scale=1.0):
     return loss
 
 
-class _Linear:
+class _Linear(_OnePhase):
     """A linear layer on the features, with every post-hoc detector."""
 
     def head(self, features, num_classes):
@@ -168,7 +182,7 @@ class IsoMaxPlusHead(layers.Layer):
 
 
 @dataclasses.dataclass(frozen=True)
-class IsoMaxPlus:
+class IsoMaxPlus(_OnePhase):
     """Distances to prototypes, with a scale that is left out afterwards."""
 
     entropic_scale: float = 10.0
@@ -222,7 +236,7 @@ def roundness(labels, embeddings, centroids):
 
 
 @dataclasses.dataclass(frozen=True)
-class HALO:
+class HALO(_OnePhase):
     """The HALO head and loss.
 
     Args:
@@ -305,6 +319,42 @@ class HALO:
         return Reader(read, storage)
 
 
+@dataclasses.dataclass(frozen=True)
+class ConvertedHALO(HALO):
+    """Cross-entropy first, HALO for the rest of the same number of epochs.
+
+    `keras_halo.convert_head` makes the one of the other: the embedding is all
+    features, turned such that the classes start as unit Gaussians.
+
+    Args:
+        share: Float in `(0, 1)`, the share of the epochs with cross-entropy.
+    """
+
+    share: float = 0.75
+
+    def head(self, features, num_classes):
+        x = layers.Dense(features.shape[-1])(features)
+        return keras_halo.HALODense(
+            num_classes, self.label_smoothing, self.learn_gamma
+        )(x)
+
+    def phases(self, model, images, epochs):
+        embedding, head = model.layers[-2:]
+        num_first = round(self.share * epochs)
+        classifier = keras.Model(
+            model.input, layers.Dense(images.num_classes)(embedding.input)
+        )
+        yield CrossEntropy().training(classifier), num_first
+        converted = keras_halo.convert_head(
+            classifier, *images.train, self.label_smoothing, _BATCH_SIZE
+        )
+        for layer, start in zip(
+            (embedding, head), converted.layers[-2:], strict=True
+        ):
+            layer.set_weights(start.get_weights())
+        yield self.training(model), epochs - num_first
+
+
 def _with_features(model):
     """The model with the input of its last layer as a second output."""
     last = model.layers[-1]
@@ -347,6 +397,7 @@ METHODS = {
     "HALO-normalized": HALO(
         distill=False, label_smoothing=0.02, embedding_dim=16, normalize=True
     ),
+    "HALO-converted": ConvertedHALO(distill=False, label_smoothing=0.02),
     "HALO-round": HALO(distill=False, label_smoothing=0.02, roundness=1.0),
     "HALO-normalized-round": HALO(
         distill=False,
@@ -364,4 +415,5 @@ CENTRAL = (
     "HALO",
     "HALO-plain-0.02",
     "HALO-normalized",
+    "HALO-converted",
 )

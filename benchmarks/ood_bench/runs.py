@@ -104,28 +104,52 @@ def build(settings, images):
 def train(model, settings, images):
     """Trains in place; returns how long it took, and how it went."""
     batches = data.training_batches(settings, images)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        settings.learning_rate, settings.epochs * batches.num_batches
-    )
-    fitted, loss, metric = METHODS[settings.method].training(model)
-    fitted.compile(
-        OPTIMIZERS[settings.optimizer](schedule), loss=loss, metrics=[metric]
-    )
     progress = _Progress(settings)
+    losses, accuracies = [], []
     start, cpu_start = time.perf_counter(), time.process_time()
-    history = fitted.fit(
-        batches, epochs=settings.epochs, verbose=0, callbacks=[progress]
-    ).history
+    for training, epochs in METHODS[settings.method].phases(
+        model, images, settings.epochs
+    ):
+        schedule = _LateCosineDecay(
+            settings.learning_rate,
+            settings.epochs * batches.num_batches,
+            len(losses) * batches.num_batches,
+        )
+        training.model.compile(
+            OPTIMIZERS[settings.optimizer](schedule),
+            loss=training.loss,
+            metrics=[training.metric],
+        )
+        history = training.model.fit(
+            batches,
+            initial_epoch=len(losses),
+            epochs=len(losses) + epochs,
+            verbose=0,
+            callbacks=[progress],
+        ).history
+        losses += history["loss"]
+        accuracies += history["accuracy"]
     return {
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu_start,
         "epoch_seconds": progress.seconds,
         "peak_mib": _peak_mib(),
-        "loss": history["loss"],
-        "accuracy": history["accuracy"],
+        "loss": losses,
+        "accuracy": accuracies,
         "parameters": model.count_params(),
         "num_train": len(batches.x),
     }
+
+
+class _LateCosineDecay(keras.optimizers.schedules.CosineDecay):
+    """The rest of a cosine schedule, for an optimizer that starts late."""
+
+    def __init__(self, initial_learning_rate, decay_steps, first_step):
+        super().__init__(initial_learning_rate, decay_steps)
+        self.first_step = first_step
+
+    def __call__(self, step):
+        return super().__call__(step + self.first_step)
 
 
 class _Progress(keras.callbacks.Callback):
