@@ -117,7 +117,9 @@ def packed_scores(embeddings, centroids, temperature, abstain_logit):
 def _saturated(x):
     # Without a gradient of its own: what is far out is pulled back as if it
     # were not.
-    return ops.clip(x, -geometry.MAX_COMPONENT, geometry.MAX_COMPONENT)
+    return ops.minimum(
+        ops.maximum(x, -geometry.MAX_COMPONENT), geometry.MAX_COMPONENT
+    )
 
 
 _saturated_where_far = with_gradient(

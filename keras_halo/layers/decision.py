@@ -119,12 +119,12 @@ class Decision(keras.layers.Layer):
     def call(self, scores, ood=None):
         self._check_shapes(scores.shape, None if ood is None else ood.shape)
         scores = ops.cast(scores, self.head_dtype)
-        answers = packing.answer_logits(scores)
-        classes = answers[..., :-1]
-        labels = ops.cast(ops.argmax(classes, axis=-1), "int32")
+        labels = packing.best_class(scores)
         # Written so that NaN is rejected.
         if self.threshold is None:
-            accepted = ops.max(classes, axis=-1) >= answers[..., -1]
+            answers = packing.answer_logits(scores)
+            best = ops.max(answers[..., :-1], axis=-1)
+            accepted = best >= answers[..., -1]
         else:
             accepted = self._judged(scores, ood) <= rounded_down(
                 self.threshold, self.head_dtype
