@@ -94,11 +94,6 @@ def deployed():
     return with_decisions(train("float32"))
 
 
-@pytest.fixture(scope="module", params=["mixed_bfloat16", "mixed_float16"])
-def deployed_mixed(request):
-    return with_decisions(train(request.param))
-
-
 def assert_same(outputs, expected, what, rtol=1e-4):
     """The same decisions, and scores as near as float32 is."""
     for name, value in zip(NAMES, outputs, strict=True):
@@ -225,3 +220,58 @@ def test_the_same_decisions_on_a_thousand_inputs(export, deployed, tmp_path):
     for n in (1, 7):
         few = {name: value[:n] for name, value in expected.items()}
         assert_same(run(x[:n]), few, f"{export.__name__}, {n} inputs")
+
+
+@pytest.fixture(scope="module")
+def deployed_float16():
+    return with_decisions(train("mixed_float16"))
+
+
+@pytest.mark.parametrize("export", FORMATS, ids=lambda f: f.__name__)
+def test_a_mixed_precision_model_keeps_its_float32_head(
+    export, deployed_float16, tmp_path
+):
+    model, x, expected, _ = deployed_float16
+    outputs = [to_numpy(out) for out in export(model, tmp_path)(x)]
+    for name, value in zip(NAMES, outputs, strict=True):
+        if name in ("label", "own", "fitted_label"):
+            # A runtime may round the 16 bits of the backbone otherwise.
+            assert (value == expected[name]).mean() >= 0.99, name
+        else:
+            assert value.dtype == "float32", name
+            assert np.isfinite(value).all(), name
+    # Nothing of the geometry went through 16 bits, whose largest is 65504.
+    decoded = keras_halo.decode_predictions(outputs[-1])
+    reference = keras_halo.decode_predictions(expected["scores"])
+    np.testing.assert_allclose(
+        decoded.temperature, reference.temperature, rtol=1e-6
+    )
+    assert decoded.embedding_dim == 16
+
+
+def test_quantizing_the_backbone_leaves_the_head_alone(tmp_path):
+    model = train("float32")
+    _, _, x = digits()
+    head = model.layers[-1]
+    weights = [to_numpy(weight) for weight in head.weights]
+    before = keras_halo.decode_predictions(model.predict(x, verbose=0))
+    model.quantize("int8")
+    assert [layer.dtype_policy.name for layer in model.layers[-2:]] == [
+        "int8_from_float32",
+        "float32",
+    ]
+    for old, new in zip(weights, head.weights, strict=True):
+        assert to_numpy(new).dtype == "float32"
+        np.testing.assert_array_equal(old, to_numpy(new))
+    scores = model.predict(x, verbose=0)
+    assert scores.dtype == "float32"
+    same = np.mean(
+        keras_halo.decode_predictions(scores).labels == before.labels
+    )
+    print(f"{same:.1%} of the answers are as before on {BACKEND}")
+    assert same >= 0.98
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(
+        loaded.predict(x, verbose=0), scores, rtol=1e-5, atol=1e-4
+    )
