@@ -215,7 +215,7 @@ def _max_probability(scores):
     logits = packing.answer_logits(scores)
     classes = packing.unpack(scores).logits
     best = ops.expand_dims(packing.best_class(scores), axis=-1)
-    is_best = ops.equal(ops.arange(logits.shape[-1], dtype="int32"), best)
+    is_best = ops.equal(ops.arange(0, logits.shape[-1], dtype="int32"), best)
     others = _logsumexp(ops.where(is_best, -math.inf, logits))
     return ops.softplus(others - ops.max(classes, axis=-1, keepdims=True))
 

@@ -300,7 +300,7 @@ def best_class(scores):
     num_classes = count_classes(scores.shape)
     logits = scores[..., :num_classes]
     is_best = logits >= ops.max(logits, axis=-1, keepdims=True)
-    classes = ops.arange(num_classes, dtype="int32")
+    classes = ops.arange(0, num_classes, dtype="int32")
     return ops.min(ops.where(is_best, classes, num_classes), axis=-1)
 
 
