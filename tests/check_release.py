@@ -80,7 +80,8 @@ def check_sdist(sdist, folder):
 
 def check_types():
     """What users write has no type errors, seen by pyright."""
-    run("pyright", ROOT / "tests" / "typed_client.py")
+    client = ROOT / "tests" / "typed_client.py"
+    run("pyright", "--pythonpath", sys.executable, client)
 
 
 def main():

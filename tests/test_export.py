@@ -188,8 +188,19 @@ def keras_file(model, folder):
     return lambda x: loaded.predict(x, verbose=0)
 
 
+# What is still open; strict, so that it is noticed once it works.
+ONNX_FROM_JAX = pytest.param(
+    onnx,
+    marks=pytest.mark.xfail(
+        raises=(TypeError, ValueError),
+        strict=True,
+        reason="jax2onnx cannot reshape a batch of unknown size in "
+        "`ClassGaussians`",
+    ),
+)
+
 FORMATS = {
-    "jax": [keras_file, saved_model, onnx],
+    "jax": [keras_file, saved_model, ONNX_FROM_JAX],
     "tensorflow": [keras_file, saved_model, onnx, openvino, litert],
     "torch": [keras_file, torch_export, onnx, openvino],
 }[BACKEND]
@@ -232,7 +243,13 @@ def test_a_mixed_precision_model_keeps_its_float32_head(
     export, deployed_float16, tmp_path
 ):
     model, x, expected, _ = deployed_float16
-    outputs = [to_numpy(out) for out in export(model, tmp_path)(x)]
+    run = export(model, tmp_path)
+    if export is litert:
+        # Its convolutions know no float16; the converter leaves TensorFlow's.
+        with pytest.raises(RuntimeError, match="Select TensorFlow op"):
+            run(x)
+        return
+    outputs = [to_numpy(out) for out in run(x)]
     for name, value in zip(NAMES, outputs, strict=True):
         if name in ("label", "own", "fitted_label"):
             # A runtime may round the 16 bits of the backbone otherwise.
