@@ -117,7 +117,9 @@ def packed_scores(embeddings, centroids, temperature, abstain_logit):
 def _saturated(x):
     # Without a gradient of its own: what is far out is pulled back as if it
     # were not.
-    return ops.clip(x, -geometry.MAX_COMPONENT, geometry.MAX_COMPONENT)
+    return ops.minimum(
+        ops.maximum(x, -geometry.MAX_COMPONENT), geometry.MAX_COMPONENT
+    )
 
 
 _saturated_where_far = with_gradient(
@@ -142,18 +144,29 @@ def saturated(x):
     return _saturated_where_far(x)
 
 
+def _products_with(x, mean, centroids, scale):
+    """Scaled products of samples and of the mean with every centroid."""
+    transposed = ops.transpose(centroids)
+    if keras.backend.backend() == "jax":
+        # The converter to ONNX loses count of a batch with a row more.
+        return (x * scale) @ transposed, (mean * scale) @ transposed
+    products = (ops.concatenate([x, mean]) * scale) @ transposed
+    return products[:-1], products[-1:]
+
+
 def _packed_scores_forward(x, centroids, gamma, abstain_logit):
     num_classes, dim = centroids.shape
     x = _saturated(x)
     scale = gamma * (2.0 / dim)
     mean = ops.sum(centroids, axis=0, keepdims=True) * (1.0 / num_classes)
-    rows = ops.concatenate([x, mean]) * scale
-    products = rows @ ops.transpose(centroids)
-    logits = products[:-1]
-    logits += products[-1:] - _squared_norms(centroids) * (0.5 * scale)
-    # dot(rows, mean) of the samples, and half of it for the mean itself.
-    of_mean = ops.sum(rows * mean, axis=-1, keepdims=True)
-    logits -= of_mean[:-1] + 0.5 * of_mean[-1:]
+    products, of_centroids = _products_with(x, mean, centroids, scale)
+    logits = products
+    logits += of_centroids - _squared_norms(centroids) * (0.5 * scale)
+    # dot(x, mean) of the samples, and half of it for the mean itself.
+    logits -= scale * (
+        ops.sum(x * mean, axis=-1, keepdims=True)
+        + 0.5 * ops.sum(mean * mean, axis=-1, keepdims=True)
+    )
     return packing.pack(
         logits=logits,
         abstain_logit=abstain_logit,

@@ -214,8 +214,8 @@ def _energy(scores):
 def _max_probability(scores):
     logits = packing.answer_logits(scores)
     classes = packing.unpack(scores).logits
-    best = ops.argmax(classes, axis=-1)
-    is_best = ops.one_hot(best, logits.shape[-1], dtype="bool")
+    best = ops.expand_dims(packing.best_class(scores), axis=-1)
+    is_best = ops.equal(ops.arange(0, logits.shape[-1], dtype="int32"), best)
     others = _logsumexp(ops.where(is_best, -math.inf, logits))
     return ops.softplus(others - ops.max(classes, axis=-1, keepdims=True))
 

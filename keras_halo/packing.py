@@ -278,6 +278,32 @@ def answer_logits(scores):
     return scores[..., : count_classes(scores.shape) + 1]
 
 
+def best_class(scores):
+    """Returns the most probable class, without regard to abstaining.
+
+    Not `ops.argmax`: on TensorFlow Keras makes it of operations on bits that
+    converters to ONNX and OpenVINO do not know.
+
+    Args:
+        scores: Tensor of shape `(..., K + 4)`, without NaN.
+
+    Returns:
+        int32 tensor of shape `(...)`, the first of equal ones.
+
+    Example:
+
+    >>> logits = ops.array([[-6.0, 2.0]])
+    >>> packed = pack(logits, 5.0, ops.array([[1.0]]), 2.0, 2)
+    >>> ops.convert_to_numpy(best_class(packed)).tolist()
+    [1]
+    """
+    num_classes = count_classes(scores.shape)
+    logits = scores[..., :num_classes]
+    is_best = logits >= ops.max(logits, axis=-1, keepdims=True)
+    classes = ops.arange(0, num_classes, dtype="int32")
+    return ops.min(ops.where(is_best, classes, num_classes), axis=-1)
+
+
 def check_packed(scores, argument="scores"):
     """Checks that a NumPy array holds packed scores, by value.
 

@@ -10,7 +10,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import packed
+from helpers import packed, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -502,6 +502,56 @@ def test_summary_tells_promise_and_numbers_achieved():
     kept = int(rule.predict(scores).accepted.sum())
     assert f"{kept} of 500" in rule.summary()
     assert f"{100 * rule.false_positive_bound():.4g} %" in rule.summary()
+
+
+# As a layer -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, "joint") for name in RULES if name != "conformal-fdr"]
+    + [("coverage", method) for method in OOD_METHODS if method != "joint"],
+)
+def test_as_a_layer_a_rule_gives_the_same_labels(name, method):
+    rule = type(RULES[name])(**RULES[name].get_config() | {"method": method})
+    fit(rule, *known_data())
+    layer = rule.to_layer(name="decision")
+    assert layer.name == "decision"
+    decided = []
+    # The calibration data too: one of them sits at the threshold.
+    for scores in (
+        known_data()[0],
+        known_data(1000, seed=1, spread=4.0)[0],
+        known_data(1000, seed=2)[0].reshape(10, 100, 7),
+    ):
+        expected = rule.predict(scores).labels
+        np.testing.assert_array_equal(to_numpy(layer(scores)), expected)
+        decided.append(expected.ravel())
+    assert set(np.concatenate(decided)) == {-1, 0, 1, 2}
+
+
+def test_a_rule_on_plain_scores_judges_the_second_argument():
+    scores, _ = known_data()
+    plain = ood_score(scores, "energy") ** 3
+    rule = CoverageRule(0.9, method=None).fit(plain)
+    decided = to_numpy(rule.to_layer()(scores, plain))
+    np.testing.assert_array_equal(decided >= 0, rule.predict(plain).accepted)
+    np.testing.assert_array_equal(
+        decided[decided >= 0], np.argmax(scores[:, :3], axis=-1)[decided >= 0]
+    )
+
+
+def test_a_rule_that_judges_whole_batches_is_no_layer():
+    rule = fit(ConformalRule(0.1, fdr=True), *known_data())
+    with pytest.raises(ValueError, match="depends on the others in the batch"):
+        rule.to_layer()
+
+
+def test_a_rule_that_is_not_fitted_is_no_layer(new_rule):
+    if new_rule().get_config().get("fdr"):
+        pytest.skip("refused for another reason")
+    with pytest.raises(ValueError, match="has not been fitted"):
+        new_rule().to_layer()
 
 
 # Refusals -------------------------------------------------------------------

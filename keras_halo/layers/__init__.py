@@ -1,4 +1,5 @@
 from keras_halo.layers.class_gaussians import ClassGaussians
+from keras_halo.layers.decision import Decision
 from keras_halo.layers.halo_dense import HALODense
 from keras_halo.layers.halo_similarity import HALOSimilarity
 from keras_halo.layers.halo_softmax import HALOSoftmax
@@ -6,6 +7,7 @@ from keras_halo.layers.ood_score import OODScore
 
 __all__ = [
     "ClassGaussians",
+    "Decision",
     "HALODense",
     "HALOSimilarity",
     "HALOSoftmax",

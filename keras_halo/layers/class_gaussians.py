@@ -49,11 +49,10 @@ def gaussian_nll(embeddings, means, whitenings, log_normalizers):
         ops.sum(whitenings * ops.expand_dims(means, axis=1), axis=-1), (-1,)
     )
     whitened = flat @ ops.transpose(stacked) - centers
-    squares = ops.sum(
-        ops.reshape(whitened * whitened, (-1, num_classes, dim)), axis=-1
-    )
+    squares = ops.sum(ops.reshape(whitened * whitened, (-1, dim)), axis=-1)
     leading = ops.shape(embeddings)[:-1]
-    return ops.reshape(0.5 * squares + log_normalizers, (*leading, num_classes))
+    squares = ops.reshape(squares, (*leading, num_classes))
+    return 0.5 * squares + log_normalizers
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")

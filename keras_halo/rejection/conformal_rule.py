@@ -103,6 +103,10 @@ class ConformalRule(RejectionRule):
         reading = self._read(scores)
         return bounds.conformal_p_values(reading.scores, self._fitted.scores)
 
+    @property
+    def _judges_singly(self):
+        return not self.fdr
+
     def _calibrate(self, scores, wrong):
         coverage = 1.0 - self.alpha
         self._require_samples(

@@ -1,6 +1,7 @@
 import numpy as np
 
 from keras_halo import ood
+from keras_halo.layers.decision import Decision
 from keras_halo.predictions import ABSTAINED
 from keras_halo.rejection import storage
 from keras_halo.rejection.decisions import Decisions
@@ -46,6 +47,8 @@ class RejectionRule:
 
     # Constructor arguments beside `method`.
     _parameters = ()
+    # Whether the decision on an input depends on its own score alone.
+    _judges_singly = True
     # Whether all calibration scores are kept.
     _keeps_scores = False
     # What the samples of `fit` are, in the words of `summary`.
@@ -131,6 +134,53 @@ class RejectionRule:
         if labels is not None:
             labels = np.where(accepted, labels, ABSTAINED)
         return Decisions(accepted, labels, reading.scores)
+
+    def to_layer(self, **kwargs):
+        """Makes a layer that decides as the rule does, inside a model.
+
+        Append it to the model that the rule was fitted on, so that the
+        decision goes wherever the model is exported to. The layer answers with
+        the labels of `predict`; it does not look for scores of another model,
+        which `predict` refuses.
+
+        Scores that another compiler computes may differ in the last digits,
+        so an input whose score is that near to the threshold may be decided
+        otherwise.
+
+        Args:
+            **kwargs: Base layer keyword arguments, such as `name`.
+
+        Returns:
+            `keras_halo.layers.Decision`. With `method=None` it takes the
+            packed scores, which hold the labels, and the score to judge:
+            `layer(scores, ood)`.
+
+        Raises:
+            ValueError: If the rule is not fitted, or its decision on one input
+                depends on others.
+
+        Example:
+
+        >>> rng = np.random.default_rng(0)
+        >>> model = keras.Sequential(
+        ...     [keras.Input((4,)), keras_halo.HALODense(3)]
+        ... )
+        >>> scores = model.predict(rng.normal(size=(100, 4)), verbose=0)
+        >>> rule = keras_halo.rejection.CoverageRule(0.9).fit(scores)
+        >>> deployed = keras.Sequential([model, rule.to_layer()])
+        >>> x = rng.normal(size=(50, 4))
+        >>> labels = rule.predict(model.predict(x, verbose=0)).labels
+        >>> np.array_equal(deployed.predict(x, verbose=0), labels)
+        True
+        """
+        if not self._judges_singly:
+            raise ValueError(
+                f"What {self!r} decides on one input depends on the others in "
+                "the batch, and a layer judges each by itself. Use a rule "
+                "that does too, or `rule.predict` on what the exported model "
+                "answers."
+            )
+        return Decision(self.threshold, self.method, **kwargs)
 
     @property
     def threshold(self):

@@ -1,0 +1,200 @@
+import math
+import numbers
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_halo import ood, packing
+from keras_halo.precision import computation_dtype
+from keras_halo.predictions import ABSTAINED
+
+
+@keras.saving.register_keras_serializable(package="keras_halo")
+class Decision(keras.layers.Layer):
+    """Turns packed scores into labels, with -1 for "I don't know".
+
+    Append it to a trained model to deploy the decision with the model, in
+    whatever format the model is exported to: who runs it needs no threshold
+    and no rule. `rule.to_layer()` makes the layer that decides as a fitted
+    rule of `keras_halo.rejection` does.
+
+    Without a threshold the labels are those of `keras_halo.decode_predictions`:
+    the model abstains by itself, where that is more probable than every class.
+    With a threshold, the most probable class is the answer wherever the score
+    is at most the threshold, also where the model by itself would abstain.
+    What is NaN is rejected.
+
+    The layer cannot tell from which model its threshold comes: append it to
+    the very model that the rule was fitted on.
+
+    Formula:
+
+    ```python
+    label = argmax_k s_k
+    threshold=None:   accepted = max_k s_k >= b
+    otherwise:        accepted = ood_score <= threshold
+    outputs = where(accepted, label, -1)
+    ```
+
+    Args:
+        threshold: Float, the largest score that is accepted; `None` for the
+            model's own decision. Defaults to `None`.
+        method: String, one of `keras_halo.OOD_METHODS`, the score that the
+            threshold is meant for; `None` if a score of another origin is
+            passed as second argument, such as that of
+            `keras_halo.layers.ClassGaussians`. Defaults to `"joint"`.
+        **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
+
+    Call arguments:
+        scores: Packed scores, a tensor of shape `(batch_size, ..., K + 4)`.
+        ood: Tensor of shape `(batch_size, ...)`, larger for outliers. Only,
+            and always, with `method=None`.
+
+    Output shape:
+        `(batch_size, ...)`, int32: the class, or -1 for rejected.
+
+    Raises:
+        ValueError: If `threshold` is not finite, `method` is not known, the
+            scores have fewer than 6 columns, or `ood` is missing, of another
+            shape, or given without `method=None`.
+
+    Example:
+
+    >>> head = keras_halo.HALODense(2, centroid_initializer="identity")
+    >>> scores = head(np.array([[5, 0, 0, 0], [0, 0, 0, 0.0]], "float32"))
+    >>> ops.convert_to_numpy(keras_halo.layers.Decision()(scores)).tolist()
+    [0, -1]
+    >>> decision = keras_halo.layers.Decision(threshold=2.0, method="nearest")
+    >>> ops.convert_to_numpy(decision(scores)).tolist()
+    [-1, 0]
+    """
+
+    def __init__(self, threshold=None, method="joint", **kwargs):
+        _check_threshold(threshold)
+        if method is not None:
+            ood.check_method(method)
+        elif threshold is None:
+            raise ValueError(
+                "`method=None` compares scores that are passed in with a "
+                "threshold. Received: threshold=None. Give one, or leave both "
+                "out for the model's own decision."
+            )
+        super().__init__(**kwargs)
+        # Packed scores do not survive a cast to 16 bits.
+        self.autocast = False
+        self.threshold = None if threshold is None else float(threshold)
+        self.method = method
+        self.supports_masking = True
+
+    def build(self, scores_shape, ood_shape=None):
+        self._check_shapes(scores_shape, ood_shape)
+        self.built = True
+
+    def _check_shapes(self, scores_shape, ood_shape):
+        packing.count_classes(scores_shape)
+        if (ood_shape is None) != (self.method is not None):
+            raise ValueError(
+                "A score is passed as second argument with `method=None`, and "
+                f"only then. Received: method={self.method!r} and "
+                + (
+                    "no score. Call it as `decision(scores, ood)`."
+                    if ood_shape is None
+                    else "a score. Leave one of them out."
+                )
+            )
+        if ood_shape is not None and not _fit(scores_shape[:-1], ood_shape):
+            raise ValueError(
+                "`ood` must hold one score for every row of packed scores. "
+                f"Received: packed scores of shape {tuple(scores_shape)}, "
+                f"`ood` of shape {tuple(ood_shape)}. Expected the shape "
+                f"{tuple(scores_shape[:-1])}."
+            )
+
+    @property
+    def head_dtype(self):
+        """String, the dtype in which the layer compares."""
+        return computation_dtype(self.compute_dtype)
+
+    def call(self, scores, ood=None):
+        self._check_shapes(scores.shape, None if ood is None else ood.shape)
+        scores = ops.cast(scores, self.head_dtype)
+        labels = packing.best_class(scores)
+        # Written so that NaN is rejected.
+        if self.threshold is None:
+            answers = packing.answer_logits(scores)
+            best = ops.max(answers[..., :-1], axis=-1)
+            accepted = best >= answers[..., -1]
+        else:
+            accepted = self._judged(scores, ood) <= rounded_down(
+                self.threshold, self.head_dtype
+            )
+        return ops.where(accepted, labels, ops.full_like(labels, ABSTAINED))
+
+    def _judged(self, scores, given):
+        if self.method is None:
+            return ops.cast(given, self.head_dtype)
+        return ood.ood_score(scores, self.method)
+
+    def compute_output_shape(self, scores_shape, ood_shape=None):
+        return tuple(scores_shape[:-1])
+
+    def compute_output_spec(self, scores, ood=None):
+        self._check_shapes(scores.shape, None if ood is None else ood.shape)
+        return keras.KerasTensor(
+            self.compute_output_shape(scores.shape), dtype="int32"
+        )
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "threshold": self.threshold,
+            "method": self.method,
+        }
+
+
+def rounded_down(value, dtype):
+    """The largest number of a dtype that is at most a given one.
+
+    A float32 score is at most a float64 threshold exactly where it is at most
+    this; the nearest number of float32 could be above the threshold.
+
+    Args:
+        value: Float.
+        dtype: String, a dtype of NumPy.
+
+    Returns:
+        Float.
+
+    Example:
+
+    >>> rounded_down(0.1, "float32") <= 0.1 < float(np.float32(0.1))
+    True
+    """
+    with np.errstate(over="ignore"):
+        rounded = np.dtype(dtype).type(value)
+    if float(rounded) > value:
+        rounded = np.nextafter(rounded, rounded.dtype.type(-math.inf))
+    return float(rounded)
+
+
+def _check_threshold(threshold):
+    if threshold is None:
+        return
+    if (
+        not isinstance(threshold, numbers.Real)
+        or isinstance(threshold, bool)
+        or not math.isfinite(threshold)
+    ):
+        raise ValueError(
+            "`threshold` must be a finite number, or `None` for the model's "
+            f"own decision. Received: threshold={threshold!r}. Fit a rule of "
+            "`keras_halo.rejection` and use `rule.to_layer()`."
+        )
+
+
+def _fit(expected, shape):
+    return len(expected) == len(shape) and all(
+        a is None or b is None or a == b
+        for a, b in zip(expected, shape, strict=True)
+    )

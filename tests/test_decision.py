@@ -1,0 +1,198 @@
+"""Decision turns packed scores into labels, with -1 for rejected."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import float64, packed, to_numpy
+from keras import ops
+from keras.src import testing
+
+import keras_halo
+from keras_halo.layers import ClassGaussians, Decision, OODScore
+from keras_halo.layers.decision import rounded_down
+from keras_halo.ood import OOD_METHODS, ood_score
+
+POLICIES = {
+    "float32": "float32",
+    "mixed_float16": "float32",
+    "mixed_bfloat16": "float32",
+    "float64": "float64",
+}
+
+
+def some_scores(*shape, seed=0, classes=5, spread=2.0):
+    """Packed scores of which the model abstains from some."""
+    rng = np.random.default_rng(seed)
+    return packed(
+        spread * rng.normal(size=(*shape, 6)) * rng.random((*shape, 1)),
+        spread * np.random.default_rng(99).normal(size=(classes, 6)),
+    )
+
+
+class DecisionLayerTest(testing.TestCase):
+    def test_keras_layer_checks(self):
+        for policy, dtype in POLICIES.items():
+            for shape in ((4,), (2, 3)):
+                with self.subTest(policy=policy, shape=shape), float64():
+                    self.run_layer_test(
+                        Decision,
+                        init_kwargs={"threshold": 2.5, "dtype": policy},
+                        input_data=some_scores(*shape).astype(dtype),
+                        expected_output_shape=shape,
+                        expected_output_dtype="int32",
+                        expected_num_trainable_weights=0,
+                        expected_num_non_trainable_weights=0,
+                        supports_masking=True,
+                        run_training_check=False,
+                    )
+
+
+@pytest.mark.parametrize("shape", [(1000,), (4, 50), (2, 3, 4)])
+def test_without_a_threshold_the_model_decides_by_itself(shape):
+    scores = some_scores(*shape)
+    labels = to_numpy(Decision()(scores))
+    expected = keras_halo.decode_predictions(scores).labels
+    np.testing.assert_array_equal(labels, expected)
+    assert 0.0 < np.mean(labels == -1) < 1.0
+    assert len(np.unique(labels)) == 6 or labels.size < 100
+
+
+@pytest.mark.parametrize("method", OOD_METHODS)
+def test_a_threshold_takes_the_place_of_the_models_own(method):
+    scores = some_scores(1000, seed=1)
+    judged = ood_score(scores, method)
+    threshold = float(np.sort(judged)[700])
+    labels = to_numpy(Decision(threshold, method)(scores))
+    # The same numbers in the same runtime: also the one at the threshold.
+    expected = np.where(
+        judged <= threshold, np.argmax(scores[:, :5], axis=-1), -1
+    )
+    np.testing.assert_array_equal(labels, expected)
+    assert (labels >= 0).sum() == 701
+    own = keras_halo.decode_predictions(scores).labels
+    assert (labels[own == -1] >= 0).any()
+
+
+def test_a_threshold_between_two_numbers_of_float32_is_kept():
+    # Rounded to the nearest, these thresholds would accept one score more, or
+    # reach infinity.
+    ones = np.ones(3, "float32")
+    below, at, above = np.nextafter(ones, [-9, 1, 9], dtype="float32")
+    scores = some_scores(3)
+    ood = ops.convert_to_tensor([below, at, above])
+    for threshold, accepted in (
+        (float(at), [True, True, False]),
+        (np.nextafter(float(at), -np.inf), [True, False, False]),
+        (np.nextafter(float(above), -np.inf), [True, True, False]),
+        (1e300, [True, True, True]),
+        (-1e300, [False, False, False]),
+    ):
+        layer = Decision(threshold, method=None)
+        labels = to_numpy(layer(scores, ood))
+        assert (labels >= 0).tolist() == accepted, threshold
+        again = Decision.from_config(layer.get_config())
+        assert again.threshold == threshold
+    assert rounded_down(1e300, "float32") == np.finfo("float32").max
+    assert rounded_down(0.1, "float64") == 0.1
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_a_mixed_precision_model_decides_in_float32(policy):
+    scores = some_scores(200)
+    threshold = float(np.median(ood_score(scores)))
+    expected = to_numpy(Decision(threshold)(scores))
+    keras.config.set_dtype_policy(policy)
+    layer = Decision(threshold)
+    assert layer.head_dtype == "float32"
+    np.testing.assert_array_equal(to_numpy(layer(scores)), expected)
+
+
+def test_masks_are_passed_on():
+    tokens = np.array([[1, 2, 0], [3, 0, 0]])
+    inputs = keras.Input((None,), dtype="int32")
+    embedded = keras.layers.Embedding(9, 8, mask_zero=True)(inputs)
+    scores = keras_halo.HALODense(3)(embedded)
+    outputs = [
+        Decision(4.0)(scores),
+        Decision(4.0, method=None)(scores, OODScore()(scores)),
+    ]
+    for labels in keras.Model(inputs, outputs)(tokens):
+        mask = to_numpy(labels._keras_mask)
+        np.testing.assert_array_equal(mask, tokens != 0)
+
+
+def test_nan_is_rejected():
+    scores = some_scores(8, spread=3.0)
+    accepted = to_numpy(Decision(1e9)(scores))
+    assert (accepted >= 0).all()
+    scores[3] = np.nan
+    for layer in (Decision(1e9), Decision()):
+        assert to_numpy(layer(scores))[3] == -1
+    judged = np.array([0.0, np.nan] * 4, "float32")
+    labels = to_numpy(Decision(1.0, method=None)(scores, judged))
+    assert (labels[1::2] == -1).all() and (labels[:2:8] >= 0).all()
+
+
+def test_in_a_model_that_is_saved_and_loaded(tmp_path):
+    rng = np.random.default_rng(3)
+    inputs = keras.Input((6,))
+    embeddings = keras.layers.Dense(8)(inputs)
+    scores = keras_halo.HALODense(4)(embeddings)
+    gaussians = ClassGaussians(4)
+    ood = gaussians(embeddings, scores)
+    x = rng.normal(size=(300, 6)).astype("float32")
+    y = rng.integers(0, 4, 300)
+    gaussians.adapt(
+        keras.Model(inputs, embeddings).predict(x, verbose=0), labels=y
+    )
+    model = keras.Model(inputs, {"scores": scores, "ood": ood})
+    before = model.predict(x, verbose=0)
+    threshold = float(np.median(before["ood"])) + 1e-3
+    deployed = keras.Model(
+        inputs,
+        {
+            "own": Decision()(scores),
+            "label": Decision(threshold, None)(scores, ood),
+        },
+    )
+    expected = np.where(
+        before["ood"] <= threshold, np.argmax(before["scores"][:, :4], -1), -1
+    )
+    deployed.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for model in (deployed, loaded):
+        labels = model.predict(x, verbose=0)
+        assert labels["label"].dtype == "int32"
+        np.testing.assert_array_equal(labels["label"], expected)
+        np.testing.assert_array_equal(
+            labels["own"],
+            keras_halo.decode_predictions(before["scores"]).labels,
+        )
+
+
+@pytest.mark.parametrize("threshold", [np.nan, np.inf, "0.5", True, [1.0]])
+def test_thresholds_that_are_no_numbers_are_refused(threshold):
+    with pytest.raises(ValueError, match="`threshold` must be a finite"):
+        Decision(threshold)
+
+
+def test_what_does_not_fit_is_refused():
+    scores = some_scores(4)
+    with pytest.raises(ValueError, match="`method` must be one of"):
+        Decision(1.0, "softmax")
+    with pytest.raises(ValueError, match="threshold=None. Give one"):
+        Decision(method=None)
+    with pytest.raises(ValueError, match="at least 6 columns"):
+        Decision()(np.zeros((2, 5), "float32"))
+    with pytest.raises(ValueError, match=r"no score.*decision\(scores, ood\)"):
+        Decision(1.0, None)(scores)
+    with pytest.raises(ValueError, match="and a score. Leave one"):
+        Decision(1.0)(scores, np.zeros(4, "float32"))
+    with pytest.raises(ValueError, match=r"Expected the shape \(4,\)"):
+        Decision(1.0, None)(scores, np.zeros((4, 1), "float32"))
+    with pytest.raises(ValueError, match=r"Expected the shape \(4,\)"):
+        Decision(1.0, None)(scores, np.zeros(5, "float32"))
+    with pytest.raises(ValueError, match=r"Expected the shape"):
+        Decision(1.0, None)(
+            keras.KerasTensor((None, 7)), keras.KerasTensor((None, 1))
+        )
