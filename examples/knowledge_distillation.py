@@ -95,9 +95,9 @@ def build_student(*last):
     )
 
 
-def fit(name, model, loss, x, y):
+def fit(name, model, loss, x, y, learning_rate=3e-3):
     print(name, flush=True)
-    model.compile(keras.optimizers.Adam(3e-3), loss)
+    model.compile(keras.optimizers.Adam(learning_rate), loss)
     # As many steps for each, however many images there are.
     epochs = EPOCHS * 1000 // len(x)
     model.fit(x, y, batch_size=32, epochs=epochs, verbose=2)
@@ -119,7 +119,9 @@ constant, the Kullback-Leibler divergence from the teacher.
 def train(seed, data):
     keras.utils.set_random_seed(seed)
     x, y = data["train"]
-    teacher = fit("teacher", build_teacher(), HALOLoss(distill=False), x, y)
+    teacher = fit(
+        "teacher", build_teacher(), HALOLoss(distill=False), x, y, 1e-3
+    )
     models = {"teacher": keras.Sequential([teacher, HALOSoftmax()])}
     models["softmax"] = fit(
         "student, softmax",

@@ -17,8 +17,9 @@ origin of that space belongs to the answer "I don't know". Nothing about that is
 limited to one answer a picture: `HALODense` takes inputs of any rank, so that a
 map of embeddings, one for every pixel, becomes a map of answers.
 
-The pictures here hold circles, squares and triangles. Those for testing hold
-stars as well, which no training picture shows: their pixels should be refused.
+The pictures here are aerial views, made on the spot: water, forest, fields and
+towns. Those for testing hold solar farms as well, which no training picture
+shows: their pixels should be refused.
 
 ## Setup
 """
@@ -31,11 +32,11 @@ from matplotlib import pyplot as plt
 from keras_halo import HALODense, HALOLoss, decode_predictions, ood_score
 from keras_halo.metrics import AbstentionRate, OnProbabilities, auroc
 
-CLASSES = ("background", "circle", "square", "triangle")
-STAR = len(CLASSES)
+CLASSES = ("water", "forest", "field", "town")
+SOLAR = len(CLASSES)
 VOID = 255
 PIXELS = 32
-EPOCHS = 15
+EPOCHS = 10
 
 keras.utils.set_random_seed(0)
 rng = np.random.default_rng(0)
@@ -43,54 +44,61 @@ rng = np.random.default_rng(0)
 """
 ## Load the data
 
-Colours say nothing about the shape. As in Pascal VOC, the pixels on the outline
-of an object are void: whoever draws labels cannot say where they belong, and
-they shall neither train nor count.
+Every picture is divided into areas of one colour and texture. As in Pascal VOC,
+the pixels along a border are void: whoever draws labels cannot say where they
+belong, and they shall neither train nor count.
 """
 
-
-def distance_to(shape, x, y):
-    """A function of the plane that is below one inside of a shape."""
-    if shape == "circle":
-        return np.hypot(x, y)
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) / 0.9
-    if shape == "triangle":
-        return np.maximum(2.0 * y, np.sqrt(3.0) * abs(x) - y) / 1.2
-    radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    return radius / (0.85 + 0.4 * np.cos(5.0 * angle))
+COLORS = {
+    "water": (0.25, 0.45, 0.65),
+    "forest": (0.2, 0.4, 0.25),
+    "field": (0.6, 0.6, 0.3),
+    "town": (0.55, 0.5, 0.5),
+    "solar": (0.35, 0.4, 0.55),
+}
 
 
-def draw(num_pictures, shapes, objects=2):
-    axis = np.arange(PIXELS)
-    x_axis, y_axis = np.meshgrid(axis, axis)
+def texture(kind):
+    """Brightness of an area that fills the whole picture."""
+    x, y = np.meshgrid(np.arange(PIXELS), np.arange(PIXELS))
+    angle, phase = rng.uniform(0.0, np.pi), rng.uniform(0.0, 6.0)
+    along = np.cos(angle) * x + np.sin(angle) * y + phase
+    across = np.cos(angle) * y - np.sin(angle) * x + phase
+    if kind == "water":
+        return 0.05 * np.sin(along / 1.5)
+    if kind == "forest":
+        return rng.uniform(-0.2, 0.2, x.shape)
+    if kind == "field":
+        return 0.12 * np.sign(np.sin(along * 1.6))
+    if kind == "town":
+        return 0.2 * np.sign(np.sin(along) * np.sin(across))
+    # Panels in rows, with paths between them.
+    return np.where((along % 4.0 < 1.2) | (across % 7.0 < 1.2), 0.25, -0.15)
+
+
+def draw(num_pictures, kinds, areas=5):
     size = (num_pictures, PIXELS, PIXELS)
     pictures = np.empty((*size, 3), "float32")
-    labels = np.zeros(size, "int32")
+    labels = np.empty(size, "int32")
+    pixels = np.stack(np.meshgrid(*2 * [np.arange(PIXELS)]), axis=-1)
     for picture, label in zip(pictures, labels, strict=True):
-        picture[:] = rng.uniform(0.0, 1.0, 3)
-        for _ in range(objects):
-            shape = rng.choice(shapes)
-            radius = rng.uniform(6.0, 8.0)
-            x = x_axis - rng.uniform(radius, PIXELS - radius)
-            y = y_axis - rng.uniform(radius, PIXELS - radius)
-            turn = rng.uniform(0.0, 2.0 * np.pi)
-            x, y = (
-                np.cos(turn) * x + np.sin(turn) * y,
-                np.cos(turn) * y - np.sin(turn) * x,
-            )
-            excess = radius * (distance_to(shape, x / radius, y / radius) - 1)
-            number = CLASSES.index(shape) if shape in CLASSES else STAR
-            picture[excess < 0.0] = rng.uniform(0.0, 1.0, 3)
-            label[excess < 0.7] = VOID
-            label[excess < -0.7] = number
-    pictures += rng.normal(0.0, 0.06, pictures.shape)
+        centers = rng.uniform(0.0, PIXELS, (areas, 1, 1, 2))
+        distances = np.linalg.norm(pixels - centers, axis=-1)
+        nearest = distances.argmin(axis=0)
+        for area, kind in enumerate(rng.choice(kinds, areas)):
+            color = COLORS[kind] + rng.normal(0.0, 0.06, 3)
+            inside = nearest == area
+            picture[inside] = (color + texture(kind)[..., None])[inside]
+            label[inside] = CLASSES.index(kind) if kind in CLASSES else SOLAR
+        first, second = np.sort(distances, axis=0)[:2]
+        label[second - first < 1.5] = VOID
+    pictures += rng.normal(0.0, 0.05, pictures.shape)
     return pictures, labels
 
 
-x_train, y_train = draw(3000, CLASSES[1:])
-x_val, y_val = draw(200, CLASSES[1:])
-x_test, y_test = draw(500, (*CLASSES[1:], "star"))
+x_train, y_train = draw(1000, CLASSES)
+x_val, y_val = draw(200, CLASSES)
+x_test, y_test = draw(500, (*CLASSES, "solar"))
 
 """
 ## Build a model
@@ -108,7 +116,7 @@ needs. `OnProbabilities` hands it what a softmax would have.
 
 def convolve(filters, x, **kwargs):
     x = layers.Conv2D(filters, 3, padding="same", use_bias=False, **kwargs)(x)
-    return layers.ReLU()(layers.BatchNormalization()(x))
+    return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
 
 
 def merge(x, skipped):
@@ -116,12 +124,12 @@ def merge(x, skipped):
 
 
 inputs = keras.Input((PIXELS, PIXELS, 3))
-half = convolve(32, inputs, strides=2)
-quarter = convolve(64, half, strides=2)
-eighth = convolve(96, convolve(96, quarter, strides=2))
-x = convolve(64, merge(eighth, quarter))
-x = convolve(48, merge(x, half))
-embeddings = layers.Conv2DTranspose(16, 4, strides=2, padding="same")(x)
+full = convolve(12, inputs)
+half = convolve(24, full, strides=2)
+quarter = convolve(32, convolve(32, half, strides=2))
+x = convolve(24, merge(quarter, half))
+x = convolve(16, merge(x, full))
+embeddings = layers.Conv2D(16, 1, name="embedding")(x)
 model = keras.Model(inputs, HALODense(len(CLASSES))(embeddings))
 
 model.compile(
@@ -154,65 +162,57 @@ model.fit(
 ## Evaluate
 
 Every pixel has an answer, class or -1, and a score, which is larger the less
-the model knows it. AUROC is the chance that a pixel of a star has a larger
-score than a pixel of another object; half would be guessing.
+the model knows it. AUROC is the chance that a pixel of a solar farm has a
+larger score than a pixel of another area; half would be guessing.
 """
 
 scores = model.predict(x_test, verbose=0)
 answers = decode_predictions(scores).labels
 unfamiliar = ood_score(scores)
-is_star = y_test == STAR
-is_object = (y_test > 0) & (y_test < STAR)
-is_background = y_test == 0
+is_solar = y_test == SOLAR
+is_known = y_test < SOLAR
 
-for name, pixels in (
-    ("background", is_background),
-    ("known objects", is_object),
-    ("stars", is_star),
-):
+for number, name in enumerate((*CLASSES, "solar farm")):
+    pixels = y_test == number
     print(
-        f"{name}: {100 * np.mean(answers[pixels] < 0):.1f} % refused, "
-        f"{100 * np.mean(answers[pixels] == y_test[pixels]):.1f} % right"
+        f"{name:12}{100 * np.mean(answers[pixels] == number):5.1f} % right, "
+        f"{100 * np.mean(answers[pixels] < 0):5.1f} % refused"
     )
 print(
-    "AUROC of stars against known objects: "
-    f"{100 * auroc(unfamiliar[is_object], unfamiliar[is_star]):.1f} %"
+    "AUROC of solar farms against known areas: "
+    f"{100 * auroc(unfamiliar[is_known], unfamiliar[is_solar]):.1f} %"
 )
 
 """
-A map of the score shows more than answers do: which object is doubtful, and
-that the outlines of all of them are.
+A map of the score shows more than the answers do: which area is doubtful, and
+that borders are.
 """
 
 figure, axes = plt.subplots(4, 5, figsize=(10, 8.6), layout="constrained")
-colors = plt.matplotlib.colors.ListedColormap(
-    ["black", "#d9d9d9", "#3f90da", "#e76300", "#832db6", "gold", "white"]
-)
-with_stars = np.flatnonzero(is_star.sum(axis=(1, 2)) > 100)[:5]
-for column, index in zip(axes.T, with_stars, strict=True):
-    truth = np.where(y_test[index] == VOID, STAR + 1, y_test[index])
+names = ("I don't know", *CLASSES, "solar farm (unknown)", "void")
+colors = ("black", "#3f90da", "#1b7a3a", "#e8d26a", "#a96b59", "#e76300", "w")
+palette = plt.matplotlib.colors.ListedColormap(colors)
+with_solar = np.flatnonzero(is_solar.sum(axis=(1, 2)) > 150)[:5]
+for column, index in zip(axes.T, with_solar, strict=True):
+    # One colour on either side of the classes: abstained, void.
+    truth = np.minimum(y_test[index], SOLAR + 1)
     column[0].imshow(np.clip(x_test[index], 0.0, 1.0))
     for ax, labels in ((column[1], truth), (column[2], answers[index])):
-        # One colour more on each side of the classes: abstained, star, void.
-        ax.imshow(
-            labels, cmap=colors, vmin=-1, vmax=STAR + 1, interpolation="nearest"
-        )
+        ax.imshow(labels, palette, vmin=-1, vmax=SOLAR + 1)
     image = column[3].imshow(
         unfamiliar[index],
         cmap="magma",
-        vmin=np.quantile(unfamiliar, 0.02),
+        vmin=unfamiliar.min(),
         vmax=np.quantile(unfamiliar, 0.98),
     )
-for ax, name in zip(
-    axes[:, 0], ("picture", "truth", "answer", "score"), strict=True
-):
+rows = ("picture", "truth", "answer", "score")
+for ax, name in zip(axes[:, 0], rows, strict=True):
     ax.set_ylabel(name, fontsize=12)
 for ax in axes.flat:
     ax.set(xticks=[], yticks=[])
-names = ("I don't know", *CLASSES, "star (unknown)", "void")
 handles = [
     plt.Rectangle((0, 0), 1, 1, facecolor=color, edgecolor="grey")
-    for color in colors.colors
+    for color in colors
 ]
 figure.legend(handles, names, loc="outside lower center", ncols=7)
 figure.colorbar(image, ax=axes[3], label="unknown →", ticks=[])
