@@ -148,7 +148,7 @@ def packed_scores(trained):
     ax.set_xticks(range(len(row)), names)
     ax.set(ylim=(0, 1.15), ylabel="after softmax")
     parts = ((0.5 * (len(row) - 5), "classes"), (len(row) - 4, "abstain"))
-    for place, name in (*parts, (len(row) - 2, "geometry, always 0")):
+    for place, name in (*parts, (len(row) - 2, "geometry")):
         ax.text(
             place, -0.24, name, ha="center", transform=ax.get_xaxis_transform()
         )

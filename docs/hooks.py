@@ -1,5 +1,6 @@
 """What MkDocs does besides: sections of the README, and onnxruntime-web."""
 
+import json
 import pathlib
 import re
 import shutil
@@ -11,6 +12,9 @@ RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 
 # A line such as `{{ README: Install }}` stands for that section of the README.
 _SECTION = re.compile(r"^\{\{ README: (.+) \}\}$", re.MULTILINE)
+
+_PLAY_FIGURES = "{{ PLAY FIGURES }}"
+_MODELS = ("halo", "cross-entropy")
 
 
 def readme_section(title):
@@ -28,8 +32,28 @@ def readme_section(title):
     return section[1].strip().replace("](docs/", "](")
 
 
+def play_figures():
+    """What `train.py` measured of the two models on the page, as a table."""
+    models = json.loads((PLAY / "models" / "models.json").read_text())
+    rows = {
+        "digits named rightly, no limit": "test_accuracy",
+        "digits refused": "test_refused",
+        "wrong among the digits that were not refused": "test_wrong_of_accepted",
+        "scribbles refused": "scribbles_refused",
+        "scribbles called a digit with more than 90 %": "scribbles_confident",
+    }
+    lines = ["| of these two networks, % | HALO | cross-entropy |", "|---|---|---|"]
+    for title, key in rows.items():
+        cells = [f"{100 * models[kind][key]:.1f}" for kind in _MODELS]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def on_page_markdown(markdown, **kwargs):
-    return _SECTION.sub(lambda match: readme_section(match[1]), markdown)
+    markdown = _SECTION.sub(lambda match: readme_section(match[1]), markdown)
+    if _PLAY_FIGURES in markdown:
+        markdown = markdown.replace(_PLAY_FIGURES, play_figures())
+    return markdown
 
 
 def on_post_build(config, **kwargs):
