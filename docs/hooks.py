@@ -8,7 +8,11 @@ import shutil
 ROOT = pathlib.Path(__file__).parents[1]
 PLAY = ROOT / "docs" / "play"
 RUNTIME = PLAY / "node_modules" / "onnxruntime-web" / "dist"
-RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
+RUNTIME_FILES = (
+    "ort.wasm.min.mjs",
+    "ort-wasm-simd-threaded.mjs",
+    "ort-wasm-simd-threaded.wasm",
+)
 
 # A line such as `{{ README: Install }}` stands for that section of the README.
 _SECTION = re.compile(r"^\{\{ README: (.+) \}\}$", re.MULTILINE)
@@ -42,7 +46,10 @@ def play_figures():
         "scribbles refused": "scribbles_refused",
         "scribbles called a digit with more than 90 %": "scribbles_confident",
     }
-    lines = ["| of these two networks, % | HALO | cross-entropy |", "|---|---|---|"]
+    lines = [
+        "| of these two networks, % | HALO | cross-entropy |",
+        "|---|---|---|",
+    ]
     for title, key in rows.items():
         cells = [f"{100 * models[kind][key]:.1f}" for kind in _MODELS]
         lines.append(f"| {title} | {' | '.join(cells)} |")

@@ -6,6 +6,7 @@ pages send requests. Needs Chromium and its driver.
 
 import functools
 import http.server
+import json
 import os
 import pathlib
 import shutil
@@ -280,8 +281,6 @@ def test_a_finger_draws_on_a_phone(play):
 
 def requests(browser):
     """Addresses requested since the last call, and errors of the console."""
-    import json
-
     addresses = []
     for entry in browser.get_log("performance"):
         message = json.loads(entry["message"])["message"]

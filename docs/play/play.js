@@ -1,5 +1,5 @@
 // The page to play with: from strokes to the answers of two networks.
-import * as ort from "./runtime/ort.wasm.bundle.min.mjs";
+import * as ort from "./runtime/ort.wasm.min.mjs";
 
 const SIZE = 28;
 const BOX = 20;
@@ -234,7 +234,7 @@ function drawMap() {
     context.fillText(String(digit), x, y + 2);
   });
   if (!place) return;
-  // Beyond the edge the dot is kept at it, as a triangle would be too fancy.
+  // Beyond the edge the dot is kept at it.
   const reach = Math.hypot(...place);
   const inside = Math.min(1, 1.4 / Math.max(reach, 1e-6));
   const [x, y] = at(place.map((value) => value * inside));

@@ -307,9 +307,7 @@ if __name__ == "__main__":
         "coverage": COVERAGE,
         "ring": ring().round(6).tolist(),
         HALO: describe(HALO, CHOSEN, FITTED, data, arguments),
-        CROSS_ENTROPY: describe(
-            CROSS_ENTROPY, CHOSEN, False, data, arguments
-        ),
+        CROSS_ENTROPY: describe(CROSS_ENTROPY, CHOSEN, False, data, arguments),
     }
     path = arguments.output / "models.json"
     path.write_text(json.dumps(description, indent=2) + "\n")
