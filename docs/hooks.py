@@ -42,7 +42,7 @@ def play_figures():
     rows = {
         "digits named rightly, no limit": "test_accuracy",
         "digits refused": "test_refused",
-        "wrong among the digits that were not refused": "test_wrong_of_accepted",
+        "wrong among digits not refused": "test_wrong_of_accepted",
         "scribbles refused": "scribbles_refused",
         "scribbles called a digit with more than 90 %": "scribbles_confident",
     }

@@ -257,7 +257,7 @@ def test_empty_box_is_refused(play):
     assert "empty" in message
     for name in ("halo", "cross-entropy"):
         assert label(play, name) == ""
-        assert answer(play, name) == "–"
+        assert answer(play, name) == "…"
 
 
 def test_bars_sum_to_one_and_the_map_moves(play):

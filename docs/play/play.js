@@ -134,7 +134,7 @@ function show(name, outputs) {
   const strange = section.querySelector(".play-strange");
   const rows = section.querySelectorAll(".play-bar");
   if (!outputs) {
-    answer.textContent = "–";
+    answer.textContent = "…";
     strange.textContent = "";
     section.dataset.label = "";
     rows.forEach((row) => {

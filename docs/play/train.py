@@ -28,8 +28,8 @@ from keras_halo.rejection import CoverageRule
 HERE = pathlib.Path(__file__).parent
 sys.path.append(str(HERE.parents[1] / "benchmarks"))
 
-import drawings
-import images
+import drawings  # noqa: E402
+import images  # noqa: E402
 
 CROSS_ENTROPY, HALO = "cross-entropy", "halo"
 NUM_CLASSES = 10
