@@ -1,0 +1,71 @@
+"""The code on the pages runs as it stands, and no public name is left out."""
+
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+
+import keras_halo
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = ("getting-started", "how-it-works", "settings", "faq")
+
+pytestmark = pytest.mark.skipif(
+    not DOCS.exists(), reason="the pages are not here"
+)
+
+
+def blocks(path):
+    """The Python blocks of a page, each at the line where it stands."""
+    text = path.read_text(encoding="utf-8")
+    for match in re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S):
+        yield "\n" * text[: match.start(1)].count("\n") + match[1]
+
+
+def run(path, names):
+    count = 0
+    for block in blocks(path):
+        exec(compile(block, str(path), "exec"), names)
+        count += 1
+    assert count > 0
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(DOCS / f"{page}.md", {})
+
+
+def test_short_example_of_the_readme_runs():
+    rng = np.random.default_rng(0)
+    names = {
+        "backbone": keras.layers.Dense(32, activation="relu"),
+        "x": rng.normal(size=(64, 8)).astype("float32"),
+        "y": rng.integers(0, 10, 64),
+        "x_new": rng.normal(size=(5, 8)).astype("float32"),
+    }
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(
+        r"^## Swap two lines\n.*?^```python\n(.*?)^```$", text, re.M | re.S
+    )
+    exec(compile(block[1], "README.md", "exec"), names)
+    assert names["predictions"].labels.shape == (5,)
+
+
+def test_every_public_name_has_its_place_in_the_api():
+    shown = set()
+    for page in (DOCS / "api").glob("*.md"):
+        shown |= set(re.findall(r"^::: (\S+)$", page.read_text(), re.M))
+    places = {name.rsplit(".", 1)[-1] for name in shown}
+    modules = ("layers", "losses", "metrics", "plots", "rejection")
+    public = {
+        name
+        for module in (keras_halo, *(getattr(keras_halo, m) for m in modules))
+        for name in module.__all__
+    }
+    # Told on the pages of their parts, or no thing to document.
+    public -= {"OOD_METHODS", "__version__", "callbacks", *modules}
+    assert sorted(public - places) == []
