@@ -101,7 +101,10 @@ def encode(paragraphs):
     return tokens
 
 
-x_train, y_train = encode([w for w, _ in train]), np.array([y for _, y in train])
+x_train, y_train = (
+    encode([w for w, _ in train]),
+    np.array([y for _, y in train]),
+)
 x_test, y_test = encode([w for w, _ in test]), np.array([y for _, y in test])
 drawing = sum(read_documentation(matplotlib_axes.Axes), [])
 language = split_words("\n\n".join(pydoc_data.topics.topics.values()))

@@ -80,7 +80,7 @@ def record_known(count, rng):
 
 
 rng = np.random.default_rng(0)
-x_train, y_train = record_known(2000, rng)
+x_train, y_train = record_known(4000, rng)
 x_val, y_val = record_known(500, rng)
 x_test, y_test = record_known(1000, rng)
 unknown = {
@@ -133,7 +133,7 @@ callbacks = [
 model.fit(
     x_train,
     y_train,
-    batch_size=32,
+    batch_size=64,
     epochs=25,
     callbacks=callbacks,
     validation_data=(x_val, y_val),
@@ -160,7 +160,7 @@ that a threshold lets pass which 95 % of the known ones pass.
 """
 
 fitted = keras_halo.fit_class_gaussians(
-    model, x_train, y_train, batch_size=500, verbose=0
+    model, x_train, y_train, batch_size=1000, verbose=0
 )
 report = keras_halo.evaluate_ood(
     fitted, (x_test, y_test), unknown, method="fitted", verbose=0
