@@ -11,11 +11,12 @@ Accelerator: None
 ## Introduction
 
 This is the example that most people run first, a small convnet, with its last
-layer and its loss exchanged. A network that ends in a softmax has to name one of its classes, and
-does so with confidence for a picture of anything. HALO keeps one more answer:
-each class has a learned centre, the network places an image near one of them,
-and what falls near the origin instead, where no class lives, is answered with
-"I don't know". No example of the unknown is needed for training.
+layer and its loss exchanged. A network that ends in a softmax has to name one
+of its classes, and does so with confidence for a picture of anything. HALO
+keeps one more answer: each class has a learned centre, the network places an
+image near one of them, and what falls near the origin instead, where no class
+lives, is answered with "I don't know". No example of the unknown is needed for
+training.
 
 ## Setup
 """

@@ -14,7 +14,7 @@ Fraud is rare, and so are breakdowns: one row in fifty here. Class weights make
 the rare class count. A yes-or-no network ends in `Dense(1)` with a sigmoid, and
 answers yes or no whatever it is fed: also when a column arrives in cents in
 place of euros, or a form was left empty. HALO gives both classes a centre and
-keeps the origin for a third answer, "I don't know". Its distances tell, besides,
+keeps the origin for a third answer, "I don't know". Its distances also tell
 how strange a row is.
 
 ## Setup
@@ -204,4 +204,6 @@ figure.savefig("imbalanced_classification.png", dpi=90)
 Class weights, uint8 labels and the metrics of a yes-or-no question carry over;
 two outputs and `OnProbabilities` are the price. In return each answer comes
 with a second number that tells whether the row should have been asked about.
+It does not see everything: zeros are ordinary values in this table, so an empty
+form passes. What is plausible as a whole must be refused by other means.
 """

@@ -106,7 +106,7 @@ x_train, y_train = (
     np.array([y for _, y in train]),
 )
 x_test, y_test = encode([w for w, _ in test]), np.array([y for _, y in test])
-drawing = sum(read_documentation(matplotlib_axes.Axes), [])
+drawing = [w for part in read_documentation(matplotlib_axes.Axes) for w in part]
 language = split_words("\n\n".join(pydoc_data.topics.topics.values()))
 unknown = {
     "drawing": encode(drawing[:500]),
@@ -188,7 +188,7 @@ What the model answers to each kind of text, as shares of all its paragraphs.
 
 subjects = {name: x_test[y_test == i] for i, name in enumerate(MODULES)}
 figure, ax = plt.subplots(figsize=(10, 5))
-for row, (name, tokens) in enumerate({**subjects, **unknown}.items()):
+for row, tokens in enumerate({**subjects, **unknown}.values()):
     labels = keras_halo.decode_predictions(
         model.predict_on_batch(tokens)
     ).labels

@@ -3,7 +3,7 @@ Title: A vision transformer for letters that knows what is no letter
 Author: The keras_halo authors
 Date created: 2026/11/24
 Last modified: 2026/11/24
-Description: Patches, attention, top-5 accuracy, checkpoints, and "I don't know".
+Description: Patches, attention, top-5 accuracy, checkpoints, "I don't know".
 Accelerator: GPU
 """
 
@@ -201,7 +201,9 @@ what the score refuses.
 threshold = np.quantile(fitted.predict(x_val, 500, verbose=0)["ood"], 0.95)
 names = [*LETTERS, "I don't know"]
 shown = {"letters": x_test, **unknown}
-figure, axes = plt.subplots(4, 6, figsize=(12, 8), height_ratios=(3, 2) * 2)
+figure, axes = plt.subplots(
+    4, 6, figsize=(14, 8), height_ratios=(3, 2) * 2, layout="constrained"
+)
 columns = [
     (axes[2 * (i // 2) : 2 * (i // 2) + 2, 3 * (i % 2) + j], name, images[j])
     for i, (name, images) in enumerate(shown.items())
@@ -217,16 +219,15 @@ for (top, bottom), name, image in columns:
     refused = answer["ood"][0] > threshold
     top.imshow(image[..., 0], cmap="gray_r")
     top.set_title(
-        f"{name}: " + ("refused" if refused else "passes"),
+        f"{name}\n" + ("refused" if refused else "passes"),
         color="tab:red" if refused else "black",
     )
     top.set(xticks=[], yticks=[])
     best = np.argsort(shares)[:-6:-1]
     colors = ["tab:red" if i == len(LETTERS) else "tab:blue" for i in best]
     bottom.barh(range(5), [shares[i] for i in best], color=colors)
-    bottom.set_yticks(range(5), [names[i] for i in best])
+    bottom.set_yticks(range(5), [names[i] for i in best], fontsize=8)
     bottom.set(xlim=(0, 1), ylim=(4.6, -0.6), xticks=[0, 0.5, 1])
-figure.tight_layout()
 figure.savefig("vision_transformer.png", dpi=90)
 
 """
