@@ -157,7 +157,7 @@ model.compile(
 ## Train
 """
 
-model.fit(x_train, y_train, batch_size=32, epochs=10, verbose=2)
+model.fit(x_train, y_train, batch_size=32, epochs=6, verbose=2)
 
 """
 ## Evaluate
