@@ -38,7 +38,8 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
 parser.add_argument(
     "--output", default="quickstart.png", help="where to save the figure"
 )
-arguments = parser.parse_args()
+# A notebook is started with arguments of its own.
+arguments, _ = parser.parse_known_args()
 
 """
 ## Load the data

@@ -1,0 +1,131 @@
+"""Makes notebooks of the examples and executes them.
+
+    python tests/run_notebooks.py FOLDER [NAME ...]
+    python tests/run_notebooks.py FOLDER --convert-only
+
+Every script of `examples/`, or those named, becomes a notebook in FOLDER and
+is executed there. An error in a cell, or no picture at the end, is a failure.
+"""
+
+import argparse
+import ast
+import os
+import pathlib
+import sys
+import time
+
+import jupytext
+
+EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
+
+
+def to_percent(source):
+    """Turns text in triple quotes into Markdown cells, the rest into code."""
+    lines = source.splitlines()
+    cells, end = [], 0
+    for index, node in enumerate(ast.parse(source).body):
+        if not is_text(node):
+            continue
+        cells.append(code_cell(lines[end : node.lineno - 1]))
+        text = node.value.value.strip("\n")
+        cells.append(markdown_cell(header(text) if index == 0 else text))
+        end = node.end_lineno
+    cells.append(code_cell(lines[end:]))
+    return "\n\n".join(cell for cell in cells if cell) + "\n"
+
+
+def is_text(node):
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def header(text):
+    """The title as a heading, the other fields as a list."""
+    title, *fields = text.splitlines()
+    title = title.removeprefix("Title:").strip()
+    return "\n".join([f"# {title}", "", *(f"- {field}" for field in fields)])
+
+
+def code_cell(lines):
+    code = "\n".join(lines).strip("\n")
+    return f"# %%\n{code}" if code else None
+
+
+def markdown_cell(text):
+    lines = (f"# {line}".rstrip() for line in text.splitlines())
+    return "\n".join(["# %% [markdown]", *lines])
+
+
+def convert(path):
+    notebook = jupytext.reads(to_percent(path.read_text("utf-8")), "py:percent")
+    notebook.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
+    return notebook
+
+
+def execute(notebook, folder):
+    from nbclient import NotebookClient
+
+    # The kernel of notebooks draws below the cell only if nobody else does.
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    client = NotebookClient(
+        notebook, timeout=1800, resources={"metadata": {"path": str(folder)}}
+    )
+    client.execute()
+
+
+def has_picture(notebook):
+    return any(
+        "image/png" in output.get("data", {})
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("names", nargs="*", help="examples, default all")
+    parser.add_argument("--convert-only", action="store_true")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    paths = sorted(EXAMPLES.glob("*.py"))
+    if arguments.names:
+        paths = [EXAMPLES / f"{name}.py" for name in arguments.names]
+    if not paths:
+        sys.exit(f"No example in {EXAMPLES}.")
+    failed = []
+    for path in paths:
+        notebook = convert(path)
+        problem, start = None, time.monotonic()
+        if not arguments.convert_only:
+            pictures = arguments.folder / f"{path.stem}.png"
+            pictures.unlink(missing_ok=True)
+            try:
+                execute(notebook, arguments.folder)
+            # Whatever it was, the other notebooks are still worth a run.
+            except Exception as error:
+                problem = str(error)
+            else:
+                if not has_picture(notebook):
+                    problem = "no picture in the notebook"
+                elif not pictures.exists():
+                    problem = f"{pictures.name} was not saved"
+        jupytext.write(notebook, arguments.folder / f"{path.stem}.ipynb")
+        seconds = time.monotonic() - start
+        print(f"{path.stem}: {problem or 'ok'} ({seconds:.0f} s)", flush=True)
+        if problem:
+            failed.append(path.stem)
+    print(f"{len(paths) - len(failed)} of {len(paths)} notebooks passed.")
+    if failed:
+        sys.exit(f"Failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
