@@ -410,8 +410,7 @@ def towers_mirrored():
         optimizer.build(model.trainable_variables)
 
     def replica_step(inputs, ids):
-        # Ids of the whole batch: gathers of integers and of floats in one step
-        # are mixed up by TensorFlow.
+        # `ids` are those of the whole batch, share after share.
         with tf.GradientTape() as tape:
             # All have the loss of the whole batch. Keras divides it by their
             # number, and adds their gradients.
