@@ -58,7 +58,9 @@ def trained_towers():
 
 
 def probabilities_of(classifier):
-    return keras.Sequential([classifier, HALOSoftmax(abstain=True)])
+    # Of its layers: a compiled model inside another takes its optimizer with
+    # it, and `compile=False` leaves that out only of the outer one.
+    return keras.Sequential([*classifier.layers, HALOSoftmax(abstain=True)])
 
 
 def save(folder):
@@ -77,9 +79,10 @@ def save(folder):
     for name, model in models.items():
         model.save(folder / f"{name}.keras")
     rule = keras_halo.rejection.CoverageRule(coverage=0.8)
-    rule.fit(classifier.predict(x, verbose=0))
+    scores = classifier.predict(x, verbose=0)
+    rule.fit(scores)
     rule.save(folder / "rule.json")
-    predict(models, folder / "rule.json", folder / "predictions.npz")
+    predict(models, rule, folder / "predictions.npz", scores)
 
 
 def load(folder, saved_by):
@@ -89,12 +92,13 @@ def load(folder, saved_by):
         path.stem: keras.saving.load_model(path, compile=saved_by == BACKEND)
         for path in saved.glob("*.keras")
     }
-    predict(
-        models, saved / "rule.json", folder / f"{saved_by}-on-{BACKEND}.npz"
-    )
+    rule = keras_halo.rejection.load_rule(saved / "rule.json")
+    with np.load(saved / "predictions.npz") as arrays:
+        scores = arrays["scores"]
+    predict(models, rule, folder / f"{saved_by}-on-{BACKEND}.npz", scores)
 
 
-def predict(models, rule, path):
+def predict(models, rule, path, scores):
     x, _ = data()
     # In one batch: the keys of a query are those of its batch.
     inputs = {name: x for name in models} | {"towers": [x, 2.0 * x]}
@@ -102,13 +106,14 @@ def predict(models, rule, path):
         name: model.predict(inputs[name], batch_size=len(x), verbose=0)
         for name, model in models.items()
     }
-    rule = keras_halo.rejection.load_rule(rule)
     np.savez(
         path,
         **{name: found[name] for name in found if name != "gaussians"},
         # A dictionary: scores, and how far out an input is.
         **{f"gaussians_{k}": v for k, v in found["gaussians"].items()},
-        accepted=rule.predict(found["classifier"]).accepted,
+        # The threshold is one of these scores: of others the last bit decides.
+        scores=scores,
+        accepted=rule.predict(scores).accepted,
     )
 
 
