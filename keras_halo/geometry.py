@@ -177,7 +177,9 @@ def to_temperature(raw_gamma):
     >>> float(ops.round(to_temperature(ops.array(0.5413)), 3))
     1.0
     """
-    return ops.clip(ops.softplus(raw_gamma), MIN_TEMPERATURE, math.inf)
+    # PyTorch's softplus jumps by 2e-9 at 20, its log-sigmoid nowhere.
+    gamma = -ops.log_sigmoid(-raw_gamma)
+    return ops.clip(gamma, MIN_TEMPERATURE, math.inf)
 
 
 def centered(centroids):

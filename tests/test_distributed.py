@@ -22,14 +22,22 @@ WAYS = {
     "jax": [
         "checkpointed_by_jax",
         "data_parallel",
+        "towers_data_parallel",
         "model_parallel",
         "model_parallel_in_blocks",
         "model_parallel_with_a_wrong_key",
         "collectives",
     ],
-    "tensorflow": ["checkpointed_by_tensorflow", "mirrored"],
-    "torch": ["checkpointed_by_torch", "distributed_data_parallel"],
+    "tensorflow": ["checkpointed_by_tensorflow", "mirrored", "towers_mirrored"],
+    "torch": [
+        "checkpointed_by_torch",
+        "distributed_data_parallel",
+        "towers_distributed_data_parallel",
+    ],
 }
+
+# Need processes of their own.
+IN_PROCESSES = {"distributed_data_parallel", "towers_distributed_data_parallel"}
 
 ANYWHERE = [
     "blocks_of_classes",
@@ -42,17 +50,20 @@ ANYWHERE = [
 THOROUGH_ONLY = {
     "compiled",
     "data_parallel",
+    "towers_on_one_device",
+    "towers_data_parallel",
+    "towers_mirrored",
+    "towers_distributed_data_parallel",
     "model_parallel_in_blocks",
     "model_parallel_with_a_wrong_key",
 }
 
 
 def ways_here():
-    ways = ["one_device", *ANYWHERE, *WAYS[BACKEND]]
+    ways = ["one_device", "towers_on_one_device", *ANYWHERE, *WAYS[BACKEND]]
     if not THOROUGH:
         ways = [way for way in ways if way not in THOROUGH_ONLY]
-    # Needs processes of its own.
-    return [way for way in ways if way != "distributed_data_parallel"]
+    return [way for way in ways if way not in IN_PROCESSES]
 
 
 def start(folder, *ways, **environment):
@@ -88,14 +99,20 @@ def read(folder, way):
 def results(tmp_path_factory):
     """Folder with the results of every way but those with more processes."""
     folder = tmp_path_factory.mktemp("trainings")
-    finish(
-        start(
-            folder,
-            *ways_here(),
-            # Read by JAX alone.
-            XLA_FLAGS="--xla_force_host_platform_device_count=4",
-        )
-    )
+    ways = ways_here()
+    # TensorFlow takes the messages of one strategy for those of another that
+    # the same process had before.
+    alone = [way for way in ways if way == "towers_mirrored"]
+    for group in ([way for way in ways if way not in alone], alone):
+        if group:
+            finish(
+                start(
+                    folder,
+                    *group,
+                    # Read by JAX alone.
+                    XLA_FLAGS="--xla_force_host_platform_device_count=4",
+                )
+            )
     return folder
 
 
@@ -110,9 +127,9 @@ def result_of(way, folder):
     return found
 
 
-def assert_same(folder, losses, weights):
+def assert_same(folder, losses, weights, as_way="one_device"):
     """The same as on one device."""
-    expected, expected_weights, _ = read(folder, "one_device")
+    expected, expected_weights, _ = read(folder, as_way)
     assert len(expected) == 10
     # It learns, so that standing still is not the same.
     assert expected[-1] < expected[0]
@@ -192,13 +209,36 @@ def test_no_device_ever_gathers_the_centroids(results):
 
 def test_mirrored_strategy_over_two_devices(results):
     losses, weights, told = result_of("mirrored", results)
-    assert told == {"replicas": 2}
+    assert told == {"replicas": 2, "apart": 0.0}
     assert_same(results, losses, weights)
 
 
+@pytest.mark.parametrize(
+    "way, expected",
+    [
+        ("towers_data_parallel", {"devices": 4}),
+        ("towers_mirrored", {"replicas": 2, "apart": 0.0}),
+    ],
+)
+def test_two_towers_see_the_whole_batch(way, expected, results):
+    losses, weights, told = result_of(way, results)
+    assert told == expected
+    assert_same(results, losses, weights, "towers_on_one_device")
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="an engine of torch")
-def test_distributed_data_parallel_over_two_processes(results, tmp_path):
-    way = "distributed_data_parallel"
+@pytest.mark.parametrize(
+    "way, as_way",
+    [
+        ("distributed_data_parallel", "one_device"),
+        ("towers_distributed_data_parallel", "towers_on_one_device"),
+    ],
+)
+def test_distributed_data_parallel_over_two_processes(
+    way, as_way, results, tmp_path
+):
+    if way in THOROUGH_ONLY and not THOROUGH:
+        pytest.skip("runs with HALO_TESTS=thorough")
     folders = [tmp_path / str(rank) for rank in range(2)]
     processes = []
     for rank, folder in enumerate(folders):
@@ -222,4 +262,4 @@ def test_distributed_data_parallel_over_two_processes(results, tmp_path):
     for folder in folders:
         losses, weights, told = result_of(way, folder)
         assert told == {"processes": 2}
-        assert_same(results, losses, weights)
+        assert_same(results, losses, weights, as_way)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import naive_softmax, to_numpy, value_and_gradients
+from helpers import float64, naive_softmax, to_numpy, value_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -51,6 +51,16 @@ def test_temperature_stays_positive():
     raw = ops.convert_to_tensor(np.array([-1e4, -40.0, 0.0, 1e4], "float32"))
     gamma = to_numpy(geometry.to_temperature(raw))
     np.testing.assert_allclose(gamma, [1e-6, 1e-6, np.log(2.0), 1e4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("raw", [-3.0, 0.0, 19.9, 20.1, 30.0])
+def test_temperature_is_smooth_to_the_last_digits(raw):
+    with float64():
+        gamma, (slope,) = value_and_gradients(
+            geometry.to_temperature, np.asarray(raw)
+        )
+    assert gamma == pytest.approx(np.logaddexp(raw, 0.0), rel=1e-14)
+    assert slope == pytest.approx(1.0 / (1.0 + np.exp(-raw)), rel=1e-14)
 
 
 def test_abstain_bias_gives_the_odds_of_the_smoothed_label():

@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from keras import ops
 
 import keras_halo
-from keras_halo import HALODense, HALOLoss, HALOSoftmax, geometry, packing
+from keras_halo import (
+    HALOContrastiveLoss,
+    HALODense,
+    HALOLoss,
+    HALOSimilarity,
+    HALOSoftmax,
+    geometry,
+    packing,
+)
 from keras_halo.losses import halo_loss
 
 # Samples, classes, embedding size.
@@ -522,7 +530,7 @@ def loss_of_precision(loss, block_size, precision):
     on_centroid=st.booleans(),
     gamma=cases["gamma"],
     loss=st.sampled_from([*LOSSES, (0.9, True, 1.0)]),
-    labels=st.sampled_from(["integer", "one-hot", "blocks"]),
+    labels=st.sampled_from(["integer", "one-hot", "soft", "blocks"]),
     precision=st.sampled_from(["float32", "float16", "bfloat16"]),
 )
 def test_losses_and_gradients_are_finite_for_every_finite_input(
@@ -558,6 +566,9 @@ def test_losses_and_gradients_are_finite_for_every_finite_input(
     given = integers
     if labels == "one-hot":
         given = np.eye(num_classes, dtype="float32")[integers]
+    elif labels == "soft":
+        given = rng.dirichlet(np.full(num_classes, 0.1), size=num_samples)
+        given = given.astype("float32")
     block_size = max(1, num_classes // 3) if labels == "blocks" else None
 
     def gradients(precision):
@@ -581,6 +592,144 @@ def test_losses_and_gradients_are_finite_for_every_finite_input(
         assert np.all(np.isfinite(exact))
         dx = dx[np.abs(exact) < 0.99 * largest]
     assert np.all(np.isfinite(dx))
+
+
+@functools.lru_cache
+def similarity_of(dim, bidirectional, dtype):
+    layer = HALOSimilarity(bidirectional=bidirectional, dtype=dtype)
+    layer.build([(None, dim), (None, dim)])
+    return layer
+
+
+def pair_scores(queries, keys, raw_gamma, bidirectional=True):
+    dtype = keras.backend.standardize_dtype(raw_gamma.dtype)
+    layer = similarity_of(keys.shape[-1], bidirectional, dtype)
+    return layer.stateless_call([raw_gamma], [], [queries, keys])[0]
+
+
+@functools.lru_cache
+def pair_loss(smoothing, distill, radial_weight, precision="float64"):
+    """The loss of two towers, of both directions of every pair."""
+    dtype = "float64" if precision == "float64" else "float32"
+    loss = HALOContrastiveLoss(
+        smoothing, distill, radial_weight, reduction=None, dtype=dtype
+    )
+
+    def total(queries, keys, raw_gamma, weights, ids):
+        queries, keys = (ops.cast(x, precision) for x in (queries, keys))
+        losses = loss(ids, pair_scores(queries, keys, raw_gamma))
+        return ops.sum(losses * weights)
+
+    return total
+
+
+@for_all(
+    loss=st.sampled_from(LOSSES[:2]),
+    seed=seeds,
+    scale=cases["scale"],
+    gamma=cases["gamma"],
+)
+def test_two_towers_have_the_same_symmetries(loss, **case):
+    with float64():
+        # As many keys as queries; some ids come twice.
+        queries, keys, raw_gamma, ids = draw((5, 5, 4), **case)
+        rng = np.random.default_rng(case["seed"])
+
+        def results(queries, keys, ids):
+            _, (dqueries, dkeys, dgamma, losses) = value_and_gradients(
+                pair_loss(*loss),
+                queries,
+                keys,
+                raw_gamma,
+                np.ones((5, 2)),
+                constants=[ids],
+            )
+            return losses, dqueries, dkeys, dgamma
+
+        expected = results(queries, keys, ids)
+        order = rng.permutation(5)
+        assert_close(
+            results(queries[order], keys[order], ids[order]),
+            [*(array[order] for array in expected[:3]), expected[3]],
+        )
+        rotation, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+        losses, dqueries, dkeys, dgamma = expected
+        assert_close(
+            results(queries @ rotation, keys @ rotation, ids),
+            (losses, dqueries @ rotation, dkeys @ rotation, dgamma),
+        )
+        # The other direction of the pairs is that of exchanged towers.
+        losses, dkeys, dqueries, dgamma = results(keys, queries, ids)
+        assert_close((losses[:, ::-1], dqueries, dkeys, dgamma), expected)
+        # Queries see the keys around their mean.
+        shift = case["scale"] * rng.normal(size=(1, 4))
+        assert_close(
+            *(
+                [
+                    to_numpy(
+                        pair_scores(
+                            *map(
+                                ops.convert_to_tensor,
+                                (queries, moved, raw_gamma),
+                            ),
+                            bidirectional=False,
+                        )
+                    )
+                ]
+                for moved in (keys + shift, keys)
+            )
+        )
+
+
+EXTREME_PAIRS = [(1, 2), (5, 64)]
+if THOROUGH:
+    EXTREME_PAIRS += [(2, 4096), (64, 2), (256, 512)]
+
+
+@for_all(
+    shape=st.sampled_from(EXTREME_PAIRS),
+    seed=seeds,
+    norm=st.just(0.0) | powers(TINY, HUGE),
+    key_norm=st.just(0.0) | powers(TINY, HUGE),
+    coinciding=st.booleans(),
+    aligned=st.booleans(),
+    gamma=cases["gamma"],
+    loss=st.sampled_from([*LOSSES[:2], (0.9, True, 1.0)]),
+    precision=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_two_towers_are_finite_for_every_finite_input(
+    shape,
+    seed,
+    norm,
+    key_norm,
+    coinciding,
+    aligned,
+    gamma,
+    loss,
+    precision,
+):
+    num_pairs = shape[0]
+    rng = np.random.default_rng(seed)
+
+    def vectors(norm):
+        drawn = rng.normal(size=shape)
+        return norm * drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)
+
+    keys = vectors(key_norm)
+    if coinciding:
+        keys[:] = keys[:1]
+    queries = keys - keys.mean(axis=0) if aligned else vectors(norm)
+    value, gradients = value_and_gradients(
+        pair_loss(*loss, precision),
+        queries.astype("float32"),
+        keys.astype("float32"),
+        np.float32(geometry.inverse_softplus(gamma)),
+        np.ones((num_pairs, 2), "float32"),
+        constants=[rng.integers(0, max(2, num_pairs // 2), num_pairs)],
+    )
+    assert np.isfinite(value)
+    for array in gradients:
+        assert np.all(np.isfinite(array))
 
 
 def test_halo_loss_is_what_the_class_computes():

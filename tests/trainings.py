@@ -18,7 +18,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_halo import HALODense, HALOLoss
+from keras_halo import (
+    HALOContrastiveLoss,
+    HALODense,
+    HALOLoss,
+    HALOSimilarity,
+)
 
 NUM_CLASSES, EMBEDDING_DIM, BATCH_SIZE, NUM_STEPS = 8, 6, 16, 10
 CENTROIDS = ".*halo_dense/centroids"
@@ -39,23 +44,75 @@ def build(num_classes=NUM_CLASSES):
             HALODense(num_classes, name="halo_dense"),
         ]
     )
+    start_from_the_same_weights(model)
+    return model
+
+
+def start_from_the_same_weights(model):
     rng = np.random.default_rng(1)
     for variable in model.trainable_variables:
         if len(variable.shape) == 2:
             variable.assign(
                 rng.normal(size=variable.shape).astype("float32") * 0.5
             )
+
+
+def pairs():
+    """Inputs of two towers, and their ids; some come twice in a batch."""
+    x, _ = data()
+    return [x, x[:, ::-1] + 0.1 * np.roll(x, 1, axis=0)], np.arange(len(x)) // 3
+
+
+class Gather(keras.layers.Layer):
+    """The embeddings of all devices in the place of those of this one."""
+
+    def call(self, x):
+        return gathered(x)
+
+    def compute_output_shape(self, input_shape):
+        return (None, *input_shape[1:])
+
+
+def gathered(x):
+    """Rows of all devices; a gradient finds its way back to each."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        context = tf.distribute.get_replica_context()
+        # It forgets the size of the embeddings.
+        return ops.reshape(context.all_gather(x, axis=0), (-1, *x.shape[1:]))
+    from torch.distributed.nn.functional import all_gather
+
+    return ops.concatenate(all_gather(x))
+
+
+def build_towers(gather=False):
+    inputs = [keras.layers.Input((12,)) for _ in range(2)]
+    embeddings = []
+    for x in inputs:
+        x = keras.layers.Dense(16, activation="tanh")(x)
+        x = keras.layers.Dense(EMBEDDING_DIM)(x)
+        embeddings.append(Gather()(x) if gather else x)
+    scores = HALOSimilarity(bidirectional=True)(embeddings)
+    model = keras.Model(inputs, scores)
+    start_from_the_same_weights(model)
     return model
 
 
-def fit(model, batch_size=BATCH_SIZE, loss=None, adam=None, **how):
+def adam(**settings):
+    # With the usual epsilon a gradient twice as large changes nothing, and
+    # shares that are added instead of averaged would not be seen.
+    return keras.optimizers.Adam(1e-2, epsilon=0.1, **settings)
+
+
+def fit(
+    model, batch_size=BATCH_SIZE, loss=None, settings=None, arrays=None, **how
+):
     """Trains, and returns the mean loss after every step."""
     losses = []
-    model.compile(
-        keras.optimizers.Adam(1e-2, **(adam or {})), loss or HALOLoss(), **how
-    )
+    model.compile(adam(**(settings or {})), loss or HALOLoss(), **how)
     model.fit(
-        *data(),
+        *(arrays or data()),
         batch_size=batch_size,
         shuffle=False,
         verbose=0,
@@ -83,7 +140,7 @@ def gradient_accumulation():
     losses = fit(
         model,
         batch_size=BATCH_SIZE // 2,
-        adam={"gradient_accumulation_steps": 2},
+        settings={"gradient_accumulation_steps": 2},
     )
     return model, losses[1::2], {}
 
@@ -108,7 +165,7 @@ def checkpointed_by_jax():
     import jax
 
     model, loss = build(), HALOLoss()
-    optimizer = keras.optimizers.Adam(1e-2)
+    optimizer = adam()
     optimizer.build(model.trainable_variables)
 
     @jax.checkpoint
@@ -143,7 +200,7 @@ def checkpointed_by_tensorflow():
     import tensorflow as tf
 
     model, loss = build(), HALOLoss()
-    optimizer = keras.optimizers.Adam(1e-2)
+    optimizer = adam()
     optimizer.build(model.trainable_variables)
     loss_of = tf.recompute_grad(lambda x, y: loss(y, model(x)))
 
@@ -177,13 +234,13 @@ def checkpointed_by_torch():
     return model, torch_loop(model, loss_of), {}
 
 
-def torch_loop(model, loss_of):
+def torch_loop(model, loss_of, batches_of=None):
     import torch
 
-    optimizer = keras.optimizers.Adam(1e-2)
+    optimizer = adam()
     optimizer.build(model.trainable_variables)
     losses = []
-    for x, y in batches():
+    for x, y in (batches_of or batches)():
         model.zero_grad()
         value = loss_of(x, y)
         value.backward()
@@ -199,6 +256,13 @@ def batches():
         yield x[start : start + BATCH_SIZE], y[start : start + BATCH_SIZE]
 
 
+def batches_of_pairs():
+    inputs, ids = pairs()
+    for start in range(0, len(ids), BATCH_SIZE):
+        rows = slice(start, start + BATCH_SIZE)
+        yield [x[rows] for x in inputs], ids[rows]
+
+
 def running_means(losses):
     return np.cumsum(losses) / np.arange(1, len(losses) + 1)
 
@@ -208,6 +272,19 @@ def data_parallel():
     model = build()
     losses = fit(model)
     return model, losses, shards_of(model)
+
+
+def towers_on_one_device():
+    model = build_towers()
+    return model, fit(model, loss=HALOContrastiveLoss(), arrays=pairs()), {}
+
+
+def towers_data_parallel():
+    """Every device sees the keys of the whole batch, with nothing to do."""
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    model = build_towers()
+    losses = fit(model, loss=HALOContrastiveLoss(), arrays=pairs())
+    return model, losses, {"devices": len(keras.distribution.list_devices())}
 
 
 def model_parallel(loss=None, key=CENTROIDS):
@@ -308,11 +385,97 @@ def mirrored():
     with strategy.scope():
         model = build()
         losses = fit(model)
-    return model, losses, {"replicas": strategy.num_replicas_in_sync}
+    return model, losses, copies_of(model, strategy)
+
+
+def copies_of(model, strategy):
+    """How many replicas there are, and how far apart their weights."""
+    apart = 0.0
+    for variable in model.trainable_variables:
+        copies = strategy.experimental_local_results(variable.value)
+        assert len(copies) == strategy.num_replicas_in_sync
+        copies = [copy.numpy() for copy in copies]
+        apart = max(apart, float(np.abs(copies[0] - copies[1]).max()))
+    return {"replicas": strategy.num_replicas_in_sync, "apart": apart}
+
+
+def towers_mirrored():
+    import tensorflow as tf
+
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    count = strategy.num_replicas_in_sync
+    with strategy.scope():
+        model, loss = build_towers(gather=True), HALOContrastiveLoss()
+        optimizer = adam()
+        optimizer.build(model.trainable_variables)
+
+    def replica_step(inputs, ids):
+        # `ids` are those of the whole batch, share after share.
+        with tf.GradientTape() as tape:
+            # All have the loss of the whole batch. Keras divides it by their
+            # number, and adds their gradients.
+            value = loss(ids, model(inputs))
+        weights = model.trainable_variables
+        gradients = tape.gradient(value, [v.value for v in weights])
+        optimizer.apply(gradients, weights)
+        return value
+
+    @tf.function
+    def step(*batch):
+        values = strategy.run(replica_step, args=batch)
+        return strategy.reduce("SUM", values, axis=None)
+
+    def shares(array):
+        return strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(
+                array[context.replica_id_in_sync_group :: count]
+            )
+        )
+
+    losses = [
+        float(
+            step(
+                [shares(x) for x in inputs],
+                tf.constant(
+                    np.concatenate([ids[r::count] for r in range(count)])
+                ),
+            )
+        )
+        for inputs, ids in batches_of_pairs()
+    ]
+    return model, running_means(losses), copies_of(model, strategy)
 
 
 def distributed_data_parallel():
     """One of the processes of PyTorch's DDP; the other runs the same."""
+
+    def loop(model, ddp, own):
+        loss = HALOLoss()
+        return torch_loop(
+            model,
+            lambda x, y: loss(y[own], ddp(ops.convert_to_tensor(x[own]))),
+        )
+
+    return in_a_process_group(build, loop)
+
+
+def towers_distributed_data_parallel():
+    """The same for two towers, with the embeddings of all processes."""
+
+    def loop(model, ddp, own):
+        loss = HALOContrastiveLoss()
+
+        def loss_of(inputs, ids):
+            # The loss of the whole batch, in every process.
+            scores = ddp([ops.convert_to_tensor(x[own]) for x in inputs])
+            return loss(gathered(ops.convert_to_tensor(ids[own])), scores)
+
+        return torch_loop(model, loss_of, batches_of_pairs)
+
+    return in_a_process_group(lambda: build_towers(gather=True), loop)
+
+
+def in_a_process_group(build, loop):
     import torch
 
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -327,24 +490,19 @@ def distributed_data_parallel():
     if rank:
         for variable in model.trainable_variables:
             variable.assign(variable * 0.0)
-    losses = torch.as_tensor(ddp_loop(model, rank, count))
+    losses = torch.as_tensor(ddp_loop(model, loop, slice(rank, None, count)))
     torch.distributed.all_reduce(losses)
     torch.distributed.destroy_process_group()
     return model, losses / count, {"processes": count}
 
 
-def ddp_loop(model, rank, count):
+def ddp_loop(model, loop, own):
     # A function, so that the wrapper is gone before the process group is: in
     # the other order processes wait for each other now and then.
     import torch
 
-    ddp, loss = torch.nn.parallel.DistributedDataParallel(model), HALOLoss()
-    own = slice(rank, None, count)
-
-    def loss_of(x, y):
-        return loss(y[own], ddp(ops.convert_to_tensor(x[own])))
-
-    return torch_loop(model, loss_of)
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    return loop(model, ddp, own)
 
 
 WAYS = {
@@ -359,12 +517,16 @@ WAYS = {
         checkpointed_by_tensorflow,
         checkpointed_by_torch,
         data_parallel,
+        towers_on_one_device,
+        towers_data_parallel,
         model_parallel,
         model_parallel_in_blocks,
         model_parallel_with_a_wrong_key,
         collectives,
         mirrored,
+        towers_mirrored,
         distributed_data_parallel,
+        towers_distributed_data_parallel,
     )
 }
 
