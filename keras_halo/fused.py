@@ -117,9 +117,12 @@ def packed_scores(embeddings, centroids, temperature, abstain_logit):
 def _saturated(x):
     # Without a gradient of its own: what is far out is pulled back as if it
     # were not.
-    return ops.minimum(
-        ops.maximum(x, -geometry.MAX_COMPONENT), geometry.MAX_COMPONENT
-    )
+    limit = geometry.MAX_COMPONENT
+    if keras.backend.standardize_dtype(x.dtype) == "float64":
+        # What follows would round it to float32 on PyTorch.
+        return ops.clip(x, -limit, limit)
+    # `ops.clip` does not reach ONNX from PyTorch.
+    return ops.minimum(ops.maximum(x, -limit), limit)
 
 
 _saturated_where_far = with_gradient(

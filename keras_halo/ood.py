@@ -16,7 +16,7 @@ import numpy as np
 from keras import ops
 
 from keras_halo import geometry, packing
-from keras_halo.precision import computation_dtype
+from keras_halo.precision import as_array, computation_dtype
 
 # Coefficients of Numerical Recipes' `erfcc`, whose relative error is below
 # 1.2e-7 everywhere: a logarithm of it is exact to float32 in the far tail too.
@@ -343,7 +343,7 @@ def ood_score(scores, method="joint"):
         packing.count_classes(scores.shape)
         dtype = computation_dtype(scores.dtype)
         return ops.squeeze(_FORMULAS[method](ops.cast(scores, dtype)), axis=-1)
-    scores = np.asarray(scores)
+    scores = as_array(scores)
     packing.check_packed(scores)
     if scores.size == 0:
         # The minimum over the classes of nothing fails on some backends.

@@ -49,3 +49,27 @@ def exact_constant(value):
     return lambda shape, dtype: ops.convert_to_tensor(
         np.full(shape, value, dtype)
     )
+
+
+def as_array(values):
+    """NumPy array of an array, or of nested lists in Keras's precision.
+
+    The numbers of Python have no precision of their own. As float64 they would
+    get scores that differ in the last digits from those of the array they came
+    from, and one that sits at a threshold would fall to the other side.
+
+    Args:
+        values: NumPy array, or nested lists of numbers.
+
+    Returns:
+        Array; of `keras.config.floatx()` for lists of floats.
+
+    Example:
+
+    >>> as_array([0.5, 1.5]).dtype.name
+    'float32'
+    """
+    array = np.asarray(values)
+    if isinstance(values, (list, tuple)) and array.dtype.kind == "f":
+        return array.astype(keras.config.floatx())
+    return array

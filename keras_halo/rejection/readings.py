@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_halo import ood, packing
 from keras_halo.labels import class_indices
+from keras_halo.precision import as_array
 from keras_halo.rejection.fitted import Fingerprint, nearly_equal
 
 
@@ -87,6 +88,8 @@ def read_scores(scores, method, argument="scores"):
             f"computes method={method!r}. Received: shape={array.shape}. For "
             "plain scores of your own use a rule with `method=None`."
         )
+    if isinstance(scores, (list, tuple)):
+        array = as_array(scores)
     packing.check_packed(array, argument)
     parts = packing.unpack(array)
     return Reading(
