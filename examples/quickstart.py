@@ -34,7 +34,9 @@ EPOCHS = 30
 SEEDS = (0, 1, 2)
 CROSS_ENTROPY, HALO = "cross-entropy", "HALO"
 
-parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+parser = argparse.ArgumentParser(
+    description="Trains a small convnet both ways on scikit-learn's digits."
+)
 parser.add_argument(
     "--output", default="quickstart.png", help="where to save the figure"
 )

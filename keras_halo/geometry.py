@@ -21,7 +21,7 @@ References:
 
 import math
 
-from keras import ops
+from keras import backend, ops
 
 from keras_halo.shapes import axis_length
 
@@ -177,8 +177,12 @@ def to_temperature(raw_gamma):
     >>> float(ops.round(to_temperature(ops.array(0.5413)), 3))
     1.0
     """
-    # PyTorch's softplus jumps by 2e-9 at 20, its log-sigmoid nowhere.
-    gamma = -ops.log_sigmoid(-raw_gamma)
+    if backend.standardize_dtype(raw_gamma.dtype) == "float64":
+        # PyTorch's softplus jumps by 2e-9 at 20, its log-sigmoid nowhere.
+        gamma = -ops.log_sigmoid(-raw_gamma)
+    else:
+        # A log-sigmoid loses half of its digits in onnxruntime.
+        gamma = ops.softplus(raw_gamma)
     return ops.clip(gamma, MIN_TEMPERATURE, math.inf)
 
 

@@ -5,6 +5,7 @@
 
 Every script of `examples/`, or those named, becomes a notebook in FOLDER and
 is executed there. An error in a cell, or no picture at the end, is a failure.
+Examples that name a backend at the end are executed on that one alone.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 
 import jupytext
 
+BACKENDS = ("jax", "tensorflow", "torch")
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 
 
@@ -80,6 +82,11 @@ def execute(notebook, folder):
     client.execute()
 
 
+def is_for_another_backend(path):
+    backend = path.stem.rpartition("_")[2]
+    return backend in BACKENDS and backend != os.environ.get("KERAS_BACKEND")
+
+
 def has_picture(notebook):
     return any(
         "image/png" in output.get("data", {})
@@ -98,6 +105,8 @@ def main():
     paths = sorted(EXAMPLES.glob("*.py"))
     if arguments.names:
         paths = [EXAMPLES / f"{name}.py" for name in arguments.names]
+    if not arguments.convert_only:
+        paths = [path for path in paths if not is_for_another_backend(path)]
     if not paths:
         sys.exit(f"No example in {EXAMPLES}.")
     failed = []
