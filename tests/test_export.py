@@ -188,19 +188,8 @@ def keras_file(model, folder):
     return lambda x: loaded.predict(x, verbose=0)
 
 
-# What is still open; strict, so that it is noticed once it works.
-ONNX_FROM_JAX = pytest.param(
-    onnx,
-    marks=pytest.mark.xfail(
-        raises=(TypeError, ValueError),
-        strict=True,
-        reason="jax2onnx cannot reshape a batch of unknown size in "
-        "`ClassGaussians`",
-    ),
-)
-
 FORMATS = {
-    "jax": [keras_file, saved_model, ONNX_FROM_JAX],
+    "jax": [keras_file, saved_model, onnx],
     "tensorflow": [keras_file, saved_model, onnx, openvino, litert],
     "torch": [keras_file, torch_export, onnx, openvino],
 }[BACKEND]

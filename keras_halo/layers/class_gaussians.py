@@ -42,16 +42,19 @@ def gaussian_nll(embeddings, means, whitenings, log_normalizers):
     12.5
     """
     num_classes, dim = means.shape
-    # One matrix product for all classes.
-    flat = ops.reshape(embeddings, (-1, dim))
-    stacked = ops.reshape(whitenings, (num_classes * dim, dim))
-    centers = ops.reshape(
-        ops.sum(whitenings * ops.expand_dims(means, axis=1), axis=-1), (-1,)
-    )
-    whitened = flat @ ops.transpose(stacked) - centers
-    squares = ops.sum(ops.reshape(whitened * whitened, (-1, dim)), axis=-1)
+    # One matrix product for all classes. What converters ask for: the batch
+    # keeps its own axis, whose unknown size jax2onnx can follow; and classes
+    # come last, as OpenVINO sums wrongly over the last of three axes.
     leading = ops.shape(embeddings)[:-1]
-    squares = ops.reshape(squares, (*leading, num_classes))
+    stacked = ops.reshape(
+        ops.transpose(whitenings, (1, 0, 2)), (dim * num_classes, dim)
+    )
+    centers = ops.sum(whitenings * ops.expand_dims(means, axis=1), axis=-1)
+    centers = ops.reshape(ops.transpose(centers), (-1,))
+    whitened = ops.matmul(embeddings, ops.transpose(stacked)) - centers
+    squares = ops.sum(
+        ops.reshape(whitened * whitened, (*leading, dim, num_classes)), axis=-2
+    )
     return 0.5 * squares + log_normalizers
 
 
