@@ -199,5 +199,6 @@ to a strange image. The model may abstain by itself, which costs nothing: that
 catches what lies between the classes and the origin, and misses what lands far
 out. And its score tells how strange the image is; the fitted one needs a pass
 over the training images and a threshold, and was the sharper here. Neither is
-magic: an ankle boot that looks like a sneaker is still called one.
+magic: an ankle boot that looks like a sneaker is still called one, and a nine
+that looks like a three is a three.
 """

@@ -216,15 +216,17 @@ for ax, (title, model) in zip(axes, models.items(), strict=True):
     ax.set(title=title, xlabel="share of the first image")
     ax.set_ylim(-0.02, 1.02)
 axes[0].set_ylabel("mean probability (dotted: the label)")
-axes[0].legend(loc="center left", frameon=False)
-figure.tight_layout()
+names = axes[0].get_legend_handles_labels()
+figure.legend(*names, loc="upper center", ncols=3, frameon=False)
+figure.tight_layout(rect=(0, 0, 1, 0.93))
 figure.savefig("mixup.png", dpi=90)
 
 """
 ## Conclusion
 
 Soft labels need no change to the loss. Whether mixup serves abstention is not
-settled by one run: the table above tells what it did here. A model trained on
-blends has a name for what lies between two classes, so do not expect it to
-abstain there; expect it where an image resembles no class at all.
+settled by one run: the table above tells what it did here. In the picture "I
+don't know" is likeliest half way between two images. Training on blends does
+not take that away: their soft labels pull such an embedding towards both
+classes, and between two centroids is nearer to the origin than either.
 """
