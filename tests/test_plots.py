@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 plt = pytest.importorskip("matplotlib.pyplot", reason="needs matplotlib")
@@ -151,6 +151,10 @@ def test_a_threshold_beyond_all_scores_is_in_sight(rng):
     known=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30),
     unknown=st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=30),
 )
+@example(known=[0.0], unknown=[2.3e-302])
+@example(known=[0.0], unknown=[1e-305])
+@example(known=[0.0], unknown=[2e-309])
+@example(known=[0.0], unknown=[5e-324])
 def test_no_score_falls_out_of_the_histograms(known, unknown):
     ax = plots.score_histograms(known, {"far": unknown})
     for data in stairs_by_label(ax).values():

@@ -12,6 +12,10 @@ _MAX_LINEAR_SPREADS = 12.0
 # Share of the largest score below which a logarithmic axis turns linear.
 _MIN_LINEAR = 1e-6
 
+# Differences below this are none: the steps of an axis would fall below the
+# smallest normal number, and its transforms overflow.
+_TINY = 1e-290
+
 
 def score_histograms(known, unknown, threshold=None, ax=None, num_bins=50):
     """Draws how scores of known inputs and of unknown ones are distributed.
@@ -120,12 +124,14 @@ def _linear_range(known, low, high):
     extreme = max(abs(low), abs(high))
     # The floor keeps the number of decades on the axis readable.
     linear_range = max(float(np.max(np.abs(inner))), _MIN_LINEAR * extreme)
-    return linear_range if extreme >= 10.0 * linear_range else None
+    if linear_range < _TINY or extreme < 10.0 * linear_range:
+        return None
+    return linear_range
 
 
 def _edges(ax, low, high, num_bins):
     """Bin edges at equal distances on paper."""
-    if low == high:
+    if high - low < _TINY:
         margin = 0.5 * max(abs(low), 1.0)
         low, high = low - margin, high + margin
     scale = ax.xaxis.get_transform()
