@@ -316,3 +316,11 @@ def test_page_stays_at_home_and_fits(browser, origin, page):
             "return document.documentElement.scrollWidth"
         )
         assert wide <= width
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.startswith("api/")])
+def test_functions_are_not_shown_as_the_modules_they_live_in(page):
+    # A function and its module have one name; only mathematics shows modules.
+    text = (SITE / page / "index.html").read_text(encoding="utf-8")
+    modules = text.count("doc-symbol-heading doc-symbol-module")
+    assert modules == (2 if page == "api/mathematics" else 0)
