@@ -324,3 +324,8 @@ def test_functions_are_not_shown_as_the_modules_they_live_in(page):
     text = (SITE / page / "index.html").read_text(encoding="utf-8")
     modules = text.count("doc-symbol-heading doc-symbol-module")
     assert modules == (2 if page == "api/mathematics" else 0)
+
+
+@pytest.mark.parametrize("model", ["halo", "cross-entropy"])
+def test_models_are_small(model):
+    assert (SITE / "play/models" / f"{model}.onnx").stat().st_size < 500_000

@@ -206,7 +206,7 @@ figure.savefig("timeseries_classification.png", dpi=90)
 Checkpoints, schedules, early stopping and `load_model` carry over as they are.
 Ask for both answers of the model: what it abstains from by itself lies between
 the classes; a recording unlike any other lies elsewhere, and only its distance
-gives it away. Neither is told from the known ones here when a foot is loose:
-the table shows an AUROC little above one half. What a model embeds where its
-classes are, no score of its embeddings can find.
+gives it away. Neither answer finds the loose foot: its AUROC in the table is
+little above one half. What a model embeds where its classes are, no score of
+its embeddings can find.
 """

@@ -378,6 +378,19 @@ print("The figure is in two_towers.png.")
 """
 ## Conclusion
 
+On JAX the three seeds gave, in %:
+
+|                           | InfoNCE    | HALO       |
+|---------------------------|------------|------------|
+| recall@1, image to text   | 61.5 ± 2.7 | 65.7 ± 2.3 |
+| recall@1, text to image   | 60.5 ± 2.4 | 64.1 ± 2.4 |
+| AUROC, image to text      | 77.0 ± 0.2 | 78.9 ± 2.5 |
+| AUROC, text to image      | 78.2 ± 1.3 | 81.0 ± 1.1 |
+| FPR@95, image to text     | 58.7 ± 2.4 | 57.7 ± 8.4 |
+| FPR@95, text to image     | 56.5 ± 0.9 | 50.9 ± 0.8 |
+
+From image to text the gain in rejection is within the spread of HALO's seeds.
+
 A contrastive model becomes one that knows when nothing matches by two lines:
 `HALOSimilarity` in the place of the matrix of similarities, and
 `HALOContrastiveLoss` in the place of InfoNCE. The probability of "nothing

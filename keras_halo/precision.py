@@ -52,14 +52,14 @@ def exact_constant(value):
 
 
 def as_array(values):
-    """NumPy array of an array, or of nested lists in Keras's precision.
+    """NumPy array of an array or tensor, or of lists in Keras's precision.
 
     The numbers of Python have no precision of their own. As float64 they would
     get scores that differ in the last digits from those of the array they came
     from, and one that sits at a threshold would fall to the other side.
 
     Args:
-        values: NumPy array, or nested lists of numbers.
+        values: NumPy array, tensor, or nested lists of numbers.
 
     Returns:
         Array; of `keras.config.floatx()` for lists of floats.
@@ -69,7 +69,9 @@ def as_array(values):
     >>> as_array([0.5, 1.5]).dtype.name
     'float32'
     """
+    if not isinstance(values, (list, tuple)):
+        return ops.convert_to_numpy(values)
     array = np.asarray(values)
-    if isinstance(values, (list, tuple)) and array.dtype.kind == "f":
+    if array.dtype.kind == "f":
         return array.astype(keras.config.floatx())
     return array

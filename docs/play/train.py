@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=tensorflow python docs/play/train.py --data mnist10k.npz
 
-Without `--data` it takes `keras.datasets.mnist`. Needs `keras-halo[tools]`,
+Without `--data` it takes `keras.datasets.mnist`. Needs the extra `tools`,
 onnx and tf2onnx. `--compare` trains the candidates among the settings instead
 and prints by what one of them was chosen: validation digits against outliers
 that are made here. No outlier takes part in a training.

@@ -78,7 +78,8 @@ def read_scores(scores, method, argument="scores"):
     >>> read_scores([1.5, 2.0], method=None).scores.tolist()
     [1.5, 2.0]
     """
-    array = _to_array(scores, argument)
+    # Plain scores are compared alone, and keep the precision they come in.
+    array = _to_array(scores if method is None else as_array(scores), argument)
     if method is None:
         return Reading(_plain(array, argument), None, None)
     if array.ndim < 2:
@@ -88,8 +89,6 @@ def read_scores(scores, method, argument="scores"):
             f"computes method={method!r}. Received: shape={array.shape}. For "
             "plain scores of your own use a rule with `method=None`."
         )
-    if isinstance(scores, (list, tuple)):
-        array = as_array(scores)
     packing.check_packed(array, argument)
     parts = packing.unpack(array)
     return Reading(
