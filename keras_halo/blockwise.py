@@ -29,7 +29,7 @@ _WRITES = keras.backend.backend() == "torch"
 # PyTorch makes an array for every operation. Beyond this many numbers most of
 # its time goes into the memory pages of these arrays, while small ones are
 # used again and stay in the cache.
-_LARGE, _SMALL = 2**21, 2**19
+_LARGE, _SMALL = 2**21, 2**18
 
 
 def best_block_size(scores):

@@ -10,12 +10,14 @@ numbers in as few passes over memory as they need:
   not to `|c_k|^2`: a mean a hundred times larger than the spread of the
   centroids would cost four digits. Training does not move it, because the
   gradient of the centroids sums to zero.
-- Sums over samples or classes ride in the matrix products as extra rows.
+- What is added to a product is added to its small operand, or to the product
+  in place: on PyTorch a fresh array costs more than the arithmetic in it.
 - The gradient of the loss is `p - q`, as for cross-entropy.
 
-Gradients are functions of the inputs alone, nothing of the forward pass is
-kept but those, and second derivatives follow by automatic differentiation of
-the first.
+Gradients are functions of the inputs alone, and second derivatives follow by
+automatic differentiation of the first. What both passes of the head need beside
+its inputs, one number for each class or component, goes in as a further input
+without a gradient: that of the centroids accounts for it.
 """
 
 import keras
@@ -24,7 +26,7 @@ from keras import ops
 from keras_halo import geometry, packing
 
 # Numbers that a block of a matrix may have to stay in the processor's cache.
-_BLOCK_SIZE = 2**20
+_BLOCK_SIZE = 2**18
 
 
 def with_gradient(function, gradient):
@@ -55,6 +57,16 @@ def with_gradient(function, gradient):
     return joined
 
 
+def _mean_row(matrix):
+    """The mean of the rows of a matrix, shape `(1, D)`."""
+    num_rows = matrix.shape[0]
+    if keras.backend.backend() == "torch":
+        # Its sum over rows takes twice as long as this product.
+        ones = ops.ones((1, num_rows), dtype=matrix.dtype)
+        return (ones @ matrix) * (1.0 / num_rows)
+    return ops.sum(matrix, axis=0, keepdims=True) * (1.0 / num_rows)
+
+
 def _squared_norms(matrix):
     """Squared norms of the rows of a matrix, shape `(1, K)`."""
     dtype = keras.backend.standardize_dtype(matrix.dtype)
@@ -66,16 +78,18 @@ def _squared_norms(matrix):
     return ops.expand_dims(ops.sum(matrix * matrix, axis=-1), axis=0)
 
 
-def _minus_scaled_rows(total, factors, rows):
-    """`total - factors * rows` for matrices; may write into `total`."""
+def _minus_scaled_rows(total, factors, rows, offset):
+    """`total - factors * rows - offset`; may write into `total`."""
     if keras.backend.backend() != "torch":
-        return total - factors * rows
+        return total - factors * rows - offset
     # In place and in blocks that stay in the cache: most of the time of a
     # fresh matrix goes into its memory pages.
     block = max(1, _BLOCK_SIZE // rows.shape[-1])
     for start in range(0, rows.shape[0], block):
         stop = start + block
-        total[start:stop] -= factors[start:stop] * rows[start:stop]
+        scaled = factors[start:stop] * rows[start:stop]
+        scaled += offset
+        total[start:stop] -= scaled
     return total
 
 
@@ -111,18 +125,22 @@ def packed_scores(embeddings, centroids, temperature, abstain_logit):
         # A gradient of one's own takes tensors, not variables.
         centroids = ops.reshape(centroids, centroids.shape)
         abstain_logit = ops.reshape(abstain_logit, ())
-    return _packed_scores(embeddings, centroids, temperature, abstain_logit)
+    return _packed_scores(
+        embeddings,
+        centroids,
+        temperature,
+        abstain_logit,
+        _saturated(embeddings),
+        _mean_row(centroids),
+        _squared_norms(centroids),
+    )
 
 
 def _saturated(x):
     # Without a gradient of its own: what is far out is pulled back as if it
     # were not.
     limit = geometry.MAX_COMPONENT
-    if keras.backend.standardize_dtype(x.dtype) == "float64":
-        # What follows would round it to float32 on PyTorch.
-        return ops.clip(x, -limit, limit)
-    # `ops.clip` does not reach ONNX from PyTorch.
-    return ops.minimum(ops.maximum(x, -limit), limit)
+    return geometry.bounded(x, -limit, limit)
 
 
 _saturated_where_far = with_gradient(
@@ -147,29 +165,20 @@ def saturated(x):
     return _saturated_where_far(x)
 
 
-def _products_with(x, mean, centroids, scale):
-    """Scaled products of samples and of the mean with every centroid."""
-    transposed = ops.transpose(centroids)
-    if keras.backend.backend() == "jax":
-        # The converter to ONNX loses count of a batch with a row more.
-        return (x * scale) @ transposed, (mean * scale) @ transposed
-    products = (ops.concatenate([x, mean]) * scale) @ transposed
-    return products[:-1], products[-1:]
-
-
-def _packed_scores_forward(x, centroids, gamma, abstain_logit):
-    num_classes, dim = centroids.shape
-    x = _saturated(x)
+def _packed_scores_forward(
+    _, centroids, gamma, abstain_logit, x, mean, squared_norms
+):
+    dim = centroids.shape[-1]
     scale = gamma * (2.0 / dim)
-    mean = ops.sum(centroids, axis=0, keepdims=True) * (1.0 / num_classes)
-    products, of_centroids = _products_with(x, mean, centroids, scale)
-    logits = products
-    logits += of_centroids - _squared_norms(centroids) * (0.5 * scale)
-    # dot(x, mean) of the samples, and half of it for the mean itself.
-    logits -= scale * (
-        ops.sum(x * mean, axis=-1, keepdims=True)
-        + 0.5 * ops.sum(mean * mean, axis=-1, keepdims=True)
-    )
+    half = 0.5 * scale
+    to_mean = ops.transpose(mean)
+    # dot(x, c_k) - |c_k|^2 / 2
+    #     = dot(x + m, C_k) - |C_k|^2 / 2 - dot(x + m, m) + |m|^2 / 2
+    rows = x + mean
+    rows *= scale
+    logits = rows @ ops.transpose(centroids)
+    logits -= squared_norms * half
+    logits -= rows @ to_mean - (mean @ to_mean) * half
     return packing.pack(
         logits=logits,
         abstain_logit=abstain_logit,
@@ -180,40 +189,41 @@ def _packed_scores_forward(x, centroids, gamma, abstain_logit):
 
 
 def _packed_scores_backward(inputs, upstream):
-    x, centroids, gamma, _ = inputs
+    _, centroids, gamma, _, x, mean, squared_norms = inputs
     num_classes, dim = centroids.shape
-    x = _saturated(x)
     upstream = packing.unpack_gradient(upstream)
     g = upstream.logits
     scale = gamma * (2.0 / dim)
 
     of_class = ops.sum(g, axis=0, keepdims=True)
-    of_sample = ops.sum(g, axis=-1, keepdims=True)
-    of_all = ops.sum(of_class)
-    rows = ops.concatenate([g, of_class, ops.ones_like(of_class)])
-    products = rows @ centroids
-    mean = products[-1:] * (1.0 / num_classes)
+    of_sample = sum_columns(g)
     # sum_k g_nk c_k, and the sum of these over the samples.
-    pulls = products[:-2] - of_sample * mean
-    of_raw = products[-2:-1]
-    of_centered = of_raw - of_all * mean
+    pulls = g @ centroids
+    pulls -= of_sample * mean
+    of_centered = ops.sum(pulls, axis=0, keepdims=True)
+    of_raw = of_centered + ops.sum(of_class) * mean
+    drift = ops.transpose(of_sample) @ x - of_centered
 
-    dx = pulls * scale + x * (upstream.squared_norm * (2.0 / dim))
-    drift = ops.sum(x * of_sample, axis=0, keepdims=True) - of_centered
+    dx = pulls * scale
+    dx += x * (upstream.squared_norm * (2.0 / dim))
+    # sum_n g_nk (x_n - c_k) for every class, less the mean of these.
+    rows = x + mean
+    rows *= scale
     dcentroids = _minus_scaled_rows(
-        ops.transpose(rows)
-        @ (ops.concatenate([x, mean, drift * (-1.0 / num_classes)]) * scale),
+        ops.transpose(g) @ rows,
         ops.transpose(of_class * scale),
         centroids,
+        drift * (scale * (1.0 / num_classes)),
     )
     # sum_k of_class_k |c_k|^2, times D.
-    spread = ops.sum(of_class * _squared_norms(centroids)) - ops.sum(
+    spread = ops.sum(of_class * squared_norms) - ops.sum(
         (of_raw + of_centered) * mean
     )
     dgamma = (2.0 * ops.sum(x * pulls) - spread) * (1.0 / dim) + ops.sum(
         upstream.temperature
     )
-    return dx, dcentroids, dgamma, ops.sum(upstream.abstain_logit)
+    dabstain = ops.sum(upstream.abstain_logit)
+    return dx, dcentroids, dgamma, dabstain, None, None, None
 
 
 _packed_scores = with_gradient(_packed_scores_forward, _packed_scores_backward)
@@ -279,7 +289,9 @@ def integer_label_losses(
         losses = -at_labels(log_p, labels)
         if label_smoothing and distill:
             near, _, total = target_terms(parts, labels)
-            losses += sum_columns(near * (own - parts.logits)) / total
+            gaps = own - parts.logits
+            gaps *= near
+            losses += sum_columns(gaps) / total
         elif label_smoothing:
             spread = label_smoothing / num_classes
             losses += sum_columns(own - parts.logits) * spread
@@ -295,23 +307,24 @@ def integer_label_losses(
             is_known(parts, in_range), ops.expand_dims(upstream, axis=-1), 0.0
         )
         p = packing.unpack(ops.softmax(scores))
-        slopes = p.logits
         if label_smoothing and distill:
             # Targets are constants, also to a second derivative.
             near, itself, total = map(
                 ops.stop_gradient, target_terms(parts, labels)
             )
             target = 1.0 / total
-            slopes = slopes - near * target
+            near *= target
+            slopes = p.logits - near
             own_slope = upstream * (target * (itself - 1.0))
         elif label_smoothing:
-            slopes = slopes - label_smoothing / num_classes
+            slopes = p.logits - label_smoothing / num_classes
             own_slope = upstream * (label_smoothing - 1.0)
         else:
+            slopes = p.logits - 0.0
             own_slope = -upstream
         # Last, when no slope is so small that the product underflows, which
         # some processors take long for.
-        slopes = slopes * upstream
+        slopes *= upstream
         radial_slope, norm_slope, gamma_slope = radial_slopes(
             parts,
             at_labels(parts.logits, labels),

@@ -440,12 +440,45 @@ def class_nearness(logits, squared_norm, temperature, label_smoothing):
     >>> ops.convert_to_numpy(e).round(3)
     array([[1.   , 0.368]], dtype=float32)
     """
-    distances = ops.clip(
+    distances = bounded(
         temperature * squared_norm - logits,
         0.0,
         MAX_EXPONENT * label_smoothing,
     )
-    return ops.exp(distances * (-1.0 / label_smoothing))
+    distances *= -1.0 / label_smoothing
+    return ops.exp(distances)
+
+
+def bounded(x, lower, upper):
+    """A new tensor of the numbers of `x`, none outside of `[lower, upper]`.
+
+    Formula:
+
+    ```python
+    min(max(x, lower), upper)
+    ```
+
+    As `ops.clip`, but for float32 and fast on PyTorch, where clipping against
+    tensors, as Keras does, takes five times as long as this, and does not reach
+    ONNX. Gradients differ on the bounds.
+
+    Args:
+        x: Tensor of any shape.
+        lower: Float.
+        upper: Float.
+
+    Returns:
+        Tensor like `x`.
+
+    Example:
+
+    >>> ops.convert_to_numpy(bounded(ops.array([-1.0, 0.5]), 0.0, 1.0)).tolist()
+    [0.0, 0.5]
+    """
+    if backend.standardize_dtype(x.dtype) == "float64":
+        # The others would round it to float32 on PyTorch and JAX.
+        return ops.clip(x, lower, upper)
+    return ops.minimum(ops.maximum(x, lower), upper)
 
 
 def distilled_targets(
