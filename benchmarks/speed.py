@@ -44,14 +44,13 @@ BACKEND = keras.backend.backend()
 SIZES = ((256, 10, 10), (256, 512, 1000), (64, 768, 50_000))
 GROWTH = (10, 100, 1_000, 10_000, 50_000, 100_000, 200_000)
 GROWTH_BATCH, GROWTH_DIM = 64, 128
-DENSE, DENSE_ONE_HOT, HALO, PLAIN, ONE_HOT, BLOCKS, HEAD, NAIVE, PRODUCT = (
+DENSE, DENSE_ONE_HOT, HALO, PLAIN, ONE_HOT, BLOCKS, NAIVE, PRODUCT = (
     "Dense + cross-entropy",
     "Dense + cross-entropy, one-hot labels",
     "HALO",
     "HALO, plain targets",
     "HALO, one-hot labels",
     "HALO, in blocks of 2048",
-    "HALO head alone",
     "HALO, pairwise differences",
     "matrix products alone",
 )
@@ -102,11 +101,6 @@ def sum_of_scores(y_true, y_pred):
     return ops.sum(y_pred)
 
 
-def product_of_scores(y_true, y_pred):
-    """A loss whose gradient is a given array of the size of the scores."""
-    return ops.sum(y_true * y_pred)
-
-
 def head_and_loss(method, units, dtype="float32"):
     if method == DENSE:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -118,8 +112,6 @@ def head_and_loss(method, units, dtype="float32"):
         return Products(units), sum_of_scores
     if method == NAIVE:
         return PairwiseHALODense(units), HALOLoss()
-    if method == HEAD:
-        return HALODense(units), product_of_scores
     return HALODense(units, dtype=dtype), HALOLoss(
         distill=method != PLAIN,
         block_size=2048 if method == BLOCKS else None,
@@ -187,9 +179,7 @@ def make_step(method, batch, dim, units, dtype="float32", on_torch=False):
     x = ops.convert_to_tensor(rng.normal(size=(batch, dim)).astype("float32"))
     x = ops.cast(x, layer.compute_dtype)
     y = rng.integers(0, units, batch).astype("int32")
-    if method == HEAD:
-        y = np.zeros((batch, packing.packed_width(units)), "float32")
-    elif method in (DENSE_ONE_HOT, ONE_HOT):
+    if method in (DENSE_ONE_HOT, ONE_HOT):
         y = np.eye(units, dtype="float32")[y]
     y = ops.convert_to_tensor(y)
     layer.build(x.shape)
@@ -318,10 +308,14 @@ def bench_inference(arguments):
     show("inference, convnet, 1024 images", times, "predict + softmax")
 
 
-def peak_memory(method, batch, dim, units):
-    """Peak MiB of a process that does the step, over that before it."""
+def peak_memory(method, batch, dim, units, of_loss=False):
+    """Peak MiB of a process that does the step, over that before it.
+
+    With `of_loss` the step begins with scores that are there before it, and
+    ends with their gradient.
+    """
     command = [sys.executable, __file__, "--child"]
-    command.append(json.dumps([method, batch, dim, units]))
+    command.append(json.dumps([method, batch, dim, units, of_loss]))
     output = subprocess.run(
         command, check=True, capture_output=True, text=True
     ).stdout
@@ -341,11 +335,28 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def child(method, batch, dim, units):
+def make_loss_step(method, batch, units):
+    """The loss alone, and its gradient, on scores that took no other array."""
+    _, loss = head_and_loss(method, units)
+    width = units if method == DENSE else packing.packed_width(units)
+    # In every column what stands for an embedding of size 2.
+    scores = ops.full((batch, width), -3.0 * 2.0**40, dtype="float32")
+    step = compiled_step(layers.Identity(), loss)
+    y = ops.convert_to_tensor(np.arange(batch, dtype="int32") % units)
+    return lambda: step(scores, y)
+
+
+def child(method, batch, dim, units, of_loss):
     # What a backend allocates once, it allocates here.
     make_step(method, 8, 8, 8)()
     before = peak()
-    step = make_step(method, batch, dim, units)
+    if of_loss:
+        # So many classes that there is more than one block.
+        make_loss_step(method, 8, 5_000)()
+        step = make_loss_step(method, batch, units)
+        before = peak()
+    else:
+        step = make_step(method, batch, dim, units)
     for _ in range(3):
         step()
     print(peak() - before)
@@ -368,16 +379,24 @@ def bench_memory(arguments):
     )
     if arguments.quick:
         return
-    title = f"memory of the loss alone {MANY_CLASSES}, over that of the logits"
     logits = MANY_CLASSES[0] * MANY_CLASSES[2] * 4 / 2**20
-    head = np.median([peak_memory(HEAD, *MANY_CLASSES) for _ in range(3)])
-    for method in (HALO, BLOCKS):
+    for title, method, counted in (
+        ("step", DENSE, 0),
+        ("step", HALO, 0),
+        ("step", BLOCKS, 0),
+        # Beside the scores, which are there, and their gradient.
+        ("loss on given scores", DENSE, 1),
+        ("loss on given scores", HALO, 1),
+        ("loss on given scores", BLOCKS, 1),
+    ):
         extra = [
-            (peak_memory(method, *MANY_CLASSES) - head) / logits
+            peak_memory(method, *MANY_CLASSES, of_loss=bool(counted)) / logits
+            - counted
             for _ in range(3)
         ]
         print(
-            f"| {title} | {method} | {np.median(extra):.2f} "
+            f"| memory of the {title} {MANY_CLASSES}, over that of the logits "
+            f"| {method} | {np.median(extra):.2f} "
             f"| {min(extra):.2f} to {max(extra):.2f} |",
             flush=True,
         )

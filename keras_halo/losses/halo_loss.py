@@ -173,8 +173,9 @@ class HALOLoss(keras.losses.Loss):
             needs integer labels. For very many classes: the loss then makes
             no array of the size of the scores but their gradient. 2,048 is a
             good size. Defaults to `None`, what is fastest: all classes at once
-            where XLA compiles the loss, which makes no such array either, and
-            blocks that stay in the processor's cache on PyTorch.
+            where XLA compiles the loss together with the head, which takes no
+            more memory then, and blocks that stay in the processor's cache on
+            PyTorch.
         reduction: Type of reduction to apply to the loss, one of
             `"sum_over_batch_size"`, `"sum"`, `"mean"`,
             `"mean_with_sample_weight"`, `"none"` or `None`, with the meaning
