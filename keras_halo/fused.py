@@ -171,14 +171,15 @@ def _packed_scores_forward(
     dim = centroids.shape[-1]
     scale = gamma * (2.0 / dim)
     half = 0.5 * scale
-    to_mean = ops.transpose(mean)
     # dot(x, c_k) - |c_k|^2 / 2
     #     = dot(x + m, C_k) - |C_k|^2 / 2 - dot(x + m, m) + |m|^2 / 2
     rows = x + mean
     rows *= scale
     logits = rows @ ops.transpose(centroids)
     logits -= squared_norms * half
-    logits -= rows @ to_mean - (mean @ to_mean) * half
+    # Not as products: the converter to OpenVINO does not know the rank of the
+    # mean, and so cannot transpose it.
+    logits -= sum_columns(rows * mean) - sum_columns(mean * mean) * half
     return packing.pack(
         logits=logits,
         abstain_logit=abstain_logit,
