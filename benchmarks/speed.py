@@ -339,8 +339,9 @@ def make_loss_step(method, batch, units):
     """The loss alone, and its gradient, on scores that took no other array."""
     _, loss = head_and_loss(method, units)
     width = units if method == DENSE else packing.packed_width(units)
-    # In every column what stands for an embedding of size 2.
-    scores = ops.full((batch, width), -3.0 * 2.0**40, dtype="float32")
+    # One number that is valid in every column: that of an embedding's size 2.
+    column = packing.pack(ops.zeros((1, 2)), 0.0, ops.ones((1, 1)), 1.0, 2)
+    scores = ops.full((batch, width), float(column[0, -1]), dtype="float32")
     step = compiled_step(layers.Identity(), loss)
     y = ops.convert_to_tensor(np.arange(batch, dtype="int32") % units)
     return lambda: step(scores, y)

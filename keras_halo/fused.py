@@ -16,8 +16,9 @@ numbers in as few passes over memory as they need:
 
 Gradients are functions of the inputs alone, and second derivatives follow by
 automatic differentiation of the first. What both passes of the head need beside
-its inputs, one number for each class or component, goes in as a further input
-without a gradient: that of the centroids accounts for it.
+its inputs (saturated embeddings, mean and norms of the centroids) goes in as
+further inputs without gradients: those of the embeddings and of the centroids
+account for them.
 """
 
 import keras
@@ -317,12 +318,9 @@ def integer_label_losses(
             near *= target
             slopes = p.logits - near
             own_slope = upstream * (target * (itself - 1.0))
-        elif label_smoothing:
+        else:
             slopes = p.logits - label_smoothing / num_classes
             own_slope = upstream * (label_smoothing - 1.0)
-        else:
-            slopes = p.logits - 0.0
-            own_slope = -upstream
         # Last, when no slope is so small that the product underflows, which
         # some processors take long for.
         slopes *= upstream

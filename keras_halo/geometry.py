@@ -458,9 +458,9 @@ def bounded(x, lower, upper):
     min(max(x, lower), upper)
     ```
 
-    As `ops.clip`, but for float32 and fast on PyTorch, where clipping against
-    tensors, as Keras does, takes five times as long as this, and does not reach
-    ONNX. Gradients differ on the bounds.
+    In float32 not by `ops.clip`: on PyTorch it clips against tensors, which
+    takes five times as long and does not reach ONNX. Gradients differ on the
+    bounds.
 
     Args:
         x: Tensor of any shape.
