@@ -52,7 +52,7 @@ SMOKE = {
         "IsoMax+",
         "HALO",
         "HALO-normalized",
-        "HALO-converted",
+        "HALO-converted-0.005",
     ],
 }
 DEFAULTS = {

@@ -324,13 +324,14 @@ class ConvertedHALO(HALO):
     """Cross-entropy first, HALO for the rest of the same number of epochs.
 
     `keras_halo.convert_head` makes the one of the other: the embedding is all
-    features, turned such that the classes start as unit Gaussians.
+    features, turned such that the classes start as unit Gaussians. HALO then
+    starts from the full learning rate again.
 
     Args:
         share: Float in `(0, 1)`, the share of the epochs with cross-entropy.
     """
 
-    share: float = 0.75
+    share: float = 0.5
 
     def head(self, features, num_classes):
         x = layers.Dense(features.shape[-1])(features)
@@ -397,7 +398,9 @@ METHODS = {
     "HALO-normalized": HALO(
         distill=False, label_smoothing=0.02, embedding_dim=16, normalize=True
     ),
-    "HALO-converted": ConvertedHALO(distill=False, label_smoothing=0.02),
+    "HALO-converted-0.005": ConvertedHALO(distill=False, label_smoothing=0.005),
+    "HALO-converted-0.01": ConvertedHALO(distill=False, label_smoothing=0.01),
+    "HALO-converted-0.02": ConvertedHALO(distill=False, label_smoothing=0.02),
     "HALO-round": HALO(distill=False, label_smoothing=0.02, roundness=1.0),
     "HALO-normalized-round": HALO(
         distill=False,
@@ -415,5 +418,5 @@ CENTRAL = (
     "HALO",
     "HALO-plain-0.02",
     "HALO-normalized",
-    "HALO-converted",
+    "HALO-converted-0.005",
 )

@@ -110,10 +110,8 @@ def train(model, settings, images):
     for training, epochs in METHODS[settings.method].phases(
         model, images, settings.epochs
     ):
-        schedule = _LateCosineDecay(
-            settings.learning_rate,
-            settings.epochs * batches.num_batches,
-            len(losses) * batches.num_batches,
+        schedule = keras.optimizers.schedules.CosineDecay(
+            settings.learning_rate, epochs * batches.num_batches
         )
         training.model.compile(
             OPTIMIZERS[settings.optimizer](schedule),
@@ -139,17 +137,6 @@ def train(model, settings, images):
         "parameters": model.count_params(),
         "num_train": len(batches.x),
     }
-
-
-class _LateCosineDecay(keras.optimizers.schedules.CosineDecay):
-    """The rest of a cosine schedule, for an optimizer that starts late."""
-
-    def __init__(self, initial_learning_rate, decay_steps, first_step):
-        super().__init__(initial_learning_rate, decay_steps)
-        self.first_step = first_step
-
-    def __call__(self, step):
-        return super().__call__(step + self.first_step)
 
 
 class _Progress(keras.callbacks.Callback):

@@ -17,7 +17,8 @@ class Settings:
         epochs: Integer.
         batch_size: Integer.
         optimizer: String, a key of `runs.OPTIMIZERS`.
-        learning_rate: Float, the first of a cosine schedule that ends in 0.
+        learning_rate: Float, the first of a cosine schedule that ends in 0;
+            a method that trains in phases has one for each.
         num_train: Integer, how many training images; 0 for all of them.
         num_validation: Integer, how many of the training images are kept for
             validation; 0 for a tenth.
