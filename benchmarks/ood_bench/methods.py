@@ -398,6 +398,7 @@ METHODS = {
     "HALO-normalized": HALO(
         distill=False, label_smoothing=0.02, embedding_dim=16, normalize=True
     ),
+    "HALO-converted-0.001": ConvertedHALO(distill=False, label_smoothing=0.001),
     "HALO-converted-0.005": ConvertedHALO(distill=False, label_smoothing=0.005),
     "HALO-converted-0.01": ConvertedHALO(distill=False, label_smoothing=0.01),
     "HALO-converted-0.02": ConvertedHALO(distill=False, label_smoothing=0.02),
