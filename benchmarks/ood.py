@@ -52,7 +52,7 @@ SMOKE = {
         "IsoMax+",
         "HALO",
         "HALO-normalized",
-        "HALO-converted-0.005",
+        "HALO-converted",
     ],
 }
 DEFAULTS = {

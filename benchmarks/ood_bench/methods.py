@@ -87,6 +87,12 @@ def _predict(model, x):
     return {name: values[: len(x)] for name, values in outputs.items()}
 
 
+def _on_a_sphere(features):
+    """Features of one length, with components near one as layers expect."""
+    x = layers.UnitNormalization()(features)
+    return layers.Rescaling(features.shape[-1] ** 0.5)(x)
+
+
 def _cross_entropy(label_smoothing=0.0, scale=1.0):
     """Cross-entropy of logits, with integer labels, for each sample."""
 
@@ -135,6 +141,13 @@ class CrossEntropy(_Linear):
     def training(self, model):
         loss = _cross_entropy(self.label_smoothing)
         return Training(model, loss, "accuracy")
+
+
+class CrossEntropyOnASphere(CrossEntropy):
+    """Cross-entropy on features that are scaled to one length."""
+
+    def head(self, features, num_classes):
+        return super().head(_on_a_sphere(features), num_classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,11 +342,16 @@ class ConvertedHALO(HALO):
 
     Args:
         share: Float in `(0, 1)`, the share of the epochs with cross-entropy.
+        unit_length: Boolean, whether features are scaled to one length before
+            anything reads them.
     """
 
     share: float = 0.5
+    unit_length: bool = False
 
     def head(self, features, num_classes):
+        if self.unit_length:
+            features = _on_a_sphere(features)
         x = layers.Dense(features.shape[-1])(features)
         return keras_halo.HALODense(
             num_classes, self.label_smoothing, self.learn_gamma
@@ -385,6 +403,7 @@ def _reader(network, detectors):
 # 0.02, plain targets and normalized embeddings did well in short trials.
 METHODS = {
     "cross-entropy": CrossEntropy(),
+    "cross-entropy-unit": CrossEntropyOnASphere(),
     "label-smoothing": CrossEntropy(label_smoothing=0.1),
     "LogitNorm": LogitNorm(),
     "IsoMax+": IsoMaxPlus(),
@@ -398,10 +417,10 @@ METHODS = {
     "HALO-normalized": HALO(
         distill=False, label_smoothing=0.02, embedding_dim=16, normalize=True
     ),
-    "HALO-converted-0.001": ConvertedHALO(distill=False, label_smoothing=0.001),
-    "HALO-converted-0.005": ConvertedHALO(distill=False, label_smoothing=0.005),
-    "HALO-converted-0.01": ConvertedHALO(distill=False, label_smoothing=0.01),
-    "HALO-converted-0.02": ConvertedHALO(distill=False, label_smoothing=0.02),
+    "HALO-converted": ConvertedHALO(
+        distill=False, label_smoothing=0.001, unit_length=True
+    ),
+    "HALO-converted-raw": ConvertedHALO(distill=False, label_smoothing=0.001),
     "HALO-round": HALO(distill=False, label_smoothing=0.02, roundness=1.0),
     "HALO-normalized-round": HALO(
         distill=False,
@@ -419,5 +438,5 @@ CENTRAL = (
     "HALO",
     "HALO-plain-0.02",
     "HALO-normalized",
-    "HALO-converted-0.005",
+    "HALO-converted",
 )

@@ -14,6 +14,8 @@ References:
   with Deep Nearest Neighbors, 2022.
 - Kimin Lee, Kibok Lee, Honglak Lee, Jinwoo Shin, A Simple Unified Framework
   for Detecting Out-of-Distribution Samples and Adversarial Attacks, 2018.
+- Maximilian Mueller, Matthias Hein, Mahalanobis++: Improving OOD Detection via
+  Feature Normalization, 2025.
 - Haoqi Wang, Zhizhong Li, Litong Feng, Wayne Zhang, ViM: Out-Of-Distribution
   with Virtual-logit Matching, 2022.
 - Xixi Liu, Yaroslava Lochman, Christopher Zach, GEN: Pushing the Limits of
@@ -150,6 +152,15 @@ def class_gaussians(features, labels, num_classes):
     return Detector(score, storage)
 
 
+def on_unit_length(fit, features, *arguments):
+    """A detector fitted to features of length one, however long they are."""
+    detector = fit(_unit_length(features), *arguments)
+    return Detector(
+        lambda features, logits: detector.score(_unit_length(features), logits),
+        detector.storage,
+    )
+
+
 def virtual_logit(features, logits, kernel, bias):
     """ViM: the residual outside of a principal space as one more logit.
 
@@ -186,5 +197,11 @@ def fit_all(features, logits, labels, kernel, bias, temperature):
         "k-NN": nearest_neighbours(features),
         "Mahalanobis": mahalanobis(features, labels, num_classes),
         "class Gaussians": class_gaussians(features, labels, num_classes),
+        "Mahalanobis, unit": on_unit_length(
+            mahalanobis, features, labels, num_classes
+        ),
+        "class Gaussians, unit": on_unit_length(
+            class_gaussians, features, labels, num_classes
+        ),
         "ViM": virtual_logit(features, logits, kernel, bias),
     }
