@@ -56,6 +56,7 @@ shares in %. ECE with 15 bins of equal width. NLL in nats, Brier score between
 - AUPR is average precision with the named side as the positive one.
 - AURC and AUGRC in thousandths: errors of the best class, ordered by the
   detector.
+- *unit*: fitted to features that are scaled to length one.
 - *keeps*: numbers that the detector stores besides the network.
 - *choose by*: AUROC of validation images against synthetic outliers, none of
   which is among the sets that are reported. Settings may be chosen by it.
