@@ -342,12 +342,14 @@ class ConvertedHALO(HALO):
 
     Args:
         share: Float in `(0, 1)`, the share of the epochs with cross-entropy.
-        unit_length: Boolean, whether features are scaled to one length before
-            anything reads them.
+        unit_length: Boolean, whether the converted head reads features that
+            are scaled to one length.
+        freeze: Boolean, whether HALO trains embedding and head alone.
     """
 
-    share: float = 0.5
-    unit_length: bool = False
+    share: float = 0.9
+    unit_length: bool = True
+    freeze: bool = True
 
     def head(self, features, num_classes):
         if self.unit_length:
@@ -359,19 +361,29 @@ class ConvertedHALO(HALO):
 
     def phases(self, model, images, epochs):
         embedding, head = model.layers[-2:]
-        num_first = round(self.share * epochs)
-        classifier = keras.Model(
-            model.input, layers.Dense(images.num_classes)(embedding.input)
-        )
+        features = model.layers[-4 if self.unit_length else -2].input
+        num_first = min(round(self.share * epochs), epochs - 1)
+        classifier = _with_linear_head(model, features, images)
         yield CrossEntropy().training(classifier), num_first
         converted = keras_halo.convert_head(
-            classifier, *images.train, self.label_smoothing, _BATCH_SIZE
+            _with_linear_head(model, embedding.input, images),
+            *images.train,
+            self.label_smoothing,
+            _BATCH_SIZE,
         )
         for layer, start in zip(
             (embedding, head), converted.layers[-2:], strict=True
         ):
             layer.set_weights(start.get_weights())
+        if self.freeze:
+            classifier.trainable = False
         yield self.training(model), epochs - num_first
+
+
+def _with_linear_head(model, features, images):
+    return keras.Model(
+        model.input, layers.Dense(images.num_classes)(features)
+    )
 
 
 def _with_features(model):
@@ -417,10 +429,14 @@ METHODS = {
     "HALO-normalized": HALO(
         distill=False, label_smoothing=0.02, embedding_dim=16, normalize=True
     ),
-    "HALO-converted": ConvertedHALO(
-        distill=False, label_smoothing=0.001, unit_length=True
+    "HALO-converted": ConvertedHALO(distill=False, label_smoothing=0.005),
+    "HALO-converted-whole": ConvertedHALO(
+        distill=False,
+        label_smoothing=0.001,
+        share=0.5,
+        unit_length=False,
+        freeze=False,
     ),
-    "HALO-converted-raw": ConvertedHALO(distill=False, label_smoothing=0.001),
     "HALO-round": HALO(distill=False, label_smoothing=0.02, roundness=1.0),
     "HALO-normalized-round": HALO(
         distill=False,
