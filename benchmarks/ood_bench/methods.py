@@ -381,9 +381,7 @@ class ConvertedHALO(HALO):
 
 
 def _with_linear_head(model, features, images):
-    return keras.Model(
-        model.input, layers.Dense(images.num_classes)(features)
-    )
+    return keras.Model(model.input, layers.Dense(images.num_classes)(features))
 
 
 def _with_features(model):
