@@ -55,6 +55,41 @@ def test_short_example_of_the_readme_runs():
     assert names["predictions"].labels.shape == (5,)
 
 
+def test_readme_puts_halo_on_a_trained_classifier():
+    rng = np.random.default_rng(0)
+    y = np.arange(200) % 10
+    x = 3 * rng.normal(size=(10, 8))[y] + 0.1 * rng.normal(size=(200, 8))
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, activation="relu"),
+            keras.layers.Dense(10),
+        ]
+    )
+    # What a trained backbone is, a random one is for such classes.
+    weights = model.layers[0].get_weights()
+    names = {
+        "keras": keras,
+        "keras_halo": keras_halo,
+        "HALOLoss": keras_halo.HALOLoss,
+        "model": model,
+        "x": x.astype("float32"),
+        "y": y,
+    }
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(
+        r"^## What works best.*?^```python\n(.*?)^```$", text, re.M | re.S
+    )
+    exec(compile(block[1], "README.md", "exec"), names)
+    scores = names["model"].predict(x, verbose=0)
+    assert (keras_halo.decode_predictions(scores).labels == y).mean() > 0.9
+    # Only what is new was trained.
+    for before, after in zip(
+        weights, model.layers[0].get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(before, after)
+
+
 def test_every_public_name_has_its_place_in_the_api():
     shown = set()
     for page in (DOCS / "api").glob("*.md"):
