@@ -44,10 +44,6 @@ def convert_head(
     keep the old one, convert `keras.models.clone_model(model)` with the weights
     of `model`.
 
-    Features that were scaled to one length before they enter that `Dense`, by
-    `UnitNormalization` and `Rescaling(num_features**0.5)`, have told outliers
-    apart best so far, with all layers but the new ones frozen.
-
     A head for two classes with one unit becomes `HALODense(2)`.
 
     **Back to plain probabilities.** Put `HALOSoftmax` on top, with

@@ -361,6 +361,7 @@ class ConvertedHALO(HALO):
 
     def phases(self, model, images, epochs):
         embedding, head = model.layers[-2:]
+        # Cross-entropy reads features as they are, before they are scaled.
         features = model.layers[-4 if self.unit_length else -2].input
         num_first = min(round(self.share * epochs), epochs - 1)
         classifier = _with_linear_head(model, features, images)
