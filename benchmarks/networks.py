@@ -15,7 +15,7 @@ def convnet(shape):
     for filters in (32, 64, 128):
         x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
         x = layers.ReLU()(_normalization()(x))
-        x = layers.MaxPooling2D()(x)
+        x = layers.MaxPooling2D(name=f"block_{filters}")(x)
     return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
 
 
@@ -31,13 +31,20 @@ def resnet18(shape):
     inputs = keras.Input(shape)
     x = layers.ReLU()(conv(inputs, 64, 1))
     for filters, first in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        for stride in (first, 1):
+        for stride, name in ((first, None), (1, f"block_{filters}")):
             shortcut = x
             if stride > 1 or x.shape[-1] != filters:
                 shortcut = conv(x, filters, stride, size=1)
             x = layers.ReLU()(conv(x, filters, stride))
-            x = layers.ReLU()(layers.Add()([conv(x, filters, 1), shortcut]))
+            x = layers.Add()([conv(x, filters, 1), shortcut])
+            x = layers.ReLU(name=name)(x)
     return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
+
+
+def block_features(model):
+    """The pooled output of every block of a network, the first block first."""
+    blocks = [x for x in model.layers if x.name.startswith("block_")]
+    return [layers.GlobalAveragePooling2D()(x.output) for x in blocks]
 
 
 NETWORKS = {"convnet": convnet, "resnet18": resnet18}

@@ -24,6 +24,7 @@ import dataclasses
 import keras
 import numpy as np
 from keras import layers, ops
+from networks import block_features
 
 import keras_halo
 from keras_halo import packing
@@ -53,13 +54,16 @@ Args:
 """
 
 
-Training = collections.namedtuple("Training", ["model", "loss", "metric"])
+Training = collections.namedtuple(
+    "Training", ["model", "loss", "metric", "rate"], defaults=[1.0]
+)
 Training.__doc__ = """What is fitted in order to train a model.
 
 Args:
     model: The model itself, or one that shares its layers.
     loss: As `keras.Model.compile` takes it.
     metric: Accuracy, as `keras.Model.compile` takes it.
+    rate: Float, by what the learning rate is multiplied.
 """
 
 
@@ -93,6 +97,23 @@ def _on_a_sphere(features):
     return layers.Rescaling(features.shape[-1] ** 0.5)(x)
 
 
+def _directions_and_lengths(model):
+    """What the blocks of a network say: directions, and logarithms of lengths.
+
+    Args:
+        model: `keras.Model` on a network of `networks.NETWORKS`.
+
+    Returns:
+        Symbolic tensor of shape `(N, F + n)`, for `n` blocks of `F` features
+        in all.
+    """
+    blocks = block_features(model)
+    lengths = [ops.norm(x, axis=-1, keepdims=True) for x in blocks]
+    # The floor keeps the logarithm finite where an image is all black.
+    logs = [ops.log(ops.maximum(x, 1e-12)) for x in lengths]
+    return layers.Concatenate()([_on_a_sphere(x) for x in blocks] + logs)
+
+
 def _cross_entropy(label_smoothing=0.0, scale=1.0):
     """Cross-entropy of logits, with integer labels, for each sample."""
 
@@ -113,8 +134,8 @@ def _cross_entropy(label_smoothing=0.0, scale=1.0):
 class _Linear(_OnePhase):
     """A linear layer on the features, with every post-hoc detector."""
 
-    def head(self, features, num_classes):
-        return layers.Dense(num_classes, name="logits")(features)
+    def head(self, backbone, num_classes):
+        return layers.Dense(num_classes, name="logits")(backbone.output)
 
     def reader(self, model, images):
         network = _with_features(model)
@@ -129,7 +150,10 @@ class _Linear(_OnePhase):
             bias,
             _validation_temperature(network, images),
         )
-        return _reader(network, detectors)
+        on_blocks = posthoc.fit_on_blocks(
+            train["blocks"], y, images.num_classes
+        )
+        return _reader(network, detectors, on_blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +170,9 @@ class CrossEntropy(_Linear):
 class CrossEntropyOnASphere(CrossEntropy):
     """Cross-entropy on features that are scaled to one length."""
 
-    def head(self, features, num_classes):
-        return super().head(_on_a_sphere(features), num_classes)
+    def head(self, backbone, num_classes):
+        features = _on_a_sphere(backbone.output)
+        return layers.Dense(num_classes, name="logits")(features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +225,8 @@ class IsoMaxPlus(_OnePhase):
 
     entropic_scale: float = 10.0
 
-    def head(self, features, num_classes):
-        return IsoMaxPlusHead(num_classes, name="logits")(features)
+    def head(self, backbone, num_classes):
+        return IsoMaxPlusHead(num_classes, name="logits")(backbone.output)
 
     def training(self, model):
         loss = _cross_entropy(scale=self.entropic_scale)
@@ -271,9 +296,9 @@ class HALO(_OnePhase):
     normalize: bool = False
     roundness: float = 0.0
 
-    def head(self, features, num_classes):
+    def head(self, backbone, num_classes):
         dim = self.embedding_dim or num_classes
-        x = layers.Dense(dim, use_bias=not self.normalize)(features)
+        x = layers.Dense(dim, use_bias=not self.normalize)(backbone.output)
         if self.normalize:
             x = layers.BatchNormalization(momentum=0.9, scale=False)(x)
         return keras_halo.HALODense(
@@ -337,22 +362,31 @@ class ConvertedHALO(HALO):
     """Cross-entropy first, HALO for the rest of the same number of epochs.
 
     `keras_halo.convert_head` makes the one of the other: the embedding is all
-    features, turned such that the classes start as unit Gaussians. HALO then
-    starts from the full learning rate again.
+    that the head reads, turned such that the classes start as unit Gaussians.
+    HALO then starts from its full learning rate again.
 
     Args:
         share: Float in `(0, 1)`, the share of the epochs with cross-entropy.
         unit_length: Boolean, whether the converted head reads features that
             are scaled to one length.
         freeze: Boolean, whether HALO trains embedding and head alone.
+        all_blocks: Boolean, whether the converted head reads direction and
+            length of the features of all blocks instead.
+        rate: Float, the learning rate of HALO in units of that of
+            cross-entropy.
     """
 
     share: float = 0.9
     unit_length: bool = True
     freeze: bool = True
+    all_blocks: bool = False
+    rate: float = 1.0
 
-    def head(self, features, num_classes):
-        if self.unit_length:
+    def head(self, backbone, num_classes):
+        features = backbone.output
+        if self.all_blocks:
+            features = _directions_and_lengths(backbone)
+        elif self.unit_length:
             features = _on_a_sphere(features)
         x = layers.Dense(features.shape[-1])(features)
         return keras_halo.HALODense(
@@ -361,8 +395,7 @@ class ConvertedHALO(HALO):
 
     def phases(self, model, images, epochs):
         embedding, head = model.layers[-2:]
-        # Cross-entropy reads features as they are, before they are scaled.
-        features = model.layers[-4 if self.unit_length else -2].input
+        features = block_features(model)[-1]
         num_first = min(round(self.share * epochs), epochs - 1)
         classifier = _with_linear_head(model, features, images)
         yield CrossEntropy().training(classifier), num_first
@@ -378,7 +411,8 @@ class ConvertedHALO(HALO):
             layer.set_weights(start.get_weights())
         if self.freeze:
             classifier.trainable = False
-        yield self.training(model), epochs - num_first
+        training = self.training(model)._replace(rate=self.rate)
+        yield training, epochs - num_first
 
 
 def _with_linear_head(model, features, images):
@@ -386,10 +420,14 @@ def _with_linear_head(model, features, images):
 
 
 def _with_features(model):
-    """The model with the input of its last layer as a second output."""
-    last = model.layers[-1]
+    """The model with what detectors read beside its output."""
     return keras.Model(
-        model.input, {"features": last.input, "logits": model.output}
+        model.input,
+        {
+            "features": model.layers[-1].input,
+            "blocks": _directions_and_lengths(model),
+            "logits": model.output,
+        },
     )
 
 
@@ -398,17 +436,24 @@ def _validation_temperature(network, images):
     return posthoc.fit_temperature(_predict(network, x)["logits"], y)
 
 
-def _reader(network, detectors):
+def _reader(network, detectors, on_blocks=None):
+    on_blocks = on_blocks or {}
+
     def read(x):
         outputs = _predict(network, x)
-        features, logits = outputs["features"], outputs["logits"]
+        logits = outputs["logits"]
         scores = {
-            name: detector.score(features, logits)
-            for name, detector in detectors.items()
+            name: detector.score(outputs[source], logits)
+            for source, group in (
+                ("features", detectors),
+                ("blocks", on_blocks),
+            )
+            for name, detector in group.items()
         }
         return Reading(logits, scores, None)
 
-    return Reader(read, {name: d.storage for name, d in detectors.items()})
+    kept = {**detectors, **on_blocks}
+    return Reader(read, {name: d.storage for name, d in kept.items()})
 
 
 # 0.02, plain targets and normalized embeddings did well in short trials.
@@ -435,6 +480,9 @@ METHODS = {
         share=0.5,
         unit_length=False,
         freeze=False,
+    ),
+    "HALO-converted-blocks": ConvertedHALO(
+        distill=False, label_smoothing=0.003, all_blocks=True, rate=2.5
     ),
     "HALO-round": HALO(distill=False, label_smoothing=0.02, roundness=1.0),
     "HALO-normalized-round": HALO(

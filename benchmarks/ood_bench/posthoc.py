@@ -205,3 +205,18 @@ def fit_all(features, logits, labels, kernel, bias, temperature):
         ),
         "ViM": virtual_logit(features, logits, kernel, bias),
     }
+
+
+def fit_on_blocks(blocks, labels, num_classes):
+    """The detectors of features on what all blocks of the network say.
+
+    Args:
+        blocks: Array of shape `(N, F)`, of training data.
+        labels: Integers of shape `(N,)`.
+        num_classes: Integer.
+    """
+    return {
+        "k-NN, blocks": nearest_neighbours(blocks),
+        "Mahalanobis, blocks": mahalanobis(blocks, labels, num_classes),
+        "class Gaussians, blocks": class_gaussians(blocks, labels, num_classes),
+    }

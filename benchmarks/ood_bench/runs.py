@@ -97,7 +97,7 @@ def build(settings, images):
     keras.utils.set_random_seed(settings.seed)
     backbone = NETWORKS[settings.network](images.train[0].shape[1:])
     method = METHODS[settings.method]
-    outputs = method.head(backbone.output, images.num_classes)
+    outputs = method.head(backbone, images.num_classes)
     return keras.Model(backbone.input, outputs)
 
 
@@ -111,7 +111,8 @@ def train(model, settings, images):
         model, images, settings.epochs
     ):
         schedule = keras.optimizers.schedules.CosineDecay(
-            settings.learning_rate, epochs * batches.num_batches
+            training.rate * settings.learning_rate,
+            epochs * batches.num_batches,
         )
         training.model.compile(
             OPTIMIZERS[settings.optimizer](schedule),
