@@ -105,10 +105,14 @@ def _directions_and_lengths(model):
 
     Returns:
         Symbolic tensor of shape `(N, F + n)`, for `n` blocks of `F` features
-        in all.
+        in all. Scaling to one length takes out how much of a pattern an image
+        has; the logarithms keep that, on a scale on which blocks compare.
     """
     blocks = block_features(model)
-    lengths = [ops.norm(x, axis=-1, keepdims=True) for x in blocks]
+    # In a functional model, `ops.norm` of an axis fails on JAX.
+    lengths = [
+        ops.sqrt(ops.sum(ops.square(x), axis=-1, keepdims=True)) for x in blocks
+    ]
     # The floor keeps the logarithm finite where an image is all black.
     logs = [ops.log(ops.maximum(x, 1e-12)) for x in lengths]
     return layers.Concatenate()([_on_a_sphere(x) for x in blocks] + logs)
@@ -134,8 +138,11 @@ def _cross_entropy(label_smoothing=0.0, scale=1.0):
 class _Linear(_OnePhase):
     """A linear layer on the features, with every post-hoc detector."""
 
+    def features(self, backbone):
+        return backbone.output
+
     def head(self, backbone, num_classes):
-        return layers.Dense(num_classes, name="logits")(backbone.output)
+        return layers.Dense(num_classes, name="logits")(self.features(backbone))
 
     def reader(self, model, images):
         network = _with_features(model)
@@ -153,7 +160,7 @@ class _Linear(_OnePhase):
         on_blocks = posthoc.fit_on_blocks(
             train["blocks"], y, images.num_classes
         )
-        return _reader(network, detectors, on_blocks)
+        return _reader(network, {**detectors, **on_blocks})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +177,8 @@ class CrossEntropy(_Linear):
 class CrossEntropyOnASphere(CrossEntropy):
     """Cross-entropy on features that are scaled to one length."""
 
-    def head(self, backbone, num_classes):
-        features = _on_a_sphere(backbone.output)
-        return layers.Dense(num_classes, name="logits")(features)
+    def features(self, backbone):
+        return _on_a_sphere(backbone.output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,24 +442,17 @@ def _validation_temperature(network, images):
     return posthoc.fit_temperature(_predict(network, x)["logits"], y)
 
 
-def _reader(network, detectors, on_blocks=None):
-    on_blocks = on_blocks or {}
-
+def _reader(network, detectors):
     def read(x):
         outputs = _predict(network, x)
         logits = outputs["logits"]
         scores = {
-            name: detector.score(outputs[source], logits)
-            for source, group in (
-                ("features", detectors),
-                ("blocks", on_blocks),
-            )
-            for name, detector in group.items()
+            name: detector.score(outputs[detector.reads], logits)
+            for name, detector in detectors.items()
         }
         return Reading(logits, scores, None)
 
-    kept = {**detectors, **on_blocks}
-    return Reader(read, {name: d.storage for name, d in kept.items()})
+    return Reader(read, {name: d.storage for name, d in detectors.items()})
 
 
 # 0.02, plain targets and normalized embeddings did well in short trials.
@@ -481,6 +480,7 @@ METHODS = {
         unit_length=False,
         freeze=False,
     ),
+    # A head that is trained alone bears a larger learning rate.
     "HALO-converted-blocks": ConvertedHALO(
         distill=False, label_smoothing=0.003, all_blocks=True, rate=2.5
     ),

@@ -37,13 +37,17 @@ from keras_halo.statistics import class_statistics
 # Queries that the search for neighbours answers at a time.
 _CHUNK = 2000
 
-Detector = collections.namedtuple("Detector", ["score", "storage"])
+Detector = collections.namedtuple(
+    "Detector", ["score", "storage", "reads"], defaults=["features"]
+)
 Detector.__doc__ = """A score, and what it needs besides the network.
 
 Args:
     score: Function of features `(N, F)` and logits `(N, K)`, which returns
         `N` scores.
     storage: Integer, how many numbers the fit has to keep.
+    reads: String, which features: those of the last layer, `"features"`, or
+        of all blocks, `"blocks"`.
 """
 
 
@@ -215,8 +219,9 @@ def fit_on_blocks(blocks, labels, num_classes):
         labels: Integers of shape `(N,)`.
         num_classes: Integer.
     """
-    return {
+    fitted = {
         "k-NN, blocks": nearest_neighbours(blocks),
         "Mahalanobis, blocks": mahalanobis(blocks, labels, num_classes),
         "class Gaussians, blocks": class_gaussians(blocks, labels, num_classes),
     }
+    return {name: d._replace(reads="blocks") for name, d in fitted.items()}
