@@ -12,7 +12,7 @@ settings can be chosen without a look at what is reported.
     python benchmarks/ood.py --dataset fashion_mnist --ood mnist
     python benchmarks/ood.py --dataset fashion_mnist --ood letters.npz
     python benchmarks/ood.py --dataset fashion_mnist --hold-out 8 9
-    python benchmarks/ood.py --quick
+    python benchmarks/ood.py --quick --jobs 2
     python benchmarks/ood.py --list
 
 Each trained network and each evaluation is a file in the output folder, there
@@ -22,6 +22,7 @@ backend runs it, `KERAS_BACKEND` says. Needs `keras-halo[tools]`.
 """
 
 import argparse
+import concurrent.futures
 import os
 import sys
 import time
@@ -100,6 +101,12 @@ def parse_arguments(arguments=None):
         "array `x` or `x_test`",
     )
     parser.add_argument("--no-augmentation", action="store_true")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at a time, default 1; small networks do not fill the cores",
+    )
     parser.add_argument("--output", help="folder, default ood_results")
     parser.add_argument(
         "--quick", action="store_true", help="fewer images, epochs and methods"
@@ -170,31 +177,41 @@ def find_missing(folder, planned, evaluation):
     ]
 
 
-def execute(folder, planned, missing, evaluation):
+def execute(folder, planned, missing, evaluation, jobs):
     """Makes what is missing; returns the records and arrays of all runs."""
-    results, seconds = [], []
-    num_trained = 0
-    for settings in planned:
-        if settings in missing:
-            rank = missing.index(settings)
-            left = ""
-            if seconds:
-                minutes = sum(seconds) / rank * (len(missing) - rank) / 60
-                left = f", about {minutes:.0f} min left"
-            print(
-                f"[{rank + 1}/{len(missing)}] {settings.title}{left}",
-                flush=True,
-            )
-            start = time.perf_counter()
-            num_trained += runs.run(folder, settings, evaluation)
-            seconds.append(time.perf_counter() - start)
-        path = runs.result_path(folder, settings, evaluation)
-        results.append((settings, *store.load(path)))
+    start = time.perf_counter()
+    finished = []
+
+    def make(settings):
+        left = ""
+        if finished:
+            minutes = (time.perf_counter() - start) / len(finished) / 60
+            minutes *= len(missing) - len(finished)
+            left = f", about {minutes:.0f} min left"
+        rank = missing.index(settings) + 1
+        # In one piece: `print` writes the end of a line after the line.
+        line = f"[{rank}/{len(missing)}] {settings.title}{left}\n"
+        print(line, end="", flush=True)
+        trained = runs.run(folder, settings, evaluation)
+        finished.append(settings)
+        return trained
+
+    # A thread waits for a run, which has a process of its own.
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        try:
+            num_trained = sum(pool.map(make, missing))
+        except BaseException:
+            # What waits for its turn is not begun.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     print(
         f"{len(planned)} runs: {num_trained} trained, {len(missing)} "
         f"evaluated, {len(planned) - len(missing)} found finished"
     )
-    return results
+    return [
+        (settings, *store.load(runs.result_path(folder, settings, evaluation)))
+        for settings in planned
+    ]
 
 
 def main(arguments=None):
@@ -205,6 +222,8 @@ def main(arguments=None):
         for name, method in METHODS.items():
             print(f"{name:23}{method}")
         return None
+    if arguments.jobs < 1:
+        sys.exit(f"ood.py: --jobs must be at least 1, got {arguments.jobs}")
     planned, evaluation = plan(arguments)
     # Bad arguments show here, and not after the first training.
     try:
@@ -226,7 +245,7 @@ def main(arguments=None):
     missing = find_missing(folder, planned, evaluation)
     if missing and arguments.expect_finished:
         sys.exit(f"{len(missing)} of {len(planned)} runs are missing")
-    results = execute(folder, planned, missing, evaluation)
+    results = execute(folder, planned, missing, evaluation, arguments.jobs)
     text = report.write(arguments.output, results, command)
     figures.draw(arguments.output, results)
     print(f"\n{text}\nTables and figures are in {arguments.output}.")
