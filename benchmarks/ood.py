@@ -37,8 +37,8 @@ from ood_bench.settings import Evaluation, Settings
 
 # What `--quick` and `--smoke` change, unless it is given.
 QUICK = {
-    "epochs": 4,
-    "num_train": 15_000,
+    "seeds": 1,
+    "epochs": 10,
     "num_test": 2_000,
     "methods": list(CENTRAL),
 }
@@ -109,7 +109,9 @@ def parse_arguments(arguments=None):
     )
     parser.add_argument("--output", help="folder, default ood_results")
     parser.add_argument(
-        "--quick", action="store_true", help="fewer images, epochs and methods"
+        "--quick",
+        action="store_true",
+        help="one seed, fewer epochs, methods and images to test",
     )
     parser.add_argument(
         "--smoke", action="store_true", help="8 x 8 digits, for seconds"

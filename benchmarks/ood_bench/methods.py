@@ -498,8 +498,7 @@ METHODS = {
 CENTRAL = (
     "cross-entropy",
     "LogitNorm",
+    "IsoMax+",
     "HALO",
-    "HALO-plain-0.02",
-    "HALO-normalized",
     "HALO-converted",
 )
