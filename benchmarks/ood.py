@@ -200,12 +200,7 @@ def execute(folder, planned, missing, evaluation, jobs):
 
     # A thread waits for a run, which has a process of its own.
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        try:
-            num_trained = sum(pool.map(make, missing))
-        except BaseException:
-            # What waits for its turn is not begun.
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        num_trained = sum(pool.map(make, missing))
     print(
         f"{len(planned)} runs: {num_trained} trained, {len(missing)} "
         f"evaluated, {len(planned) - len(missing)} found finished"
