@@ -23,6 +23,7 @@ backend runs it, `KERAS_BACKEND` says. Needs `keras-halo[tools]`.
 
 import argparse
 import concurrent.futures
+import hashlib
 import os
 import sys
 import time
@@ -33,7 +34,7 @@ import keras
 from networks import NETWORKS
 from ood_bench import data, figures, report, runs, store
 from ood_bench.methods import CENTRAL, METHODS
-from ood_bench.settings import Evaluation, Settings
+from ood_bench.settings import Evaluation, Settings, UnknownImages
 
 # What `--quick` and `--smoke` change, unless it is given.
 QUICK = {
@@ -141,10 +142,18 @@ def plan(arguments):
     extra = []
     for entry in arguments.ood:
         name, _, source = entry.rpartition("=")
-        stem = os.path.splitext(os.path.basename(source))[0]
+        name = name or os.path.splitext(os.path.basename(source))[0]
+        digest = None
         if source not in data.DATASETS:
-            source = os.path.abspath(source)
-        extra.append((name or stem, source))
+            try:
+                with open(source, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                sys.exit(
+                    "ood.py: --ood must be an npz file or one of "
+                    f"{sorted(data.DATASETS)}, got {source!r}: {error}"
+                )
+        extra.append(UnknownImages(name, source, digest))
     evaluation = Evaluation(arguments.num_test, tuple(extra))
     settings = [
         Settings(

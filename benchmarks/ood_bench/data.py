@@ -123,17 +123,18 @@ def unknown_sets(images, evaluation):
     """
     x = images.test[0]
     sets = {}
-    for name, source in evaluation.extra:
-        if source in DATASETS:
-            extra = as_images(DATASETS[source]()[1][0])
+    for extra in evaluation.extra:
+        if extra.digest is None:
+            unknown = as_images(DATASETS[extra.source]()[1][0])
         else:
-            extra = read_images(source)
-        if extra.shape[1:] != x.shape[1:]:
+            unknown = read_images(extra.source)
+        if unknown.shape[1:] != x.shape[1:]:
             raise ValueError(
-                f"The images of {source} must have the shape {x.shape[1:]} of "
-                f"the known ones. Received: {extra.shape[1:]}."
+                f"The images of {extra.source} must have the shape "
+                f"{x.shape[1:]} of the known ones. Received: "
+                f"{unknown.shape[1:]}."
             )
-        sets[name] = extra[: evaluation.num_test or None]
+        sets[extra.name] = unknown[: evaluation.num_test or None]
     if len(images.held_out):
         sets[HELD_OUT] = images.held_out
     return {

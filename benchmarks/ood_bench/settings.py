@@ -52,18 +52,33 @@ class Evaluation:
 
     Args:
         num_test: Integer, how many test images; 0 for all of them.
-        extra: Tuple of pairs, the name of further unknown images and their
-            source: a key of `data.DATASETS` or an npz file.
+        extra: Tuple of `UnknownImages`, further ones.
     """
 
     num_test: int
     extra: tuple
 
 
+@dataclasses.dataclass(frozen=True)
+class UnknownImages:
+    """Images of unknown classes that the user names.
+
+    Args:
+        name: String, how the tables call them.
+        source: String, a key of `data.DATASETS` or the path of an npz file.
+        digest: String, that of the file, which may move; `None` for a data
+            set.
+    """
+
+    name: str
+    source: str
+    digest: str | None = None
+
+
 def name_of(settings, *more):
     """A file name that differs whenever one of these dataclasses does."""
     parts = [
-        [type(part).__name__, dataclasses.asdict(part)]
+        [type(part).__name__, dataclasses.asdict(part, dict_factory=_identity)]
         for part in (settings, *more)
     ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
@@ -71,3 +86,11 @@ def name_of(settings, *more):
         f"{settings.dataset}-{settings.network}-{settings.method}"
         f"-seed{settings.seed}-{digest.hexdigest()[:12]}"
     )
+
+
+def _identity(fields):
+    """What of a dataclass counts: a file is its contents, wherever it lies."""
+    fields = dict(fields)
+    if fields.get("digest"):
+        del fields["source"]
+    return fields
