@@ -24,7 +24,7 @@ import dataclasses
 import keras
 import numpy as np
 from keras import layers, ops
-from networks import block_features
+from networks import block_features, last_block_moments
 
 import keras_halo
 from keras_halo import packing
@@ -100,15 +100,17 @@ def _on_a_sphere(features):
 def _directions_and_lengths(model):
     """What the blocks of a network say: directions, and logarithms of lengths.
 
+    The last block, whose features mean most, also says where it sees them.
+
     Args:
         model: `keras.Model` on a network of `networks.NETWORKS`.
 
     Returns:
-        Symbolic tensor of shape `(N, F + n)`, for `n` blocks of `F` features
+        Symbolic tensor of shape `(N, F + n)`, for `n` blocks of `F` numbers
         in all. Scaling to one length takes out how much of a pattern an image
         has; the logarithms keep that, on a scale on which blocks compare.
     """
-    blocks = block_features(model)
+    blocks = [*block_features(model)[:-1], last_block_moments(model)]
     # In a functional model, `ops.norm` of an axis fails on JAX.
     lengths = [
         ops.sqrt(ops.sum(ops.square(x), axis=-1, keepdims=True)) for x in blocks
