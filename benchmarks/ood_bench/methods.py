@@ -184,6 +184,20 @@ class CrossEntropyOnASphere(CrossEntropy):
 
 
 @dataclasses.dataclass(frozen=True)
+class CrossEntropyOnAnEmbedding(CrossEntropy):
+    """Cross-entropy on an embedding like the one that HALO has.
+
+    Args:
+        embedding_dim: Integer, the size of the embedding.
+    """
+
+    embedding_dim: int = 32
+
+    def features(self, backbone):
+        return layers.Dense(self.embedding_dim)(backbone.output)
+
+
+@dataclasses.dataclass(frozen=True)
 class LogitNorm(_Linear):
     """Cross-entropy of logits that have a constant norm in training."""
 
@@ -461,6 +475,8 @@ def _reader(network, detectors):
 METHODS = {
     "cross-entropy": CrossEntropy(),
     "cross-entropy-unit": CrossEntropyOnASphere(),
+    # What of `HALO-D32` is a merit of the small embedding alone?
+    "cross-entropy-D32": CrossEntropyOnAnEmbedding(),
     "label-smoothing": CrossEntropy(label_smoothing=0.1),
     "LogitNorm": LogitNorm(),
     "IsoMax+": IsoMaxPlus(),
