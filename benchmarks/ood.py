@@ -13,6 +13,7 @@ settings can be chosen without a look at what is reported.
     python benchmarks/ood.py --dataset fashion_mnist --ood letters.npz
     python benchmarks/ood.py --dataset fashion_mnist --hold-out 8 9
     python benchmarks/ood.py --quick --jobs 2
+    python benchmarks/ood.py --finished-only
     python benchmarks/ood.py --list
 
 Each trained network and each evaluation is a file in the output folder, there
@@ -117,10 +118,17 @@ def parse_arguments(arguments=None):
     parser.add_argument(
         "--smoke", action="store_true", help="8 x 8 digits, for seconds"
     )
-    parser.add_argument(
+    missing = parser.add_mutually_exclusive_group()
+    missing.add_argument(
         "--expect-finished",
         action="store_true",
         help="fail if a run is missing, instead of making it",
+    )
+    missing.add_argument(
+        "--finished-only",
+        action="store_true",
+        help="tables and figures of the runs that are finished, and no other;\n"
+        "also while another process makes them",
     )
     parser.add_argument(
         "--list", action="store_true", help="print the methods and stop"
@@ -251,6 +259,12 @@ def main(arguments=None):
     missing = find_missing(folder, planned, evaluation)
     if missing and arguments.expect_finished:
         sys.exit(f"{len(missing)} of {len(planned)} runs are missing")
+    if arguments.finished_only:
+        print(f"{len(missing)} of {len(planned)} runs are missing, left out")
+        planned = [settings for settings in planned if settings not in missing]
+        missing = []
+        if not planned:
+            sys.exit(f"ood.py: no run in {folder} is finished")
     results = execute(folder, planned, missing, evaluation, arguments.jobs)
     text = report.write(arguments.output, results, command)
     figures.draw(arguments.output, results)

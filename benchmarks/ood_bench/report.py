@@ -2,7 +2,6 @@
 
 import csv
 import os
-import platform
 
 import keras
 import numpy as np
@@ -42,9 +41,9 @@ RISK_COLUMNS = (
 )
 
 NOTES = """\
-Mean ± standard deviation over the seeds. Accuracies, ECE, AUROC, AUPR, FPR and
-shares in %. ECE with 15 bins of equal width. NLL in nats, Brier score between
-0 and 2.
+Mean ± standard deviation over the seeds; how many, the first table says.
+Accuracies, ECE, AUROC, AUPR, FPR and shares in %. ECE with 15 bins of equal
+width. NLL in nats, Brier score between 0 and 2.
 
 - *scaled*: after a temperature fitted to the validation images. *abstain*:
   HALO's probabilities as they are, with the mass of abstaining missing from
@@ -97,7 +96,7 @@ def _heading(results, command):
         f"{record['training']['num_train']:,} images to train, "
         f"{settings.epochs} epochs, {record['num_test']:,} test images. "
         f"keras_halo {__version__}, Keras {keras.__version__} on "
-        f"{settings.backend}, {os.cpu_count()} cores {platform.machine()}."
+        f"{settings.backend}."
     )
 
 
@@ -118,7 +117,7 @@ def _tables(results):
         return f"{network}, {method}" if many else method
 
     known = [
-        ["trained", *(c[1] for c in KNOWN_COLUMNS + COST_COLUMNS)],
+        ["trained", "seeds", *(c[1] for c in KNOWN_COLUMNS + COST_COLUMNS)],
     ]
     per_set = [["trained", "detector", *_set_names(results), "mean"]]
     means = [
@@ -135,6 +134,7 @@ def _tables(results):
         known.append(
             [
                 title(*key),
+                str(len(records)),
                 *_cells([r["known"] for r in records], KNOWN_COLUMNS),
                 *_cells([_costs(r["training"]) for r in records], COST_COLUMNS),
             ]
