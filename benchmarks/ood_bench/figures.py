@@ -121,32 +121,44 @@ def _aurocs_by_set(runs):
 
 def _reliability(runs):
     """Confidence against accuracy of each training's first seed."""
-    columns = min(4, len(runs))
-    lines = -(-len(runs) // columns)
-    figure, axes = plt.subplots(
-        lines,
-        columns,
-        figsize=(4 * columns, 4 * lines),
-        squeeze=False,
-        layout="constrained",
-    )
-    for ax in axes.flat[len(runs) :]:
-        ax.set_axis_off()
-    for ax, (method, seeds) in zip(axes.flat, runs.items(), strict=False):
+    figure, axes = _panels(len(runs))
+    for ax, (method, seeds) in zip(axes, runs.items(), strict=True):
         record, arrays = seeds[0]
         reliability_diagram(arrays["labels"], arrays["probabilities"], ax=ax)
-        if ax is not axes.flat[0]:
+        if ax is not axes[0]:
             ax.get_legend().remove()
         ax.set_title(f"{method}: ECE {100 * record['known']['ece']:.1f} %")
     return figure
 
 
 def _risk_coverage(runs):
-    """What each training's most certain answers cost, for the first seed."""
-    figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
-    for method, seeds in runs.items():
-        arrays = seeds[0][1]
-        risk_coverage(
-            arrays["errors"], arrays["uncertainty"], ax=ax, label=method
-        )
+    """The most certain answers of each training beside those of the first."""
+    first, *others = [
+        (method, seeds[0][1]["errors"], seeds[0][1]["uncertainty"])
+        for method, seeds in runs.items()
+    ]
+    pairs = [(first, other) for other in others] or [(first,)]
+    figure, axes = _panels(len(pairs))
+    for ax, pair in zip(axes, pairs, strict=True):
+        for method, errors, uncertainty in pair:
+            risk_coverage(errors, uncertainty, ax=ax, label=method)
+        if ax is not axes[0]:
+            ax.sharey(axes[0])
+        ax.legend(loc="upper left", fontsize=7)
     return figure
+
+
+def _panels(count):
+    """A figure with so many axes, four in a row."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(4 * columns, 4 * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    return figure, axes.flat[:count]

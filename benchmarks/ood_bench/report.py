@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_halo import __version__
+from keras_halo.metrics import aurc
 
 # Key, header, factor and decimals of each column.
 KNOWN_COLUMNS = (
@@ -45,6 +46,9 @@ Mean ± standard deviation over the seeds; how many, the first table says.
 Accuracies, ECE, AUROC, AUPR, FPR and shares in %. ECE with 15 bins of equal
 width. NLL in nats, Brier score between 0 and 2.
 
+- *Summary*: AURC is that of the largest probability; the detectors are those
+  that are best by *choose by*, of all that store nothing and of all that keep
+  more than a temperature, and their AUROC is the mean over the unknown sets.
 - *scaled*: after a temperature fitted to the validation images. *abstain*:
   HALO's probabilities as they are, with the mass of abstaining missing from
   the classes; everything else is of the classes alone, summing to one.
@@ -64,6 +68,21 @@ width. NLL in nats, Brier score between 0 and 2.
   median over the epochs after the first, which compiles.
   *memory*: peak of the process up to the end of training, libraries and
   images included."""
+
+
+SUMMARY_HEADER = (
+    "trained",
+    "seeds",
+    "accuracy",
+    "ECE",
+    "ECE, scaled",
+    "AURC ‰",
+    "nothing stored",
+    "AUROC",
+    "fitted",
+    "AUROC",
+    "keeps",
+)
 
 
 def write(folder, results, command):
@@ -109,13 +128,55 @@ def groups(results):
     return grouped
 
 
+def _summary(results):
+    """One row for each training, detectors chosen by synthetic outliers."""
+    grouped = groups(results)
+    rows = [SUMMARY_HEADER]
+    for key, runs in grouped.items():
+        records = [record for record, _ in runs]
+        known = [record["known"] for record in records]
+        rows.append(
+            [
+                _title(grouped, *key),
+                str(len(runs)),
+                *_cells(known, KNOWN_COLUMNS[:3]),
+                cell(
+                    [aurc(a["errors"], a["uncertainty"]) for _, a in runs],
+                    1000,
+                    2,
+                ),
+                *_best(records, lambda storage: storage == 0)[:2],
+                *_best(records, lambda storage: storage > 1),
+            ]
+        )
+    return rows
+
+
+def _best(records, admits):
+    """Name, mean AUROC and storage of what is best by synthetic outliers."""
+    names = [
+        name
+        for name, detector in records[0]["detectors"].items()
+        if admits(detector["storage"])
+    ]
+    if not names:
+        return "", "", ""
+    found = {name: [r["detectors"][name] for r in records] for name in names}
+    best = max(
+        names,
+        key=lambda name: sum(d["synthetic_auroc"] for d in found[name]),
+    )
+    aurocs = [mean_over_sets(d)["auroc"] for d in found[best]]
+    return best, cell(aurocs, 100, 1), f"{found[best][0]['storage']:,}"
+
+
+def _title(grouped, network, method):
+    many = len({network for network, _ in grouped}) > 1
+    return f"{network}, {method}" if many else method
+
+
 def _tables(results):
     grouped = groups(results)
-    many = len({network for network, _ in grouped}) > 1
-
-    def title(network, method):
-        return f"{network}, {method}" if many else method
-
     known = [
         ["trained", "seeds", *(c[1] for c in KNOWN_COLUMNS + COST_COLUMNS)],
     ]
@@ -133,7 +194,7 @@ def _tables(results):
         records = [record for record, _ in runs]
         known.append(
             [
-                title(*key),
+                _title(grouped, *key),
                 str(len(records)),
                 *_cells([r["known"] for r in records], KNOWN_COLUMNS),
                 *_cells([_costs(r["training"]) for r in records], COST_COLUMNS),
@@ -141,7 +202,7 @@ def _tables(results):
         )
         for detector in records[0]["detectors"]:
             found = [r["detectors"][detector] for r in records]
-            row = [title(*key), detector]
+            row = [_title(grouped, *key), detector]
             aurocs = [
                 [entry["sets"][name]["auroc"] for entry in found]
                 for name in _set_names(results)
@@ -158,6 +219,7 @@ def _tables(results):
                 ]
             )
     return (
+        "**Summary**\n\n" + markdown(_summary(results)),
         "**Known images**\n\n" + markdown(known),
         "**AUROC against each unknown set**\n\n" + markdown(per_set),
         "**Means over the unknown sets, and selective prediction**\n\n"
