@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 
 from keras_halo.plots import reliability_diagram, risk_coverage
 from keras_halo.plots.drawing import PALETTE
-from ood_bench.report import groups, mean_over_sets
+from ood_bench.report import best_detectors, groups, mean_over_sets
 
 
 def draw(folder, results):
@@ -38,43 +38,44 @@ def draw(folder, results):
 def _mean_aurocs(runs):
     """One row a detector: a dot for each seed, a bar at the mean."""
     rows = []
-    for index, (method, seeds) in enumerate(runs.items()):
-        for detector in _chosen([record for record, _ in seeds]):
-            values = [
-                100 * mean_over_sets(r["detectors"][detector])["auroc"]
-                for r, _ in seeds
-            ]
-            color = PALETTE[index % len(PALETTE)]
-            rows.append((f"{method} · {detector}", values, color))
-    rows.sort(key=lambda row: np.mean(row[1]))
+    for method, seeds in runs.items():
+        records = [record for record, _ in seeds]
+        color = PALETTE[0] if method.startswith("HALO") else PALETTE[1]
+        for detector, filled in zip(
+            best_detectors(records), (False, True), strict=True
+        ):
+            if detector is not None:
+                values = [
+                    100 * mean_over_sets(r["detectors"][detector])["auroc"]
+                    for r in records
+                ]
+                label = f"{method} · {detector}"
+                rows.append((np.mean(values), values, label, color, filled))
+    rows.sort()
     figure, ax = plt.subplots(
         figsize=(8, 1.5 + 0.25 * len(rows)), layout="constrained"
     )
-    for y, (_, values, color) in enumerate(rows):
-        ax.plot(values, [y] * len(values), "o", color=color, alpha=0.6, ms=5)
-        ax.plot(np.mean(values), y, "|", color=color, ms=13, mew=2.5)
-    ax.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
+    for y, (mean, values, _, color, filled) in enumerate(rows):
+        ax.plot(
+            values,
+            [y] * len(values),
+            "o",
+            color=color,
+            markerfacecolor=color if filled else "none",
+            alpha=0.7,
+            ms=5,
+        )
+        ax.plot(mean, y, "|", color=color, ms=13, mew=2.5)
+    ax.set_yticks(range(len(rows)), [row[2] for row in rows], fontsize=8)
     ax.set(
-        xlabel="AUROC, mean over the unknown sets, %; dots are seeds",
+        xlabel="AUROC, mean over the unknown sets, %; dots are seeds,\n"
+        "filled where the detector stores something beside the network",
         ylim=(-1, len(rows)),
-        title="Of each training: its first detector, and the three that\n"
-        "do best on validation images and synthetic outliers",
+        title="Of each training, the detector that does best on validation\n"
+        "images and synthetic outliers: HALO blue, rivals orange",
     )
     ax.grid(alpha=0.3)
     return figure
-
-
-def _chosen(records, count=3):
-    """The first detector, and the best ones by what may be chosen by."""
-    names = list(records[0]["detectors"])
-    quality = {
-        name: np.mean(
-            [r["detectors"][name]["synthetic_auroc"] for r in records]
-        )
-        for name in names
-    }
-    best = sorted(names, key=quality.get, reverse=True)[:count]
-    return dict.fromkeys([names[0], *best])
 
 
 def _aurocs_by_set(runs):

@@ -135,6 +135,7 @@ def _summary(results):
     for key, runs in grouped.items():
         records = [record for record, _ in runs]
         known = [record["known"] for record in records]
+        nothing_stored, fitted = best_detectors(records)
         rows.append(
             [
                 _title(grouped, *key),
@@ -145,29 +146,46 @@ def _summary(results):
                     1000,
                     2,
                 ),
-                *_best(records, lambda storage: storage == 0)[:2],
-                *_best(records, lambda storage: storage > 1),
+                *_detector_cells(records, nothing_stored)[:2],
+                *_detector_cells(records, fitted),
             ]
         )
     return rows
 
 
-def _best(records, admits):
-    """Name, mean AUROC and storage of what is best by synthetic outliers."""
-    names = [
-        name
-        for name, detector in records[0]["detectors"].items()
-        if admits(detector["storage"])
-    ]
-    if not names:
-        return "", "", ""
-    found = {name: [r["detectors"][name] for r in records] for name in names}
-    best = max(
-        names,
-        key=lambda name: sum(d["synthetic_auroc"] for d in found[name]),
+def best_detectors(records):
+    """Names of the best by synthetic outliers, as the summary has them.
+
+    Args:
+        records: List of the records of all seeds of a training.
+
+    Returns:
+        Pair of names: of all that store nothing, and of all that keep more
+        than a temperature; `None` where there is none.
+    """
+    detectors = records[0]["detectors"]
+
+    def best(names):
+        return max(
+            names,
+            key=lambda name: sum(
+                r["detectors"][name]["synthetic_auroc"] for r in records
+            ),
+            default=None,
+        )
+
+    return (
+        best([n for n, d in detectors.items() if d["storage"] == 0]),
+        best([n for n, d in detectors.items() if d["storage"] > 1]),
     )
-    aurocs = [mean_over_sets(d)["auroc"] for d in found[best]]
-    return best, cell(aurocs, 100, 1), f"{found[best][0]['storage']:,}"
+
+
+def _detector_cells(records, name):
+    if name is None:
+        return "", "", ""
+    found = [record["detectors"][name] for record in records]
+    aurocs = [mean_over_sets(detector)["auroc"] for detector in found]
+    return name, cell(aurocs, 100, 1), f"{found[0]['storage']:,}"
 
 
 def _title(grouped, network, method):
