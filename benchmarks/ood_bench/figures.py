@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 
 from keras_halo.plots import reliability_diagram, risk_coverage
 from keras_halo.plots.drawing import PALETTE
+from ood_bench.methods import HALO, METHODS
 from ood_bench.report import best_detectors, groups, mean_over_sets
 
 
@@ -40,7 +41,7 @@ def _mean_aurocs(runs):
     rows = []
     for method, seeds in runs.items():
         records = [record for record, _ in seeds]
-        color = PALETTE[0] if method.startswith("HALO") else PALETTE[1]
+        color = PALETTE[0 if isinstance(METHODS[method], HALO) else 1]
         for detector, filled in zip(
             best_detectors(records), (False, True), strict=True
         ):

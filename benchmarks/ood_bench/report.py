@@ -70,19 +70,8 @@ width. NLL in nats, Brier score between 0 and 2.
   images included."""
 
 
-SUMMARY_HEADER = (
-    "trained",
-    "seeds",
-    "accuracy",
-    "ECE",
-    "ECE, scaled",
-    "AURC ‰",
-    "nothing stored",
-    "AUROC",
-    "fitted",
-    "AUROC",
-    "keeps",
-)
+# Of the known images, what the summary shows.
+SUMMARY_COLUMNS = KNOWN_COLUMNS[:3]
 
 
 def write(folder, results, command):
@@ -107,7 +96,7 @@ def write(folder, results, command):
 
 def _heading(results, command):
     settings, record, _ = results[0]
-    arguments = " ".join(os.path.basename(part) for part in command)
+    arguments = " ".join(_without_folders(part) for part in command)
     held_out = f", without classes {settings.hold_out}"
     return (
         f"`{arguments}`\n\n"
@@ -117,6 +106,12 @@ def _heading(results, command):
         f"keras_halo {__version__}, Keras {keras.__version__} on "
         f"{settings.backend}."
     )
+
+
+def _without_folders(argument):
+    """An argument of the command line; of `NAME=PATH` the name stays."""
+    name, equals, path = argument.rpartition("=")
+    return name + equals + os.path.basename(path)
 
 
 def groups(results):
@@ -131,7 +126,20 @@ def groups(results):
 def _summary(results):
     """One row for each training, detectors chosen by synthetic outliers."""
     grouped = groups(results)
-    rows = [SUMMARY_HEADER]
+    _, aurc_header, factor, _ = RISK_COLUMNS[0]
+    rows = [
+        [
+            "trained",
+            "seeds",
+            *(column[1] for column in SUMMARY_COLUMNS),
+            aurc_header,
+            "nothing stored",
+            "AUROC",
+            "fitted",
+            "AUROC",
+            "keeps",
+        ]
+    ]
     for key, runs in grouped.items():
         records = [record for record, _ in runs]
         known = [record["known"] for record in records]
@@ -140,10 +148,10 @@ def _summary(results):
             [
                 _title(grouped, *key),
                 str(len(runs)),
-                *_cells(known, KNOWN_COLUMNS[:3]),
+                *_cells(known, SUMMARY_COLUMNS),
                 cell(
                     [aurc(a["errors"], a["uncertainty"]) for _, a in runs],
-                    1000,
+                    factor,
                     2,
                 ),
                 *_detector_cells(records, nothing_stored)[:2],
