@@ -42,7 +42,7 @@ def read(paths):
 
 
 def compare(left, right):
-    """Rows of mean AUROC on both sides, over the unknown sets that both have."""
+    """Mean AUROC on both sides, over the unknown sets that both have."""
     rows = {}
     for detector in left.keys() & right.keys():
         sides = [left[detector], right[detector]]
@@ -97,7 +97,9 @@ def main(arguments=None):
     }
     trainings = sorted({detector[2] for detector in rows})
     print(f"{len(trainings)} trainings: {', '.join(trainings)}\n")
-    print("| detectors | number | rank correlation | mean difference | largest |")
+    print(
+        "| detectors | number | rank correlation | mean difference | largest |"
+    )
     print("|---|---|---|---|---|")
     for name, detectors in groups.items():
         if len(detectors) < 3:
