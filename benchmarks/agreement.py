@@ -21,6 +21,9 @@ import sys
 import numpy as np
 from scipy import stats
 
+# What both sides must have in common; a shorter training may be compared.
+TRAINING = ("dataset", "network", "hold_out", "trained")
+
 
 def read(paths):
     """Mean AUROC in % by detector, and what each detector keeps.
@@ -31,7 +34,7 @@ def read(paths):
     for path in paths:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                training = row["dataset"], row["network"], row["trained"]
+                training = tuple(row[key] for key in TRAINING)
                 if source.setdefault(training, path) != path:
                     continue
                 detector = *training, row["detector"]
@@ -46,11 +49,12 @@ def compare(left, right):
     rows = {}
     for detector in left.keys() & right.keys():
         sides = [left[detector], right[detector]]
-        common = set.intersection(*({set_ for _, set_ in s} for s in sides))
+        unknown_sets = [{unknown for _, unknown in side} for side in sides]
+        common = set.intersection(*unknown_sets)
         if common:
             rows[detector] = [
-                np.mean([v for (_, set_), v in s.items() if set_ in common])
-                for s in sides
+                np.mean([v for (_, name), v in side.items() if name in common])
+                for side in sides
             ]
     return rows
 
@@ -89,13 +93,20 @@ def main(arguments=None):
         for detector, row in compare(left, right).items()
         if not any(word in detector[-1] for word in parsed.without)
     }
-    # A fitted temperature is one number.
+    if not rows:
+        sys.exit(
+            "agreement.py: expected detectors that both sides have measured "
+            "on a common unknown set, got none; look at the columns "
+            f"{', '.join(TRAINING)}, detector and unknown"
+        )
     groups = {
         "all": list(rows),
-        "nothing stored": [d for d in rows if storage[d] <= 1],
+        "nothing stored, or a temperature": [
+            d for d in rows if storage[d] <= 1
+        ],
         "fitted": [d for d in rows if storage[d] > 1],
     }
-    trainings = sorted({detector[2] for detector in rows})
+    trainings = sorted({detector[-2] for detector in rows})
     print(f"{len(trainings)} trainings: {', '.join(trainings)}\n")
     print(
         "| detectors | number | rank correlation | mean difference | largest |"
