@@ -4,7 +4,8 @@ Description: Rank correlation and differences between tables of `ood.py`.
 
 A short setting, or another backend on other hardware, is of use if it says the
 same. Of every detector that both sides have measured on the same network, the
-mean AUROC over the unknown sets is compared, itself a mean over the seeds.
+mean AUROC over the unknown sets is compared, itself a mean over the seeds; of
+every training accuracy and ECE, from the `known.csv` beside each table.
 
     python benchmarks/agreement.py benchmarks/results/quick-detectors.csv \\
         --with benchmarks/results/full-detectors.csv \\
@@ -16,6 +17,7 @@ Needs `keras-halo[tools]`.
 import argparse
 import collections
 import csv
+import os
 import sys
 
 import numpy as np
@@ -23,6 +25,7 @@ from scipy import stats
 
 # What both sides must have in common; a shorter training may be compared.
 TRAINING = ("dataset", "network", "hold_out", "trained")
+KNOWN = ("accuracy", "ece")
 
 
 def read(paths):
@@ -44,6 +47,30 @@ def read(paths):
     return auroc, storage
 
 
+def read_known(paths):
+    """Accuracy and ECE of the test images in %, a list of seeds by training.
+
+    Args:
+        paths: List of strings, the tables of detectors; those of known images
+            lie beside them.
+    """
+    figures, source = {}, {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        known = name.removesuffix("detectors.csv") + "known.csv"
+        with open(os.path.join(folder, known), newline="") as file:
+            for row in csv.DictReader(file):
+                training = tuple(row[key] for key in TRAINING)
+                if row["images"] != "test" or (
+                    source.setdefault(training, path) != path
+                ):
+                    continue
+                figures.setdefault(training, []).append(
+                    [100 * float(row[key]) for key in KNOWN]
+                )
+    return figures
+
+
 def compare(left, right):
     """Mean AUROC on both sides, over the unknown sets that both have."""
     rows = {}
@@ -57,6 +84,49 @@ def compare(left, right):
                 for side in sides
             ]
     return rows
+
+
+def print_detectors(rows, storage):
+    """Prints how far the two sides of `rows` agree, by kinds of detectors."""
+    groups = {
+        "all": list(rows),
+        "nothing stored, or a temperature": [
+            d for d in rows if storage[d] <= 1
+        ],
+        "fitted": [d for d in rows if storage[d] > 1],
+    }
+    trainings = sorted({detector[-2] for detector in rows})
+    print(f"{len(trainings)} trainings: {', '.join(trainings)}\n")
+    print(
+        "| detectors | number | rank correlation | mean difference | largest |"
+    )
+    print("|---|---|---|---|---|")
+    for name, detectors in groups.items():
+        if len(detectors) < 3:
+            print(f"| {name} | {len(detectors)} | | | |")
+            continue
+        a, b = np.array([rows[d] for d in detectors]).T
+        difference = np.abs(a - b)
+        print(
+            f"| {name} | {len(detectors)} "
+            f"| {stats.spearmanr(a, b).statistic:.2f} "
+            f"| {difference.mean():.2f} | {difference.max():.1f} |"
+        )
+
+
+def print_known(left, right):
+    """Prints the means of accuracy and ECE of every training on both sides."""
+    trainings = [training for training in left if training in right]
+    means = np.array(
+        [[np.mean(s[t], axis=0) for s in (left, right)] for t in trainings]
+    )
+    print("\n| trained | accuracy | with | ECE | with |\n|---|---|---|---|---|")
+    for training, figures in zip(trainings, means, strict=True):
+        cells = [f"{value:.2f}" for value in figures.T.ravel()]
+        print(f"| {training[-1]} | {' | '.join(cells)} |")
+    largest = np.abs(means[:, 0] - means[:, 1]).max(axis=0)
+    cells = [f"{value:.2f}" for value in largest]
+    print(f"| largest difference | {' | | '.join(cells)} | |")
 
 
 def main(arguments=None):
@@ -83,10 +153,11 @@ def main(arguments=None):
     try:
         left, storage = read(parsed.files)
         right, _ = read(parsed.others)
+        known = read_known(parsed.files), read_known(parsed.others)
     except (OSError, KeyError, ValueError) as error:
         sys.exit(
             "agreement.py: expected files `detectors.csv` as ood.py writes "
-            f"them, got {error!r}"
+            f"them, each with its `known.csv` beside it, got {error!r}"
         )
     rows = {
         detector: row
@@ -99,30 +170,8 @@ def main(arguments=None):
             "on a common unknown set, got none; look at the columns "
             f"{', '.join(TRAINING)}, detector and unknown"
         )
-    groups = {
-        "all": list(rows),
-        "nothing stored, or a temperature": [
-            d for d in rows if storage[d] <= 1
-        ],
-        "fitted": [d for d in rows if storage[d] > 1],
-    }
-    trainings = sorted({detector[-2] for detector in rows})
-    print(f"{len(trainings)} trainings: {', '.join(trainings)}\n")
-    print(
-        "| detectors | number | rank correlation | mean difference | largest |"
-    )
-    print("|---|---|---|---|---|")
-    for name, detectors in groups.items():
-        if len(detectors) < 3:
-            print(f"| {name} | {len(detectors)} | | | |")
-            continue
-        a, b = np.array([rows[d] for d in detectors]).T
-        difference = np.abs(a - b)
-        print(
-            f"| {name} | {len(detectors)} "
-            f"| {stats.spearmanr(a, b).statistic:.2f} "
-            f"| {difference.mean():.2f} | {difference.max():.1f} |"
-        )
+    print_detectors(rows, storage)
+    print_known(*known)
 
 
 if __name__ == "__main__":
