@@ -124,6 +124,12 @@ def origin():
 
 @pytest.fixture(scope="session")
 def browser():
+    if not (CHROMIUM and DRIVER):
+        pytest.fail(
+            "expected the programs chromium and chromedriver on the path, got "
+            f"{CHROMIUM} and {DRIVER}; on Debian: "
+            "apt install chromium chromium-driver"
+        )
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for argument in ("headless=new", "no-sandbox", "disable-gpu"):
