@@ -17,7 +17,6 @@ Needs `keras-halo[tools]`.
 import argparse
 import collections
 import csv
-import os
 import sys
 
 import numpy as np
@@ -28,22 +27,32 @@ TRAINING = ("dataset", "network", "hold_out", "trained")
 KNOWN = ("accuracy", "ece")
 
 
-def read(paths):
-    """Mean AUROC in % by detector, and what each detector keeps.
+def rows_of(paths):
+    """Rows of several tables; a training is taken from the first that has it.
 
-    A training that several files hold is that of the first one.
+    Args:
+        paths: List of strings.
+
+    Yields:
+        Training, a tuple of what `TRAINING` names, and row, a dictionary.
     """
-    auroc, storage, source = collections.defaultdict(dict), {}, {}
+    source = {}
     for path in paths:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
                 training = tuple(row[key] for key in TRAINING)
-                if source.setdefault(training, path) != path:
-                    continue
-                detector = *training, row["detector"]
-                case = row["seed"], row["unknown"]
-                auroc[detector][case] = 100 * float(row["auroc"])
-                storage[detector] = int(row["storage"])
+                if source.setdefault(training, path) == path:
+                    yield training, row
+
+
+def read(paths):
+    """Mean AUROC in % by detector, and what each detector keeps."""
+    auroc, storage = collections.defaultdict(dict), {}
+    for training, row in rows_of(paths):
+        detector = *training, row["detector"]
+        case = row["seed"], row["unknown"]
+        auroc[detector][case] = 100 * float(row["auroc"])
+        storage[detector] = int(row["storage"])
     return auroc, storage
 
 
@@ -54,20 +63,11 @@ def read_known(paths):
         paths: List of strings, the tables of detectors; those of known images
             lie beside them.
     """
-    figures, source = {}, {}
-    for path in paths:
-        folder, name = os.path.split(path)
-        known = name.removesuffix("detectors.csv") + "known.csv"
-        with open(os.path.join(folder, known), newline="") as file:
-            for row in csv.DictReader(file):
-                training = tuple(row[key] for key in TRAINING)
-                if row["images"] != "test" or (
-                    source.setdefault(training, path) != path
-                ):
-                    continue
-                figures.setdefault(training, []).append(
-                    [100 * float(row[key]) for key in KNOWN]
-                )
+    known = [path.removesuffix("detectors.csv") + "known.csv" for path in paths]
+    figures = collections.defaultdict(list)
+    for training, row in rows_of(known):
+        if row["images"] == "test":
+            figures[training].append([100 * float(row[key]) for key in KNOWN])
     return figures
 
 
