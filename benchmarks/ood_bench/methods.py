@@ -308,10 +308,6 @@ class HALO(_OnePhase):
         normalize: Boolean, whether batch normalization without a scale comes
             before the head.
         roundness: Float, the weight of `roundness` in the loss.
-        floor: Float in `[0, 1)`, the share of a label that goes evenly to all
-            classes before the loss distills it. Distilled targets of images
-            that a network knows by heart become the labels themselves; this
-            keeps them from it.
     """
 
     embedding_dim: int = 0
@@ -321,7 +317,6 @@ class HALO(_OnePhase):
     learn_gamma: bool = True
     normalize: bool = False
     roundness: float = 0.0
-    floor: float = 0.0
 
     def head(self, backbone, num_classes):
         dim = self.embedding_dim or num_classes
@@ -338,21 +333,9 @@ class HALO(_OnePhase):
             distill=self.distill,
             radial_weight=self.radial_weight,
         )
-        head = model.layers[-1]
-        if self.floor:
-
-            def with_floor(y_true, y_pred):
-                labels = ops.one_hot(
-                    ops.cast(ops.reshape(y_true, (-1,)), "int32"), head.units
-                )
-                return loss(
-                    keras_halo.geometry.smoothed_targets(labels, self.floor),
-                    y_pred,
-                )
-
-            return Training(model, with_floor, "accuracy")
         if not self.roundness:
             return Training(model, loss, "accuracy")
+        head = model.layers[-1]
         width = model.output.shape[-1]
         # A loss sees one tensor: packed scores and embeddings side by side.
         both = layers.Concatenate()([model.output, head.input])
@@ -504,7 +487,6 @@ METHODS = {
     "HALO-D32": HALO(embedding_dim=32),
     "HALO-D128": HALO(embedding_dim=128),
     "HALO-plain-0.02": HALO(distill=False, label_smoothing=0.02),
-    "HALO-D32-floor": HALO(embedding_dim=32, floor=0.02),
     "HALO-normalized": HALO(
         distill=False, label_smoothing=0.02, embedding_dim=16, normalize=True
     ),
