@@ -487,6 +487,9 @@ METHODS = {
     "HALO-D32": HALO(embedding_dim=32),
     "HALO-D128": HALO(embedding_dim=128),
     "HALO-plain-0.02": HALO(distill=False, label_smoothing=0.02),
+    "HALO-D32-plain-0.02": HALO(
+        distill=False, label_smoothing=0.02, embedding_dim=32
+    ),
     "HALO-normalized": HALO(
         distill=False, label_smoothing=0.02, embedding_dim=16, normalize=True
     ),
