@@ -1,4 +1,4 @@
-"""Turns a classifier that was trained otherwise into one with a HALO head."""
+"""Turns a trained classifier into one whose HALO head fits what it knows."""
 
 import contextlib
 
@@ -28,14 +28,14 @@ def convert_head(
     batch_size=None,
     **kwargs,
 ):
-    """Replaces the last `Dense` of a trained classifier by a HALO head.
+    """Replaces the head of a trained classifier by a HALO head that fits it.
 
     The new model starts from what the old one knows and can say "I don't know"
     at once; a few epochs with `HALOLoss` do the rest. One pass over the data
-    measures, in the space that enters the last `Dense`, the mean of every class
-    and the covariance around these means. A `Dense` in between, trainable like
-    any other, turns that space such that the classes become the unit Gaussians
-    that HALO expects, with the origin amidst them; the means become the
+    measures, in the space that enters the head, the mean of every class and the
+    covariance around these means. A `Dense` in between, trainable like any
+    other, turns that space such that the classes become the unit Gaussians that
+    HALO expects, with the origin amidst them; the means become the
     centroids. So the converted model answers as linear discriminant analysis
     on these embeddings does, and its squared radii are about one.
 
@@ -45,6 +45,12 @@ def convert_head(
     of `model`.
 
     A head for two classes with one unit becomes `HALODense(2)`.
+
+    **A model that has a HALO head** gets another one. The radial term gives the
+    residuals of a class their length and leaves their directions free; turned,
+    they vary alike in every direction, which is what squared radii and the
+    joint score go by. Temperature and margin start anew, those of the old head
+    are left behind.
 
     **Back to plain probabilities.** Put `HALOSoftmax` on top, with
     `abstain=False` for as many columns as before; a binary classifier with one
@@ -71,8 +77,9 @@ def convert_head(
     Args:
         model: A trained functional or sequential model with one output that
             ends in `keras.layers.Dense`, with softmax, sigmoid or no
-            activation; an `Activation` or `Softmax` layer may follow. A model
-            inside of it may hold these layers.
+            activation; an `Activation` or `Softmax` layer may follow. Or one
+            that ends in `HALODense`. A model inside of it may hold these
+            layers.
         x: Training inputs, whatever `model.predict` takes; or, without `y`, a
             dataset of batches `(x, y)`: a `tf.data.Dataset`, a
             `torch.utils.data.DataLoader` or a `keras.utils.PyDataset`. A few
@@ -115,11 +122,11 @@ def convert_head(
       Algorithms for MMSE Covariance Estimation, 2010.
     """
     check_label_smoothing(label_smoothing)
-    embeddings, units = _before_last_dense(model)
+    embeddings, units = _before_head(model)
     dim = embeddings.shape[-1]
     if dim is None or dim < 2:
         raise ValueError(
-            "The last `Dense` must receive embeddings of at least 2 "
+            "The last layer must receive embeddings of at least 2 "
             f"components. Received: embeddings of shape {embeddings.shape}. "
             "Put a wider layer before it and train the model again."
         )
@@ -201,7 +208,7 @@ class ClassMoments:
         embeddings, labels = embeddings.reshape(-1, dim), labels.reshape(-1)
         if not np.isfinite(embeddings).all():
             raise ValueError(
-                "The embeddings that enter the last `Dense` must be finite. "
+                "The embeddings that enter the last layer must be finite. "
                 f"Received: {int((~np.isfinite(embeddings)).sum())} of "
                 f"{embeddings.size} values are not. Look for NaN in the "
                 "inputs, or in the weights of the model."
@@ -310,8 +317,8 @@ def oracle_shrinkage(covariance, count):
     return float(numerator / denominator)
 
 
-def _before_last_dense(model):
-    """The symbolic input of the last `Dense`, and its number of units."""
+def _before_head(model):
+    """The symbolic input of the head, and its number of units."""
     outputs = getattr(model, "outputs", None) or []
     if len(outputs) != 1:
         raise ValueError(
@@ -325,11 +332,13 @@ def _before_last_dense(model):
     while True:
         layer, node_index, _ = tensor._keras_history
         node = layer._inbound_nodes[node_index]
+        if isinstance(layer, HALODense):
+            return node.input_tensors[0], layer.units
         if isinstance(layer, keras.layers.Dense):
             _check_activation(layer)
             return node.input_tensors[0], layer.units
         if isinstance(layer, keras.Model) and getattr(layer, "outputs", None):
-            embeddings, units = _before_last_dense(layer)
+            embeddings, units = _before_head(layer)
             inner = keras.Model(input_structure(layer), embeddings)
             return inner(*node.arguments.args), units
         if not isinstance(layer, keras.layers.Softmax):
@@ -339,9 +348,10 @@ def _before_last_dense(model):
         tensor = node.input_tensors[0]
     raise ValueError(
         "The model must end in `keras.layers.Dense`, which an `Activation` or "
-        f"`Softmax` layer may follow. Received: a layer {layer.name!r} of type "
-        f"{type(layer).__name__} at the end of model {model.name!r}. Put a "
-        "`keras_halo.HALODense` where its logits are computed by hand."
+        "`Softmax` layer may follow, or in `keras_halo.HALODense`. Received: "
+        f"a layer {layer.name!r} of type {type(layer).__name__} at the end of "
+        f"model {model.name!r}. Put a `keras_halo.HALODense` where its logits "
+        "are computed by hand."
     )
 
 

@@ -100,6 +100,39 @@ def test_converted_and_fine_tuned_models_are_as_accurate(
     )
 
 
+def test_a_halo_head_gives_way_to_one_whose_residuals_are_round(digits):
+    x, y = (part[:NUM_TRAINING] for part in digits)
+    test = slice(NUM_TRAINING, None)
+    keras.utils.set_random_seed(0)
+    model = _network(
+        keras.layers.Dense(16), HALODense(10, name="head"), loss=HALOLoss()
+    )
+    model.fit(x, y, epochs=8, verbose=0)
+    before = model.predict(digits[0][test], verbose=0)
+
+    converted = convert_head(model, x, y, name="head")
+
+    def variances(model):
+        """Of the residuals, along the axes of their covariance."""
+        embedder = keras.Model(model.inputs[0], model.layers[-1].input)
+        embeddings = embedder.predict(x, verbose=0)
+        means = np.array([embeddings[y == k].mean(axis=0) for k in range(10)])
+        return np.linalg.eigvalsh(np.cov((embeddings - means[y]).T))
+
+    uneven = variances(model)
+    assert uneven.max() > 10.0 * uneven.min()
+    # Alike but for the tenth that is replaced by the average.
+    round_ = uneven / (0.9 * uneven + 0.1 * uneven.mean())
+    np.testing.assert_allclose(
+        variances(converted), np.sort(round_ / round_.mean()), rtol=0.02
+    )
+    assert _accuracy(converted, digits[0][test], digits[1][test]) >= (
+        np.mean(before[:, :10].argmax(axis=-1) == digits[1][test]) - 0.03
+    )
+    converted.compile(keras.optimizers.Adam(1e-3), HALOLoss())
+    assert np.isfinite(converted.train_on_batch(x[:32], y[:32]))
+
+
 def test_decisions_are_those_of_discriminant_analysis(digits, trained):
     """Of the same shrunk covariance, written with scikit-learn's solver."""
     discriminant = pytest.importorskip("sklearn.discriminant_analysis")
