@@ -17,7 +17,7 @@ settings can be chosen without a look at what is reported.
     python benchmarks/ood.py --list
 
 Each trained network and each evaluation is a file in the output folder, there
-as a whole or not at all. The same command again trains and evaluates what is
+as a whole or not at all; so is a first phase that several methods share. The same command again trains and evaluates what is
 missing; `--ood` with another set evaluates again and trains nothing. Which
 backend runs it, `KERAS_BACKEND` says. Needs `keras-halo[tools]`.
 """
@@ -56,6 +56,9 @@ SMOKE = {
         "HALO",
         "HALO-normalized",
         "HALO-converted",
+        "HALO-D32-turned",
+        # Begins where the one before it began.
+        "HALO-D32-blocks",
     ],
 }
 DEFAULTS = {

@@ -166,11 +166,12 @@ class Batches(keras.utils.PyDataset):
         self.x, self.y = x, y
         self.batch_size, self.seed = batch_size, seed
         self.shift, self.mirror = shift, mirror
-        self.epoch = 0
-        self._shuffle()
+        self.start(0)
 
-    def _shuffle(self):
-        rng = np.random.default_rng((self.seed, self.epoch))
+    def start(self, epoch):
+        """Goes to the beginning of an epoch."""
+        self.epoch = epoch
+        rng = np.random.default_rng((self.seed, epoch))
         self.order = rng.permutation(len(self.x))
 
     @property
@@ -178,8 +179,7 @@ class Batches(keras.utils.PyDataset):
         return len(self.x) // self.batch_size
 
     def on_epoch_end(self):
-        self.epoch += 1
-        self._shuffle()
+        self.start(self.epoch + 1)
 
     def __getitem__(self, index):
         rows = slice(index * self.batch_size, (index + 1) * self.batch_size)

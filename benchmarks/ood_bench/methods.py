@@ -55,7 +55,9 @@ Args:
 
 
 Training = collections.namedtuple(
-    "Training", ["model", "loss", "metric", "rate"], defaults=[1.0]
+    "Training",
+    ["model", "loss", "metric", "rate", "shared"],
+    defaults=[1.0, None],
 )
 Training.__doc__ = """What is fitted in order to train a model.
 
@@ -64,6 +66,8 @@ Args:
     loss: As `keras.Model.compile` takes it.
     metric: Accuracy, as `keras.Model.compile` takes it.
     rate: Float, by what the learning rate is multiplied.
+    shared: The method that trains this, a dataclass, where others may begin
+        with the same; `None` otherwise.
 """
 
 
@@ -97,20 +101,21 @@ def _on_a_sphere(features):
     return layers.Rescaling(features.shape[-1] ** 0.5)(x)
 
 
-def _directions_and_lengths(model):
+def _directions_and_lengths(model, *more):
     """What the blocks of a network say: directions, and logarithms of lengths.
 
     The last block, whose features mean most, also says where it sees them.
 
     Args:
         model: `keras.Model` on a network of `networks.NETWORKS`.
+        *more: Symbolic tensors of shape `(N, f)`, treated as blocks are.
 
     Returns:
         Symbolic tensor of shape `(N, F + n)`, for `n` blocks of `F` numbers
         in all. Scaling to one length takes out how much of a pattern an image
         has; the logarithms keep that, on a scale on which blocks compare.
     """
-    blocks = [*block_features(model)[:-1], last_block_moments(model)]
+    blocks = [*block_features(model)[:-1], last_block_moments(model), *more]
     # In a functional model, `ops.norm` of an axis fails on JAX.
     lengths = [
         ops.sqrt(ops.sum(ops.square(x), axis=-1, keepdims=True)) for x in blocks
@@ -415,12 +420,18 @@ class ConvertedHALO(HALO):
             num_classes, self.label_smoothing, self.learn_gamma
         )(x)
 
+    def first_training(self, model, images):
+        """The `Training` of a classifier that shares layers with `model`."""
+        features = block_features(model)[-1]
+        classifier = _with_linear_head(model, features, images)
+        first = CrossEntropy()
+        return first.training(classifier)._replace(shared=first)
+
     def phases(self, model, images, epochs):
         embedding, head = model.layers[-2:]
-        features = block_features(model)[-1]
         num_first = min(round(self.share * epochs), epochs - 1)
-        classifier = _with_linear_head(model, features, images)
-        yield CrossEntropy().training(classifier), num_first
+        first = self.first_training(model, images)
+        yield first, num_first
         converted = keras_halo.convert_head(
             _with_linear_head(model, embedding.input, images),
             *images.train,
@@ -432,9 +443,44 @@ class ConvertedHALO(HALO):
         ):
             layer.set_weights(start.get_weights())
         if self.freeze:
-            classifier.trainable = False
+            first.model.trainable = False
         training = self.training(model)._replace(rate=self.rate)
         yield training, epochs - num_first
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnedHALO(ConvertedHALO):
+    """HALO from the start, and a head on its own embedding at the end.
+
+    The radial term gives residuals their length and leaves their directions
+    free. `keras_halo.convert_head` makes the directions alike, by a `Dense`
+    after the embedding, or after the features of all blocks and the embedding.
+
+    Args:
+        first_dim: Integer, the size of the embedding.
+    """
+
+    first_dim: int = 32
+
+    def head(self, backbone, num_classes):
+        x = layers.Dense(self.first_dim, name="embedding")(backbone.output)
+        if self.all_blocks:
+            x = _directions_and_lengths(backbone, x)
+        elif self.unit_length:
+            x = _on_a_sphere(x)
+        x = layers.Dense(x.shape[-1])(x)
+        return keras_halo.HALODense(
+            num_classes, self.label_smoothing, self.learn_gamma
+        )(x)
+
+    def first_training(self, model, images):
+        first = HALO(embedding_dim=self.first_dim)
+        head = keras_halo.HALODense(
+            images.num_classes, first.label_smoothing, first.learn_gamma
+        )
+        scores = head(model.get_layer("embedding").output)
+        classifier = keras.Model(model.input, scores)
+        return first.training(classifier)._replace(shared=first)
 
 
 def _with_linear_head(model, features, images):
@@ -501,10 +547,7 @@ METHODS = {
         unit_length=False,
         freeze=False,
     ),
-    # A head that is trained alone bears a larger learning rate.
-    "HALO-converted-blocks": ConvertedHALO(
-        distill=False, label_smoothing=0.003, all_blocks=True, rate=2.5
-    ),
+    "HALO-D32-turned": TurnedHALO(distill=False, label_smoothing=0.005),
     "HALO-round": HALO(distill=False, label_smoothing=0.02, roundness=1.0),
     "HALO-normalized-round": HALO(
         distill=False,
@@ -512,6 +555,14 @@ METHODS = {
         embedding_dim=16,
         normalize=True,
         roundness=1.0,
+    ),
+    # Last: each begins like one further up, whose first phase is done by then.
+    # A head that is trained alone bears a larger learning rate.
+    "HALO-converted-blocks": ConvertedHALO(
+        distill=False, label_smoothing=0.003, all_blocks=True, rate=2.5
+    ),
+    "HALO-D32-blocks": TurnedHALO(
+        distill=False, label_smoothing=0.003, all_blocks=True
     ),
 }
 

@@ -5,6 +5,7 @@ nothing is left behind for the next.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import multiprocessing
 import multiprocessing.connection
@@ -38,6 +39,12 @@ def training_path(folder, settings):
     return os.path.join(folder, f"{name}.trained.npz")
 
 
+def shared_path(folder, settings, method, epochs):
+    """Where the phase is that several methods begin with."""
+    first = dataclasses.replace(settings, method="shared", epochs=epochs)
+    return os.path.join(folder, f"{name_of(first, method)}.trained.npz")
+
+
 def result_path(folder, settings, evaluation):
     name = name_of(settings, METHODS[settings.method], evaluation)
     return os.path.join(folder, f"{name}.result.npz")
@@ -66,12 +73,11 @@ def _run_here(folder, settings, evaluation):
     path = training_path(folder, settings)
     trained = store.load(path)
     if trained is None:
-        record = train(model, settings, images)
-        weights = {f"w{i}": w for i, w in enumerate(model.get_weights())}
-        store.save(path, record, weights)
+        record = train(model, settings, images, folder)
+        store.save(path, record, _weights(model))
     else:
         record, weights = trained
-        model.set_weights([weights[f"w{i}"] for i in range(len(weights))])
+        _set_weights(model, weights)
     figures, arrays = evaluate(settings, evaluation, model, images)
     store.save(
         result_path(folder, settings, evaluation),
@@ -101,43 +107,84 @@ def build(settings, images):
     return keras.Model(backbone.input, outputs)
 
 
-def train(model, settings, images):
-    """Trains in place; returns how long it took, and how it went."""
+def train(model, settings, images, folder):
+    """Trains in place; returns how long it took, and how it went.
+
+    A phase that several methods begin with is a file of its own: the first of
+    them trains it, and all count its time.
+    """
     batches = data.training_batches(settings, images)
-    progress = _Progress(settings)
-    losses, accuracies = [], []
+    total = {
+        "seconds": 0.0,
+        "cpu_seconds": 0.0,
+        "epoch_seconds": [],
+        "peak_mib": 0.0,
+        "loss": [],
+        "accuracy": [],
+    }
     start, cpu_start = time.perf_counter(), time.process_time()
     for training, epochs in METHODS[settings.method].phases(
         model, images, settings.epochs
     ):
-        schedule = keras.optimizers.schedules.CosineDecay(
-            training.rate * settings.learning_rate,
-            epochs * batches.num_batches,
+        path = training.shared and shared_path(
+            folder, settings, training.shared, epochs
         )
-        training.model.compile(
-            OPTIMIZERS[settings.optimizer](schedule),
-            loss=training.loss,
-            metrics=[training.metric],
-        )
-        history = training.model.fit(
-            batches,
-            initial_epoch=len(losses),
-            epochs=len(losses) + epochs,
-            verbose=0,
-            callbacks=[progress],
-        ).history
-        losses += history["loss"]
-        accuracies += history["accuracy"]
-    return {
-        "seconds": time.perf_counter() - start,
-        "cpu_seconds": time.process_time() - cpu_start,
-        "epoch_seconds": progress.seconds,
-        "peak_mib": _peak_mib(),
-        "loss": losses,
-        "accuracy": accuracies,
+        stored = store.load(path) if path else None
+        if stored is None:
+            record = {
+                **_fit(training, batches, settings, len(total["loss"]), epochs),
+                "seconds": time.perf_counter() - start,
+                "cpu_seconds": time.process_time() - cpu_start,
+                "peak_mib": _peak_mib(),
+            }
+            if path:
+                store.save(path, record, _weights(training.model))
+        else:
+            record, weights = stored
+            _set_weights(training.model, weights)
+        peak = max(total["peak_mib"], record["peak_mib"])
+        total = {name: total[name] + record[name] for name in total}
+        total["peak_mib"] = peak
+        # What comes before a phase, such as converting a head, counts with it.
+        start, cpu_start = time.perf_counter(), time.process_time()
+    return total | {
         "parameters": model.count_params(),
         "num_train": len(batches.x),
     }
+
+
+def _fit(training, batches, settings, done, epochs):
+    """Trains one phase, which comes after as many epochs as are `done`."""
+    batches.start(done)
+    progress = _Progress(settings)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        training.rate * settings.learning_rate, epochs * batches.num_batches
+    )
+    training.model.compile(
+        OPTIMIZERS[settings.optimizer](schedule),
+        loss=training.loss,
+        metrics=[training.metric],
+    )
+    history = training.model.fit(
+        batches,
+        initial_epoch=done,
+        epochs=done + epochs,
+        verbose=0,
+        callbacks=[progress],
+    ).history
+    return {
+        "epoch_seconds": progress.seconds,
+        "loss": history["loss"],
+        "accuracy": history["accuracy"],
+    }
+
+
+def _weights(model):
+    return {f"w{i}": w for i, w in enumerate(model.get_weights())}
+
+
+def _set_weights(model, weights):
+    model.set_weights([weights[f"w{i}"] for i in range(len(weights))])
 
 
 class _Progress(keras.callbacks.Callback):
