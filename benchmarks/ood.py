@@ -17,9 +17,10 @@ settings can be chosen without a look at what is reported.
     python benchmarks/ood.py --list
 
 Each trained network and each evaluation is a file in the output folder, there
-as a whole or not at all; so is a first phase that several methods share. The same command again trains and evaluates what is
-missing; `--ood` with another set evaluates again and trains nothing. Which
-backend runs it, `KERAS_BACKEND` says. Needs `keras-halo[tools]`.
+as a whole or not at all; so is a first phase that several methods share. The
+same command again trains and evaluates what is missing; `--ood` with another
+set evaluates again and trains nothing. Which backend runs it, `KERAS_BACKEND`
+says. Needs `keras-halo[tools]`.
 """
 
 import argparse
