@@ -122,9 +122,9 @@ def test_a_halo_head_gives_way_to_one_whose_residuals_are_round(digits):
     uneven = variances(model)
     assert uneven.max() > 10.0 * uneven.min()
     # Alike but for the tenth that is replaced by the average.
-    round_ = uneven / (0.9 * uneven + 0.1 * uneven.mean())
+    expected = uneven / (0.9 * uneven + 0.1 * uneven.mean())
     np.testing.assert_allclose(
-        variances(converted), np.sort(round_ / round_.mean()), rtol=0.02
+        variances(converted), np.sort(expected / expected.mean()), rtol=0.02
     )
     assert _accuracy(converted, digits[0][test], digits[1][test]) >= (
         np.mean(before[:, :10].argmax(axis=-1) == digits[1][test]) - 0.03

@@ -393,14 +393,14 @@ class ConvertedHALO(HALO):
     HALO then starts from its full learning rate again.
 
     Args:
-        share: Float in `(0, 1)`, the share of the epochs with cross-entropy.
+        share: Float in `(0, 1)`, the share of the epochs in the first phase.
         unit_length: Boolean, whether the converted head reads features that
             are scaled to one length.
         freeze: Boolean, whether HALO trains embedding and head alone.
         all_blocks: Boolean, whether the converted head reads direction and
             length of the features of all blocks instead.
-        rate: Float, the learning rate of HALO in units of that of
-            cross-entropy.
+        rate: Float, the learning rate of the second phase in units of that
+            of the first.
     """
 
     share: float = 0.9
@@ -409,12 +409,15 @@ class ConvertedHALO(HALO):
     all_blocks: bool = False
     rate: float = 1.0
 
-    def head(self, backbone, num_classes):
-        features = backbone.output
+    def features(self, backbone):
+        """What the converted head reads."""
         if self.all_blocks:
-            features = _directions_and_lengths(backbone)
-        elif self.unit_length:
-            features = _on_a_sphere(features)
+            return _directions_and_lengths(backbone)
+        x = backbone.output
+        return _on_a_sphere(x) if self.unit_length else x
+
+    def head(self, backbone, num_classes):
+        features = self.features(backbone)
         x = layers.Dense(features.shape[-1])(features)
         return keras_halo.HALODense(
             num_classes, self.label_smoothing, self.learn_gamma
@@ -462,16 +465,11 @@ class TurnedHALO(ConvertedHALO):
 
     first_dim: int = 32
 
-    def head(self, backbone, num_classes):
+    def features(self, backbone):
         x = layers.Dense(self.first_dim, name="embedding")(backbone.output)
         if self.all_blocks:
-            x = _directions_and_lengths(backbone, x)
-        elif self.unit_length:
-            x = _on_a_sphere(x)
-        x = layers.Dense(x.shape[-1])(x)
-        return keras_halo.HALODense(
-            num_classes, self.label_smoothing, self.learn_gamma
-        )(x)
+            return _directions_and_lengths(backbone, x)
+        return _on_a_sphere(x) if self.unit_length else x
 
     def first_training(self, model, images):
         first = HALO(embedding_dim=self.first_dim)
