@@ -15,6 +15,7 @@ KNOWN_COLUMNS = (
     ("ece", "ECE", 100, 2),
     ("ece_scaled", "ECE, scaled", 100, 2),
     ("ece_with_abstain", "ECE, abstain", 100, 2),
+    ("ece_if_calibrated", "ECE, if calibrated", 100, 2),
     ("nll", "NLL", 1, 3),
     ("nll_scaled", "NLL, scaled", 1, 3),
     ("nll_with_abstain", "NLL, abstain", 1, 3),
@@ -52,6 +53,9 @@ width. NLL in nats, Brier score between 0 and 2.
 - *scaled*: after a temperature fitted to the validation images. *abstain*:
   HALO's probabilities as they are, with the mass of abstaining missing from
   the classes; everything else is of the classes alone, summing to one.
+- *if calibrated*: the ECE that a perfectly calibrated model with the same
+  probabilities measures on as many images, labels drawn from these
+  probabilities. A smaller ECE cannot be told from perfect calibration.
 - *accuracy* is of the best class, also where the model abstains; *abstained*
   says how often that is on known images.
 - FPR@95 *known+*: unknown accepted while 95 % of known are (ODIN);

@@ -305,8 +305,9 @@ def separation(known, unknown):
 def known_figures(labels, reading, temperature):
     """Accuracy and calibration: as trained, scaled, and with abstain mass."""
     logits = np.asarray(reading.logits, "float64")
+    probabilities = softmax(logits, axis=-1)
     kinds = {
-        "": softmax(logits, axis=-1),
+        "": probabilities,
         "_scaled": softmax(logits / temperature, axis=-1),
         "_with_abstain": reading.probabilities,
     }
@@ -314,6 +315,7 @@ def known_figures(labels, reading, temperature):
         "accuracy": float(np.mean(logits.argmax(axis=-1) == labels)),
         "abstained": abstention_rate(reading),
         "temperature": temperature,
+        "ece_if_calibrated": calibrated_ece(probabilities),
     }
     for suffix, p in kinds.items():
         if p is not None:
@@ -323,6 +325,38 @@ def known_figures(labels, reading, temperature):
                 f"brier{suffix}": metrics.brier_score(labels, p),
             }
     return figures
+
+
+def calibrated_ece(probabilities, draws=100):
+    """The ECE that a perfectly calibrated model measures on as many images.
+
+    It is above zero: the share of hits among the finitely many images of a bin
+    is hardly ever their confidence to the last bit. So labels are drawn from
+    the probabilities themselves.
+
+    Args:
+        probabilities: Array of shape `(N, K)`, rows that sum to one.
+        draws: Integer, the number of draws of all labels.
+
+    Returns:
+        Float, the mean over the draws.
+
+    References:
+
+    - Jochen Bröcker, Leonard A. Smith, Increasing the Reliability of
+      Reliability Diagrams, 2007.
+    """
+    rng = np.random.default_rng(0)
+    return float(
+        np.mean(
+            [
+                metrics.expected_calibration_error(
+                    rng.multinomial(1, probabilities), probabilities
+                )
+                for _ in range(draws)
+            ]
+        )
+    )
 
 
 def abstention_rate(reading):
