@@ -562,6 +562,9 @@ METHODS = {
     "HALO-D32-blocks": TurnedHALO(
         distill=False, label_smoothing=0.003, all_blocks=True
     ),
+    "HALO-D128-blocks": TurnedHALO(
+        distill=False, label_smoothing=0.003, all_blocks=True, first_dim=128
+    ),
 }
 
 # One of each kind, for a quick comparison.
