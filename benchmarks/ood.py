@@ -53,6 +53,7 @@ SMOKE = {
     "hold_out": [8, 9],
     "methods": [
         "cross-entropy",
+        "cross-entropy-D32",
         "IsoMax+",
         "HALO",
         "HALO-normalized",

@@ -151,8 +151,12 @@ class _Linear(_OnePhase):
     def head(self, backbone, num_classes):
         return layers.Dense(num_classes, name="logits")(self.features(backbone))
 
+    def more_blocks(self, model):
+        """What detectors on all blocks read beside them."""
+        return ()
+
     def reader(self, model, images):
-        network = _with_features(model)
+        network = _with_features(model, *self.more_blocks(model))
         x, y = images.train
         train = _predict(network, x)
         kernel, bias = model.get_layer("logits").get_weights()
@@ -200,6 +204,9 @@ class CrossEntropyOnAnEmbedding(CrossEntropy):
 
     def features(self, backbone):
         return layers.Dense(self.embedding_dim)(backbone.output)
+
+    def more_blocks(self, model):
+        return (model.layers[-1].input,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -485,13 +492,13 @@ def _with_linear_head(model, features, images):
     return keras.Model(model.input, layers.Dense(images.num_classes)(features))
 
 
-def _with_features(model):
+def _with_features(model, *more_blocks):
     """The model with what detectors read beside its output."""
     return keras.Model(
         model.input,
         {
             "features": model.layers[-1].input,
-            "blocks": _directions_and_lengths(model),
+            "blocks": _directions_and_lengths(model, *more_blocks),
             "logits": model.output,
         },
     )
@@ -519,8 +526,9 @@ def _reader(network, detectors):
 METHODS = {
     "cross-entropy": CrossEntropy(),
     "cross-entropy-unit": CrossEntropyOnASphere(),
-    # What of `HALO-D32` is a merit of the small embedding alone?
+    # What of HALO on 32 and 128 numbers is a merit of the embedding alone?
     "cross-entropy-D32": CrossEntropyOnAnEmbedding(),
+    "cross-entropy-D128": CrossEntropyOnAnEmbedding(embedding_dim=128),
     "label-smoothing": CrossEntropy(label_smoothing=0.1),
     "LogitNorm": LogitNorm(),
     "IsoMax+": IsoMaxPlus(),
