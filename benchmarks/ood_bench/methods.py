@@ -554,6 +554,9 @@ METHODS = {
         freeze=False,
     ),
     "HALO-D32-turned": TurnedHALO(distill=False, label_smoothing=0.005),
+    "HALO-D128-blocks": TurnedHALO(
+        distill=False, label_smoothing=0.003, all_blocks=True, first_dim=128
+    ),
     "HALO-round": HALO(distill=False, label_smoothing=0.02, roundness=1.0),
     "HALO-normalized-round": HALO(
         distill=False,
@@ -569,9 +572,6 @@ METHODS = {
     ),
     "HALO-D32-blocks": TurnedHALO(
         distill=False, label_smoothing=0.003, all_blocks=True
-    ),
-    "HALO-D128-blocks": TurnedHALO(
-        distill=False, label_smoothing=0.003, all_blocks=True, first_dim=128
     ),
 }
 
