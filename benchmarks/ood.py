@@ -12,7 +12,7 @@ settings can be chosen without a look at what is reported.
     python benchmarks/ood.py --dataset fashion_mnist --ood mnist
     python benchmarks/ood.py --dataset fashion_mnist --ood letters.npz
     python benchmarks/ood.py --dataset fashion_mnist --hold-out 8 9
-    python benchmarks/ood.py --quick --jobs 2
+    python benchmarks/ood.py --quick --jobs 4
     python benchmarks/ood.py --finished-only
     python benchmarks/ood.py --list
 
