@@ -1,8 +1,7 @@
 """The networks of the benchmarks, from images to features."""
 
 import keras
-import numpy as np
-from keras import layers, ops
+from keras import layers
 
 
 def _normalization():
@@ -42,41 +41,9 @@ def resnet18(shape):
     return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
 
 
-def block_features(model):
-    """The pooled output of every block of a network, the first block first."""
-    return [layers.GlobalAveragePooling2D()(x) for x in _blocks(model)]
-
-
-def last_block_moments(model):
-    """What the last block of a network says, and where in the image.
-
-    The mean over all positions, and the first cosine moments along the height
-    and along the width, which say whether a feature sits further up or down,
-    left or right.
-
-    Args:
-        model: `keras.Model` on a network of `NETWORKS`.
-
-    Returns:
-        Symbolic tensor of shape `(N, 3 * F)` for `F` features; an axis with
-        one position has no moment.
-    """
-    x = _blocks(model)[-1]
-    _, height, width, _ = x.shape
-    waves = [_wave(height)[:, None, None], _wave(width)[:, None]]
-    moments = [ops.mean(x, axis=(1, 2))]
-    moments += [ops.mean(x * w, axis=(1, 2)) for w in waves if w.size > 1]
-    return ops.concatenate(moments, axis=-1)
-
-
-def _blocks(model):
+def block_outputs(model):
+    """The output of every block of a network, the first block first."""
     return [x.output for x in model.layers if x.name.startswith("block_")]
-
-
-def _wave(n):
-    """Half a period of a cosine at `n` positions, of mean square one."""
-    wave = np.cos(np.pi * (np.arange(n) + 0.5) / n)
-    return (2**0.5 * wave).astype("float32")
 
 
 NETWORKS = {"convnet": convnet, "resnet18": resnet18}

@@ -55,32 +55,53 @@ def test_short_example_of_the_readme_runs():
     assert names["predictions"].labels.shape == (5,)
 
 
-def test_readme_puts_halo_on_a_trained_classifier():
-    rng = np.random.default_rng(0)
-    y = np.arange(200) % 10
-    x = 3 * rng.normal(size=(10, 8))[y] + 0.1 * rng.normal(size=(200, 8))
-    model = keras.Sequential(
+def a_classifier():
+    return keras.Sequential(
         [
             keras.Input((8,)),
-            keras.layers.Dense(16, activation="relu"),
+            keras.layers.Dense(16, activation="relu", name="block"),
             keras.layers.Dense(10),
         ]
     )
+
+
+def a_network_with_halo():
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, activation="relu", name="block"),
+            keras.layers.Dense(12),
+            keras_halo.HALODense(10),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "position, make",
+    [(0, a_network_with_halo), (1, a_classifier)],
+    ids=["all blocks", "last features"],
+)
+def test_readme_puts_halo_on_a_trained_network(position, make):
+    rng = np.random.default_rng(0)
+    y = np.arange(200) % 10
+    x = 3 * rng.normal(size=(10, 8))[y] + 0.1 * rng.normal(size=(200, 8))
     # What a trained backbone is, a random one is for such classes.
+    model = make()
     weights = model.layers[0].get_weights()
     names = {
         "keras": keras,
         "keras_halo": keras_halo,
         "HALOLoss": keras_halo.HALOLoss,
         "model": model,
+        "last_layer_of_each_block": ["block"],
         "x": x.astype("float32"),
         "y": y,
     }
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(
-        r"^## What works best.*?^```python\n(.*?)^```$", text, re.M | re.S
-    )
-    exec(compile(block[1], "README.md", "exec"), names)
+    section = re.search(r"^## What works best.*?^## ", text, re.M | re.S)[0]
+    found = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+    assert len(found) == 2
+    exec(compile(found[position], "README.md", "exec"), names)
     scores = names["model"].predict(x, verbose=0)
     assert (keras_halo.decode_predictions(scores).labels == y).mean() > 0.9
     # Only what is new was trained.

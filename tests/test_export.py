@@ -145,7 +145,7 @@ def openvino(model, folder):
 
     def run(x):
         results = compiled(x)
-        return [np.array(results[i]) for i in range(len(NAMES))]
+        return [np.array(results[i]) for i in range(len(compiled.outputs))]
 
     return run
 
@@ -220,6 +220,31 @@ def test_the_same_decisions_on_a_thousand_inputs(export, deployed, tmp_path):
     for n in (1, 7):
         few = {name: value[:n] for name, value in expected.items()}
         assert_same(run(x[:n]), few, f"{export.__name__}, {n} inputs")
+
+
+@pytest.mark.parametrize("export", FORMATS, ids=lambda f: f.__name__)
+def test_a_head_on_the_features_of_all_blocks(export, tmp_path):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 1), name="image")
+    early = keras.layers.Conv2D(8, 3, activation="relu")(inputs)
+    late = keras.layers.Conv2D(12, 3, activation="relu")(early)
+    embedding = keras.layers.Dense(6)(keras.layers.Flatten()(late))
+    features = layers.BlockFeatures()([early, late, embedding])
+    scores = HALODense(5)(keras.layers.Dense(16)(features))
+    model = keras.Model(inputs, [scores, features])
+    x = digits()[2]
+    model(x[:1])
+    expected = model.predict(x, verbose=0)
+    run = export(model, tmp_path)
+    for n in (len(x), 1, 7):
+        outputs = [to_numpy(output) for output in run(x[:n])]
+        for output, reference in zip(outputs, expected, strict=True):
+            assert output.dtype == "float32"
+            np.testing.assert_allclose(
+                output, reference[:n], rtol=1e-4, atol=1e-4
+            )
+        # Temperature and size of the embedding are exact.
+        np.testing.assert_array_equal(outputs[0][:, -2:], expected[0][:n, -2:])
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ import dataclasses
 import keras
 import numpy as np
 from keras import layers, ops
-from networks import block_features, last_block_moments
+from networks import block_outputs
 
 import keras_halo
 from keras_halo import packing
@@ -101,28 +101,14 @@ def _on_a_sphere(features):
     return layers.Rescaling(features.shape[-1] ** 0.5)(x)
 
 
-def _directions_and_lengths(model, *more):
+def _all_blocks(model, *more):
     """What the blocks of a network say: directions, and logarithms of lengths.
-
-    The last block, whose features mean most, also says where it sees them.
 
     Args:
         model: `keras.Model` on a network of `networks.NETWORKS`.
         *more: Symbolic tensors of shape `(N, f)`, treated as blocks are.
-
-    Returns:
-        Symbolic tensor of shape `(N, F + n)`, for `n` blocks of `F` numbers
-        in all. Scaling to one length takes out how much of a pattern an image
-        has; the logarithms keep that, on a scale on which blocks compare.
     """
-    blocks = [*block_features(model)[:-1], last_block_moments(model), *more]
-    # In a functional model, `ops.norm` of an axis fails on JAX.
-    lengths = [
-        ops.sqrt(ops.sum(ops.square(x), axis=-1, keepdims=True)) for x in blocks
-    ]
-    # The floor keeps the logarithm finite where an image is all black.
-    logs = [ops.log(ops.maximum(x, 1e-12)) for x in lengths]
-    return layers.Concatenate()([_on_a_sphere(x) for x in blocks] + logs)
+    return keras_halo.layers.BlockFeatures()([*block_outputs(model), *more])
 
 
 def _cross_entropy(label_smoothing=0.0, scale=1.0):
@@ -419,7 +405,7 @@ class ConvertedHALO(HALO):
     def features(self, backbone):
         """What the converted head reads."""
         if self.all_blocks:
-            return _directions_and_lengths(backbone)
+            return _all_blocks(backbone)
         x = backbone.output
         return _on_a_sphere(x) if self.unit_length else x
 
@@ -432,7 +418,7 @@ class ConvertedHALO(HALO):
 
     def first_training(self, model, images):
         """The `Training` of a classifier that shares layers with `model`."""
-        features = block_features(model)[-1]
+        features = layers.GlobalAveragePooling2D()(block_outputs(model)[-1])
         classifier = _with_linear_head(model, features, images)
         first = CrossEntropy()
         return first.training(classifier)._replace(shared=first)
@@ -475,7 +461,7 @@ class TurnedHALO(ConvertedHALO):
     def features(self, backbone):
         x = layers.Dense(self.first_dim, name="embedding")(backbone.output)
         if self.all_blocks:
-            return _directions_and_lengths(backbone, x)
+            return _all_blocks(backbone, x)
         return _on_a_sphere(x) if self.unit_length else x
 
     def first_training(self, model, images):
@@ -498,7 +484,7 @@ def _with_features(model, *more_blocks):
         model.input,
         {
             "features": model.layers[-1].input,
-            "blocks": _directions_and_lengths(model, *more_blocks),
+            "blocks": _all_blocks(model, *more_blocks),
             "logits": model.output,
         },
     )

@@ -1,3 +1,4 @@
+from keras_halo.layers.block_features import BlockFeatures
 from keras_halo.layers.class_gaussians import ClassGaussians
 from keras_halo.layers.decision import Decision
 from keras_halo.layers.halo_dense import HALODense
@@ -6,6 +7,7 @@ from keras_halo.layers.halo_softmax import HALOSoftmax
 from keras_halo.layers.ood_score import OODScore
 
 __all__ = [
+    "BlockFeatures",
     "ClassGaussians",
     "Decision",
     "HALODense",
