@@ -145,7 +145,7 @@ def openvino(model, folder):
 
     def run(x):
         results = compiled(x)
-        return [np.array(results[i]) for i in range(len(compiled.outputs))]
+        return [np.array(results[i]) for i in range(len(model.outputs))]
 
     return run
 
