@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from cases import for_all
+from digits import known_and_unknown
 from helpers import float64, to_numpy, value_and_gradients
 from hypothesis import strategies as st
 from keras import ops
@@ -262,23 +263,10 @@ def test_float16_features_do_not_overflow():
     np.testing.assert_allclose(outputs[:, -1], np.log(3**0.5 * 6e4), rtol=1e-5)
 
 
-def digits():
-    """Digits 0 to 4 for training and for test, and the digits 5 to 9."""
-    datasets = pytest.importorskip("sklearn.datasets")
-    x, y = datasets.load_digits(return_X_y=True)
-    x = (x / 16.0).reshape(-1, 8, 8, 1).astype("float32")
-    known = y < 5
-    x_known, y_known = x[known], y[known]
-    return (
-        (x_known[:600], y_known[:600]),
-        (x_known[600:], y_known[600:]),
-        x[~known],
-    )
-
-
 def test_a_head_on_all_blocks_of_a_trained_network(tmp_path):
     keras.utils.set_random_seed(0)
-    train, test, unknown = digits()
+    x, y, unknown = known_and_unknown()
+    train, test = (x[:600], y[:600]), (x[600:], y[600:])
 
     def accuracy_and_auroc(model):
         known = model.predict(test[0], verbose=0)

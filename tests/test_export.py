@@ -7,6 +7,7 @@ Formats whose package is missing are skipped; `tox -e export-jax` (or `torch`,
 import keras
 import numpy as np
 import pytest
+from digits import known_and_unknown
 from helpers import to_numpy
 
 import keras_halo
@@ -24,12 +25,8 @@ NAMES.append("scores")
 
 def digits():
     """Training data of the digits 0 to 4; 500 of these and 500 other ones."""
-    datasets = pytest.importorskip("sklearn.datasets")
-    x, y = datasets.load_digits(return_X_y=True)
-    x = (x / 16.0).reshape(-1, 8, 8, 1).astype("float32")
-    known = y < 5
-    x_known, y_known = x[known], y[known]
-    x_new = np.concatenate([x_known[-500:], x[~known][:500]])
+    x_known, y_known, x_unknown = known_and_unknown()
+    x_new = np.concatenate([x_known[-500:], x_unknown[:500]])
     assert len(x_new) == 1000
     return x_known[:-500], y_known[:-500], x_new
 
