@@ -1,7 +1,12 @@
 """The networks of the benchmarks, from images to features."""
 
+import re
+
 import keras
 from keras import layers
+
+# What blocks are called, and nothing that a method puts on top of them.
+_BLOCK = r"block_\d+"
 
 
 def _normalization():
@@ -43,7 +48,7 @@ def resnet18(shape):
 
 def block_outputs(model):
     """The output of every block of a network, the first block first."""
-    return [x.output for x in model.layers if x.name.startswith("block_")]
+    return [x.output for x in model.layers if re.fullmatch(_BLOCK, x.name)]
 
 
 NETWORKS = {"convnet": convnet, "resnet18": resnet18}

@@ -144,11 +144,15 @@ def unknown_sets(images, evaluation):
     }
 
 
-def synthetic_sets(images, evaluation):
-    """Outliers of validation images, to choose settings by."""
+def synthetic_sets(images, reported):
+    """Outliers of validation images, to choose settings by.
+
+    Args:
+        images: `Images`.
+        reported: Names of the unknown sets that are reported, which must not
+            be chosen by.
+    """
     x = images.validation[0][:MAX_SYNTHETIC]
-    # What is reported must not be chosen by.
-    reported = unknown_sets(images, evaluation)
     sets = synthetic_images(x, np.random.default_rng(0))
     return {name: x for name, x in sets.items() if name not in reported}
 
@@ -157,8 +161,9 @@ class Batches(keras.utils.PyDataset):
     """Training batches whose order and augmentation a seed determines.
 
     NumPy does both, so that every method and backend sees the same images in
-    the same order. The samples that do not fill a batch change from epoch to
-    epoch and are left out.
+    the same order, provided that `fit` does not shuffle the batches. The
+    samples that do not fill a batch change from epoch to epoch and are left
+    out.
     """
 
     def __init__(self, x, y, batch_size, seed, shift, mirror):

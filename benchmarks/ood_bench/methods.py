@@ -377,13 +377,56 @@ class HALO(_OnePhase):
         return Reader(read, storage)
 
 
-@dataclasses.dataclass(frozen=True)
-class ConvertedHALO(HALO):
-    """Cross-entropy first, HALO for the rest of the same number of epochs.
+class _Converted:
+    """A first phase, and another head for the rest of the epochs.
 
-    `keras_halo.convert_head` makes the one of the other: the embedding is all
-    that the head reads, turned such that the classes start as unit Gaussians.
-    HALO then starts from its full learning rate again.
+    `keras_halo.convert_head` makes the second head: the embedding is all that
+    it reads, turned such that the classes start as unit Gaussians. It then
+    starts from the full learning rate again.
+    """
+
+    def features(self, backbone):
+        """What the converted head reads."""
+        if self.all_blocks:
+            return _all_blocks(backbone)
+        x = backbone.output
+        return _on_a_sphere(x) if self.unit_length else x
+
+    def turned(self, backbone):
+        """The embedding in which `convert_head` puts its head."""
+        features = self.features(backbone)
+        return layers.Dense(features.shape[-1])(features)
+
+    def first_training(self, model, images):
+        """The `Training` of a classifier that shares layers with `model`."""
+        features = layers.GlobalAveragePooling2D()(block_outputs(model)[-1])
+        classifier = _with_linear_head(model, features, images)
+        first = CrossEntropy()
+        return first.training(classifier)._replace(shared=first)
+
+    def phases(self, model, images, epochs):
+        embedding, head = model.layers[-2:]
+        num_first = min(round(self.share * epochs), epochs - 1)
+        first = self.first_training(model, images)
+        yield first, num_first
+        converted = keras_halo.convert_head(
+            _with_linear_head(model, embedding.input, images),
+            *images.train,
+            batch_size=_BATCH_SIZE,
+            label_smoothing=self.label_smoothing,
+        )
+        turned, halo_head = converted.layers[-2:]
+        embedding.set_weights(turned.get_weights())
+        head.set_weights(self.weights_like(halo_head))
+        if self.freeze:
+            first.model.trainable = False
+        training = self.training(model)._replace(rate=self.rate)
+        yield training, epochs - num_first
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedHALO(_Converted, HALO):
+    """Cross-entropy first, HALO for the rest of the same number of epochs.
 
     Args:
         share: Float in `(0, 1)`, the share of the epochs in the first phase.
@@ -402,46 +445,47 @@ class ConvertedHALO(HALO):
     all_blocks: bool = False
     rate: float = 1.0
 
-    def features(self, backbone):
-        """What the converted head reads."""
-        if self.all_blocks:
-            return _all_blocks(backbone)
-        x = backbone.output
-        return _on_a_sphere(x) if self.unit_length else x
-
     def head(self, backbone, num_classes):
-        features = self.features(backbone)
-        x = layers.Dense(features.shape[-1])(features)
         return keras_halo.HALODense(
             num_classes, self.label_smoothing, self.learn_gamma
-        )(x)
+        )(self.turned(backbone))
 
-    def first_training(self, model, images):
-        """The `Training` of a classifier that shares layers with `model`."""
-        features = layers.GlobalAveragePooling2D()(block_outputs(model)[-1])
-        classifier = _with_linear_head(model, features, images)
-        first = CrossEntropy()
-        return first.training(classifier)._replace(shared=first)
+    def weights_like(self, halo_head):
+        return halo_head.get_weights()
 
-    def phases(self, model, images, epochs):
-        embedding, head = model.layers[-2:]
-        num_first = min(round(self.share * epochs), epochs - 1)
-        first = self.first_training(model, images)
-        yield first, num_first
-        converted = keras_halo.convert_head(
-            _with_linear_head(model, embedding.input, images),
-            *images.train,
-            self.label_smoothing,
-            _BATCH_SIZE,
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedCrossEntropy(_Converted, CrossEntropy):
+    """`ConvertedHALO` on all blocks, with cross-entropy in HALO's place.
+
+    The embedding and what the head says of it at the start are the same, so
+    that nothing but the loss is another one: the logits of HALO's classes are
+    linear in the embedding.
+
+    Args:
+        share: As of `ConvertedHALO`, and so are the others.
+    """
+
+    share: float = 0.9
+    freeze: bool = True
+    all_blocks: bool = True
+    rate: float = 2.5
+
+    def head(self, backbone, num_classes):
+        return layers.Dense(num_classes, name="logits")(self.turned(backbone))
+
+    def weights_like(self, halo_head):
+        centroids, raw_gamma = (
+            ops.convert_to_numpy(weight)
+            for weight in (halo_head.centroids, halo_head.raw_gamma)
         )
-        for layer, start in zip(
-            (embedding, head), converted.layers[-2:], strict=True
-        ):
-            layer.set_weights(start.get_weights())
-        if self.freeze:
-            first.model.trainable = False
-        training = self.training(model)._replace(rate=self.rate)
-        yield training, epochs - num_first
+        # s = gamma * (2 * dot(x, c) / D - mean(c ** 2)), as HALO has it.
+        gamma = np.log1p(np.exp(raw_gamma))
+        c = centroids - centroids.mean(axis=0)
+        return [
+            gamma * 2.0 / c.shape[-1] * c.T,
+            -gamma * np.square(c).mean(axis=-1),
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -559,7 +603,17 @@ METHODS = {
     "HALO-D32-blocks": TurnedHALO(
         distill=False, label_smoothing=0.003, all_blocks=True
     ),
+    # What of HALO on all blocks is a merit of the blocks alone?
+    "cross-entropy-blocks": ConvertedCrossEntropy(),
 }
+
+# Tried, of no gain, and only run by name.
+TRIED = (
+    "HALO-plain-0.02",
+    "HALO-converted-whole",
+    "HALO-round",
+    "HALO-normalized-round",
+)
 
 # For a quick comparison: what every post-hoc detector reads, the best rival
 # that stores nothing, the defaults, and the best setting.

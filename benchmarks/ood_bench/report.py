@@ -25,6 +25,7 @@ KNOWN_COLUMNS = (
     ("abstained", "abstained", 100, 2),
 )
 COST_COLUMNS = (
+    ("parameters", "parameters", 1, 0),
     ("seconds", "training, s", 1, 0),
     ("cpu_seconds", "training, CPU s", 1, 0),
     ("epoch_seconds", "epoch, s", 1, 1),

@@ -169,6 +169,9 @@ def _fit(training, batches, settings, done, epochs):
         batches,
         initial_epoch=done,
         epochs=done + epochs,
+        # Keras would draw from a state that depends on how many weights the
+        # head has: each method would see the batches in another order.
+        shuffle=False,
         verbose=0,
         callbacks=[progress],
     ).history
@@ -240,7 +243,7 @@ def evaluate(settings, evaluation, model, images):
     }
     synthetic = {
         name: reader.read(x)
-        for name, x in data.synthetic_sets(images, evaluation).items()
+        for name, x in data.synthetic_sets(images, unknown).items()
     }
     errors = test.logits.argmax(axis=-1) != y
     detectors = {}

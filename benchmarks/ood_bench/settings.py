@@ -25,6 +25,7 @@ class Settings:
         hold_out: Tuple of integers, classes that are left out of training.
         augment: Boolean, whether images are shifted and mirrored.
         backend: String, the backend of Keras.
+        version: Integer, raised whenever the code trains otherwise.
     """
 
     dataset: str
@@ -40,6 +41,7 @@ class Settings:
     hold_out: tuple
     augment: bool
     backend: str
+    version: int = 2
 
     @property
     def title(self):
@@ -53,10 +55,12 @@ class Evaluation:
     Args:
         num_test: Integer, how many test images; 0 for all of them.
         extra: Tuple of `UnknownImages`, further ones.
+        version: Integer, raised whenever the code evaluates otherwise.
     """
 
     num_test: int
     extra: tuple
+    version: int = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,23 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 
 import numpy as np
 
 _RECORD, _DIGEST = "record", "digest"
+
+# What reading a file may raise that is damaged, wherever the damage is.
+_DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def save(path, record, arrays):
@@ -20,7 +33,8 @@ def save(path, record, arrays):
     contents = {name: np.asarray(array) for name, array in arrays.items()}
     contents[_RECORD] = np.array(json.dumps(record))
     contents[_DIGEST] = np.array(_digest(contents))
-    partial = f"{path}.part"
+    # Two processes may make the same file at a time.
+    partial = f"{path}.{os.getpid()}.part"
     with open(partial, "wb") as file:
         np.savez_compressed(file, **contents)
         file.flush()
@@ -35,11 +49,11 @@ def load(path):
             contents = dict(file)
         digest = str(contents.pop(_DIGEST))
         if digest != _digest(contents):
-            return None
+            raise ValueError("its contents are not those of its digest")
         return json.loads(str(contents.pop(_RECORD))), contents
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except _DAMAGED:
         print(f"{path} is not a whole result and will be made anew")
         return None
 
