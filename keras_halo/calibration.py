@@ -6,7 +6,7 @@ import numpy as np
 
 from keras_halo import geometry, packing
 from keras_halo.extras import require
-from keras_halo.fitting import find_head
+from keras_halo.fitting import counted, find_head
 from keras_halo.labels import class_indices
 from keras_halo.metrics import expected_calibration_error
 
@@ -80,7 +80,14 @@ class Calibration:
 
 
 def calibrate(
-    model, x, y, unknown=None, bias="mistakes", batch_size=None, verbose="auto"
+    model,
+    x,
+    y,
+    unknown=None,
+    bias="mistakes",
+    batch_size=None,
+    verbose="auto",
+    sample_weight=None,
 ):
     """Refits temperature and abstain bias on validation data, in place.
 
@@ -130,6 +137,10 @@ def calibrate(
         bias: `"mistakes"`, `"margin"` or `"keep"`. Defaults to `"mistakes"`.
         batch_size: Integer, as in `model.predict`. Defaults to 32.
         verbose: `"auto"`, 0, 1 or 2, as in `model.predict`.
+        sample_weight: Optional weights of shape `(N,)` or `(N, ...)`, those
+            of `y`. What has a weight of zero is left out, whatever its label,
+            such as padding; every other weight counts as one. Defaults to
+            `None`.
 
     Returns:
         `Calibration`, with the values before and after and with `undo()`.
@@ -173,6 +184,12 @@ def calibrate(
     head = find_head(model)
 
     logits, old_gamma, old_bias = _predict(model, x, batch_size, verbose)
+    logits, y = counted(logits, y, sample_weight)
+    if not logits.size:
+        raise ValueError(
+            "Expected at least one sample with a weight other than zero. "
+            "Received: none. Look for what made the weights."
+        )
     labels = class_indices(y, logits.shape[-1], logits.shape[:-1]).ravel()
     logits = logits.reshape(-1, logits.shape[-1])
     distances = logits / old_gamma

@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_halo.evaluation.batches import check_readable, read_batches
 from keras_halo.evaluation.predicting import inference_mode
-from keras_halo.fitting import input_structure
+from keras_halo.fitting import counted, free_name, input_structure
 from keras_halo.labels import class_indices
 from keras_halo.layers.halo_dense import HALODense
 from keras_halo.validation import check_label_smoothing
@@ -26,6 +26,7 @@ def convert_head(
     y=None,
     label_smoothing=0.1,
     batch_size=None,
+    sample_weight=None,
     **kwargs,
 ):
     """Replaces the head of a trained classifier by a HALO head that fits it.
@@ -81,14 +82,18 @@ def convert_head(
             that ends in `HALODense`. A model inside of it may hold these
             layers.
         x: Training inputs, whatever `model.predict` takes; or, without `y`, a
-            dataset of batches `(x, y)`: a `tf.data.Dataset`, a
-            `torch.utils.data.DataLoader` or a `keras.utils.PyDataset`. A few
-            hundred samples a class are enough.
+            dataset of batches `(x, y)` or `(x, y, sample_weight)`: a
+            `tf.data.Dataset`, a `torch.utils.data.DataLoader`, a
+            `keras.utils.PyDataset` or a generator. A few hundred samples a
+            class are enough.
         y: Labels, integers of shape `(N, ...)` or `(N, ..., 1)`, or one-hot of
             shape `(N, ..., K)`; for one unit 0 or 1.
         label_smoothing: Float in `[0, 1)`, that of the head. Defaults to
             `0.1`.
         batch_size: Integer, as in `model.predict`. Defaults to 32.
+        sample_weight: Optional weights of shape `(N,)` or `(N, ...)`. What
+            has a weight of zero is left out, whatever its label, such as
+            padding; every other weight counts as one. Defaults to `None`.
         **kwargs: Further arguments of `HALODense`, such as `learn_gamma` and
             `name`.
 
@@ -131,7 +136,12 @@ def convert_head(
             "Put a wider layer before it and train the model again."
         )
     num_classes = max(units, 2)
-    data = x if y is None else (x, y)
+    data = x if y is None else (x, y, sample_weight)
+    if sample_weight is not None and y is None:
+        raise ValueError(
+            "`sample_weight` belongs to arrays `x` and `y`. Received: y=None. "
+            "Let the dataset yield batches `(x, y, sample_weight)`."
+        )
     check_readable(data, "x")
     inputs = input_structure(model)
     moments = ClassMoments(num_classes, dim)
@@ -140,16 +150,17 @@ def convert_head(
         inference_mode(embedder),
         contextlib.closing(read_batches(data, batch_size)) as batches,
     ):
-        for batch, labels, _ in batches:
+        for batch, labels, weights in batches:
             if labels is None:
                 raise ValueError(
                     "Labels are missing. Received: `x` without labels and "
                     "y=None. Pass `y`, or a dataset of batches `(x, y)`."
                 )
-            moments.update(embedder.predict_on_batch(batch), labels)
+            embedded = embedder.predict_on_batch(batch)
+            moments.update(*counted(embedded, labels, weights))
     means, covariance = moments.result()
     transform, center = whitening(means, covariance, moments.total)
-    turned = keras.layers.Dense(dim, name=_free_name(model, "halo_embedding"))
+    turned = keras.layers.Dense(dim, name=free_name(model, "halo_embedding"))
     head = HALODense(num_classes, label_smoothing=label_smoothing, **kwargs)
     converted = keras.Model(inputs, head(turned(embeddings)))
     turned.set_weights([transform.T, -transform @ center])
@@ -339,7 +350,11 @@ def _before_head(model):
             return node.input_tensors[0], layer.units
         if isinstance(layer, keras.Model) and getattr(layer, "outputs", None):
             embeddings, units = _before_head(layer)
-            inner = keras.Model(input_structure(layer), embeddings)
+            inner = keras.Model(
+                input_structure(layer),
+                embeddings,
+                name=free_name(model, "up_to_head"),
+            )
             return inner(*node.arguments.args), units
         if not isinstance(layer, keras.layers.Softmax):
             if not isinstance(layer, keras.layers.Activation):
@@ -363,14 +378,3 @@ def _check_activation(layer):
             f"activation. Received: layer {layer.name!r} with activation "
             f"{name!r}. Convert the model that ends in its logits."
         )
-
-
-def _free_name(model, name):
-    """A name that no layer of the model has yet."""
-    taken = {layer.name for layer in model._flatten_layers()}
-    count = 0
-    free = name
-    while free in taken:
-        count += 1
-        free = f"{name}_{count}"
-    return free

@@ -1,14 +1,25 @@
 """Fits what is measured after training, and finds where in a model to do so."""
 
+import contextlib
+
 import keras
 import numpy as np
 from keras import ops
 
+from keras_halo.evaluation.batches import (
+    check_readable,
+    count_batches,
+    counted_positions,
+    read_batches,
+)
+from keras_halo.evaluation.predicting import inference_mode
 from keras_halo.layers.class_gaussians import ClassGaussians
 from keras_halo.layers.halo_dense import HALODense
 
 
-def fit_class_gaussians(model, x, y=None, batch_size=None, verbose="auto"):
+def fit_class_gaussians(
+    model, x, y=None, batch_size=None, verbose="auto", sample_weight=None
+):
     """Appends an out-of-distribution score that is fitted to training data.
 
     One pass over the data computes the embeddings that enter the head; the
@@ -35,14 +46,17 @@ def fit_class_gaussians(model, x, y=None, batch_size=None, verbose="auto"):
         model: A trained functional or sequential model with one `HALODense`
             head.
         x: Training inputs, whatever `model.predict` takes; or, without `y`,
-            an iterable of batches `(x, y)`: a `tf.data.Dataset`, a
-            `torch.utils.data.DataLoader` or a `keras.utils.PyDataset`. Data
-            that is augmented should not be: the extent of a class is
-            measured.
+            a dataset of batches `(x, y)` or `(x, y, sample_weight)`: a
+            `tf.data.Dataset`, a `torch.utils.data.DataLoader`, a
+            `keras.utils.PyDataset` or a generator. Data that is augmented
+            should not be: the extent of a class is measured.
         y: Labels, integers of shape `(N, ...)` or `(N, ..., 1)`, or one-hot
             of shape `(N, ..., K)`.
         batch_size: Integer, as in `model.predict`. Defaults to 32.
         verbose: `"auto"`, 0, 1 or 2, as in `model.predict`.
+        sample_weight: Optional weights of shape `(N,)` or `(N, ...)`. What
+            has a weight of zero is left out, whatever its label, such as
+            padding; every other weight counts as one. Defaults to `None`.
 
     Returns:
         `keras.Model` with the inputs of `model` and the outputs
@@ -76,7 +90,7 @@ def fit_class_gaussians(model, x, y=None, batch_size=None, verbose="auto"):
     ood = layer(embeddings, scores)
     inputs = input_structure(model)
     embedder = keras.Model(inputs, embeddings)
-    layer.adapt(*_embed(embedder, x, y, batch_size, verbose))
+    layer.adapt(*_embed(embedder, x, y, sample_weight, batch_size, verbose))
     return keras.Model(inputs, {"scores": scores, "ood": ood})
 
 
@@ -86,30 +100,44 @@ def input_structure(model):
     return inputs[0] if len(inputs) == 1 else model.input
 
 
-def _embed(embedder, x, y, batch_size, verbose):
-    """Embeddings and labels, as NumPy arrays."""
+def _embed(embedder, x, y, sample_weight, batch_size, verbose):
+    """Embeddings and labels of what counts, as NumPy arrays."""
     if y is not None:
         embeddings = embedder.predict(x, batch_size=batch_size, verbose=verbose)
-        return embeddings, ops.convert_to_numpy(y)
+        return counted(embeddings, ops.convert_to_numpy(y), sample_weight)
     if isinstance(x, np.ndarray) or ops.is_tensor(x):
         raise ValueError(
             "Labels are missing. Received: an array as `x` and y=None. Pass "
             "`y`, or a dataset of batches `(x, y)`."
         )
+    if sample_weight is not None:
+        raise ValueError(
+            "`sample_weight` belongs to arrays `x` and `y`. Received: y=None. "
+            "Let the dataset yield batches `(x, y, sample_weight)`."
+        )
+    if isinstance(x, list):
+        # Batches, and not the arrays of a model with many inputs.
+        x = (batch for batch in x)
+    check_readable(x, "x")
     collected = []
-    total = len(x) if hasattr(x, "__len__") else None
+    total = count_batches(x, batch_size)
     progress = keras.utils.Progbar(
         total, verbose=1 if verbose == "auto" else verbose
     )
-    for batch in _batches(x, total):
-        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-            raise ValueError(
-                "Without `y`, `x` must be an iterable of batches `(x, y)`. "
-                f"Received: a batch of type {type(batch).__name__}."
-            )
-        embeddings = embedder.predict_on_batch(batch[0])
-        collected.append((embeddings, ops.convert_to_numpy(batch[1])))
-        progress.update(len(collected))
+    with (
+        inference_mode(embedder),
+        contextlib.closing(read_batches(x, batch_size)) as batches,
+    ):
+        for batch, labels, weights in batches:
+            if labels is None:
+                raise ValueError(
+                    "Without `y`, `x` must be a dataset of batches `(x, y)`. "
+                    f"Received: a batch of type {type(batch).__name__} without "
+                    "labels."
+                )
+            embeddings = embedder.predict_on_batch(batch)
+            collected.append(counted(embeddings, labels, weights))
+            progress.update(len(collected))
     if not collected:
         raise ValueError("Expected at least one batch. Received: no data.")
     if total is None:
@@ -118,11 +146,38 @@ def _embed(embedder, x, y, batch_size, verbose):
     return np.concatenate(embeddings), np.concatenate(labels)
 
 
-def _batches(x, total):
-    if isinstance(x, keras.utils.PyDataset):
-        # It has no end of its own: indexing may go on for ever.
-        return (x[i] for i in range(total))
-    return iter(x)
+def counted(values, labels, sample_weight):
+    """Leaves out what has a weight of zero, such as padding.
+
+    Args:
+        values: Array of shape `(B, ..., D)`.
+        labels: Array of shape `(B, ...)`, `(B, ..., 1)` or `(B, ..., K)`.
+        sample_weight: Weights of shape `(B,)` or `(B, ...)`, or `None`.
+
+    Returns:
+        Values and labels, as they are where there are no weights, otherwise
+        with a single axis in place of `(B, ...)`.
+
+    Raises:
+        ValueError: If weights or labels do not fit.
+
+    Example:
+
+    >>> counted(np.eye(2), np.array([0, -1]), [1.0, 0.0])
+    (array([[1., 0.]]), array([0]))
+    """
+    if sample_weight is None:
+        return values, labels
+    kept = counted_positions(
+        ops.convert_to_numpy(sample_weight), values.shape[:-1], "x"
+    )
+    labels = np.asarray(ops.convert_to_numpy(labels))
+    if labels.shape[: kept.ndim] != kept.shape:
+        raise ValueError(
+            "Expected one label for every sample or position, of shape "
+            f"{kept.shape}. Received: labels of shape {labels.shape}."
+        )
+    return values[kept], labels[kept]
 
 
 def find_head(model):
@@ -207,7 +262,9 @@ def head_tensors(model):
             and head in operation._flatten_layers()
         ):
             inner = keras.Model(
-                input_structure(operation), head_tensors(operation)
+                input_structure(operation),
+                head_tensors(operation),
+                name=free_name(model, "up_to_head"),
             )
             return inner(*node.arguments.args)
         pending.extend(node.input_tensors)
@@ -218,3 +275,28 @@ def head_tensors(model):
         "For a subclassed model compute the embeddings yourself and use "
         "`keras_halo.layers.ClassGaussians` and its method `adapt`."
     )
+
+
+def free_name(model, name):
+    """A name that no layer of a model has yet.
+
+    Args:
+        model: Keras model.
+        name: String, what the name begins with.
+
+    Returns:
+        String.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras_halo.HALODense(3)])
+    >>> free_name(model, "turned"), free_name(model, model.layers[0].name)
+    ('turned', 'halo_dense_1')
+    """
+    taken = {layer.name for layer in model._flatten_layers()}
+    count = 0
+    free = name
+    while free in taken:
+        count += 1
+        free = f"{name}_{count}"
+    return free

@@ -26,6 +26,8 @@ from keras import ops
 
 from keras_halo import geometry, packing
 
+_NARROW = ("bool", "int8", "uint8", "int16", "uint16")
+
 # Numbers that a block of a matrix may have to stay in the processor's cache.
 _BLOCK_SIZE = 2**18
 
@@ -363,6 +365,9 @@ def safe_indices(labels, num_classes):
         shape `(..., 1)`.
     """
     labels = ops.expand_dims(labels, axis=-1)
+    if keras.backend.standardize_dtype(labels.dtype) in _NARROW:
+        # They may not hold `K` itself.
+        labels = ops.cast(labels, "int32")
     if ops.is_tensor(num_classes):
         num_classes = ops.cast(num_classes, labels.dtype)
     in_range = (labels >= 0) & (labels < num_classes)
@@ -401,9 +406,9 @@ def plus_at_labels(matrix, labels, values, start=0):
     return matrix + is_own * values
 
 
-def is_known(parts, in_range):
+def is_known(parts, in_range=True):
     """Where a loss can be told: labels in range, scores of a HALO head."""
-    return in_range & (parts.embedding_dim >= 2.0)
+    return (parts.embedding_dim >= 2.0) & in_range
 
 
 def sum_columns(matrix):

@@ -388,13 +388,14 @@ def smoothed_targets(labels, label_smoothing):
     Formula:
 
     ```python
-    q = (1 - label_smoothing) * labels + label_smoothing / K
+    q = (1 - label_smoothing) * labels + label_smoothing / K * sum(labels)
     ```
 
-    The abstain class gets no target mass.
+    The abstain class gets no target mass, and a row without a label has none
+    at all.
 
     Args:
-        labels: Tensor of shape `(..., K)`, a label distribution.
+        labels: Tensor of shape `(..., K)`, a label distribution, or zeros.
         label_smoothing: Float in `[0, 1)`.
 
     Returns:
@@ -409,7 +410,8 @@ def smoothed_targets(labels, label_smoothing):
     if not label_smoothing:
         return labels
     spread = label_smoothing / axis_length(labels, -1)
-    return labels * (1.0 - label_smoothing) + spread
+    total = ops.sum(labels, axis=-1, keepdims=True)
+    return labels * (1.0 - label_smoothing) + spread * total
 
 
 def class_nearness(logits, squared_norm, temperature, label_smoothing):

@@ -170,6 +170,26 @@ def test_fitted_models_and_one_hot_labels_are_taken():
     assert calibration.temperature == pytest.approx(3.0, rel=0.1)
 
 
+def test_padding_does_not_count():
+    model, head = model_of(gamma=3.0)
+    x, y = sample(model, n=300)
+    head.raw_gamma.assign(geometry.inverse_softplus(1.0))
+    expected = calibrate(model, x, y, verbose=0)
+    expected.undo()
+    padded_x = np.concatenate([x, 9.0 * x[:50]])
+    padded_y = np.concatenate([y, np.full(50, -1)])
+    weight = np.concatenate([np.ones(300), np.zeros(50)])
+    calibration = calibrate(
+        model, padded_x, padded_y, verbose=0, sample_weight=weight
+    )
+    for name in ("temperature", "abstain_bias", "nll", "ece", "error_rate"):
+        assert getattr(calibration, name) == pytest.approx(
+            getattr(expected, name), rel=1e-4
+        )
+    with pytest.raises(ValueError, match="weight other than zero"):
+        calibrate(model, x, y, verbose=0, sample_weight=np.zeros(300))
+
+
 def test_a_perfect_abstention_rate_stays_finite():
     model, _ = model_of()
     x, _ = sample(model)

@@ -273,6 +273,82 @@ def test_datasets_fit_as_arrays_do():
         )
 
 
+def as_filtered_tf_dataset(x, y):
+    tf = pytest.importorskip("tensorflow", reason="needs TensorFlow")
+    dataset = tf.data.Dataset.from_tensor_slices((x, y))
+    return dataset.filter(lambda x, y: y >= 0).batch(32)
+
+
+def as_iterable_loader(x, y):
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return zip(map(torch.as_tensor, x), y.tolist(), strict=True)
+
+    return torch.utils.data.DataLoader(Rows(), batch_size=32)
+
+
+@pytest.mark.parametrize("read", [as_filtered_tf_dataset, as_iterable_loader])
+def test_datasets_whose_length_is_not_known_fit(read):
+    x, y = clusters()
+    model = small_model()
+    expected = fit_class_gaussians(model, x, y, verbose=0)
+    fitted = fit_class_gaussians(model, read(x, y), verbose=0)
+    np.testing.assert_allclose(
+        fitted.predict(x[:9], verbose=0)["ood"],
+        expected.predict(x[:9], verbose=0)["ood"],
+        rtol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_padding_has_no_part_in_the_fit(one_hot):
+    x, y = clusters()
+    model = small_model()
+    expected = fit_class_gaussians(model, x, y, verbose=0)
+    padded_x = np.concatenate([x, np.full((60, 4), 50.0, "float32")])
+    if one_hot:
+        padded_y = np.concatenate([np.eye(3)[y], np.zeros((60, 3))])
+    else:
+        padded_y = np.concatenate([y, np.full(60, -1)])
+    weight = np.concatenate([np.full(300, 0.5), np.zeros(60)])
+    data = (padded_x, padded_y)
+    for fitted in (
+        fit_class_gaussians(model, *data, verbose=0, sample_weight=weight),
+        fit_class_gaussians(model, (*data, weight), verbose=0),
+    ):
+        np.testing.assert_allclose(
+            fitted.predict(x[:9], verbose=0)["ood"],
+            expected.predict(x[:9], verbose=0)["ood"],
+            rtol=1e-3,
+        )
+    with pytest.raises(ValueError, match="sample weights of `x`"):
+        fit_class_gaussians(model, *data, verbose=0, sample_weight=weight[1:])
+    with pytest.raises(ValueError, match="belongs to arrays"):
+        fit_class_gaussians(model, data, verbose=0, sample_weight=weight)
+
+
+def test_a_model_of_models_that_comes_from_a_file_fits(tmp_path):
+    x, y = clusters()
+    keras.backend.clear_session()
+    inputs = [keras.Input((4,)) for _ in range(3)]
+    body = keras.Model(inputs[0], keras.layers.Dense(4)(inputs[0]))
+    head = keras.Model(inputs[1], keras_halo.HALODense(3)(inputs[1]))
+    keras.Model(inputs[2], head(body(inputs[2]))).save(tmp_path / "model.keras")
+    # As in a fresh process: names are given from the first one again.
+    keras.backend.clear_session()
+    model = keras.models.load_model(tmp_path / "model.keras")
+    fitted = fit_class_gaussians(model, x, y, verbose=0)
+    np.testing.assert_allclose(
+        fitted.predict(x[:5], verbose=0)["scores"],
+        model.predict(x[:5], verbose=0),
+        rtol=1e-5,
+    )
+    converted = keras_halo.convert_head(model, x, y)
+    assert converted.predict(x[:5], verbose=0).shape == (5, 7)
+
+
 def test_token_heads_get_a_score_a_token():
     x, y = clusters(n=300)
     x, y = x.reshape(100, 3, 4), y.reshape(100, 3)
@@ -393,5 +469,5 @@ def test_models_that_do_not_fit_are_refused():
         fit_class_gaussians(headless, x, y)
     with pytest.raises(ValueError, match="Labels are missing"):
         fit_class_gaussians(small_model(), x)
-    with pytest.raises(ValueError, match="iterable of batches"):
+    with pytest.raises(ValueError, match="dataset of batches"):
         fit_class_gaussians(small_model(), [x], verbose=0)

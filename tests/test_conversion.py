@@ -251,6 +251,25 @@ def test_token_classifiers_convert():
     assert np.mean(scores[..., :3].argmax(-1) == labels) > 0.9
 
 
+def test_padding_has_no_part_in_the_head():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, size=(40, 5))
+    x = (np.eye(6)[y] * 3 + rng.normal(size=(40, 5, 6))).astype("float32")
+    model = keras.Sequential([keras.Input((5, 6)), keras.layers.Dense(3)])
+    expected = convert_head(model, x[:30], y[:30]).get_weights()
+    weight = np.ones((40, 5))
+    weight[30:] = 0.0
+    y[30:] = -1
+    for converted in (
+        convert_head(model, x, y, sample_weight=weight),
+        convert_head(model, (x, y, weight), batch_size=7),
+    ):
+        for a, b in zip(converted.get_weights(), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="belongs to arrays"):
+        convert_head(model, (x, y), sample_weight=weight)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 1000),

@@ -307,6 +307,13 @@ def test_padding_is_left_out(model, reference):
         assert_same(report, reference)
 
 
+def test_a_class_to_ignore_needs_integer_labels(model):
+    with pytest.raises(ValueError, match="`ignore_class` needs integer labels"):
+        evaluate_ood(
+            model, (X, np.eye(3)[Y]), UNKNOWN, verbose=0, ignore_class=1
+        )
+
+
 def test_weights_of_whole_sequences_and_of_tokens():
     tokens = keras.Input((8, DIM))
     token_model = keras.Model(tokens, head()(tokens))

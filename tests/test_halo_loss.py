@@ -104,6 +104,22 @@ def test_labels_of_every_dtype(dtype):
     )
 
 
+@pytest.mark.parametrize(
+    ("dtype", "num_classes"),
+    [("uint8", 256), ("uint8", 300), ("int8", 128), ("int8", 600)],
+)
+def test_labels_need_not_hold_the_number_of_classes(dtype, num_classes):
+    scores = ops.convert_to_tensor(_scores(num_classes=num_classes))
+    labels = np.array([0, 1, 100, 127, 3, 44, 2, 9])
+    for block_size in (None, 100):
+        narrow, wide = (
+            to_numpy(halo_loss(labels.astype(d), scores, block_size=block_size))
+            for d in (dtype, "int32")
+        )
+        np.testing.assert_array_equal(narrow, wide)
+        assert np.isfinite(wide).all()
+
+
 def test_boolean_labels_of_two_classes():
     scores, labels = _scores(num_classes=2), _labels(num_classes=2)
     loss = HALOLoss()
@@ -365,11 +381,12 @@ def test_training_on_labels_out_of_range_is_loud():
     assert np.isnan(history.history["loss"][0])
 
 
-def test_training_without_the_head_is_loud():
+@pytest.mark.parametrize("labels", [np.arange(8) % 4, np.eye(4)[[0, 1] * 4]])
+def test_training_without_the_head_is_loud(labels):
     x = np.random.default_rng(0).normal(size=(8, D)).astype("float32")
     model = keras.Sequential([keras.layers.Input((D,)), keras.layers.Dense(8)])
     model.compile("sgd", HALOLoss())
-    history = model.fit(x, np.arange(8) % 4, batch_size=8, verbose=0)
+    history = model.fit(x, labels, batch_size=8, verbose=0)
     assert np.isnan(history.history["loss"][0])
 
 

@@ -305,11 +305,14 @@ def test_halo_loss_takes_positions_one_hot_and_matches():
         )
 
 
-def test_a_query_without_a_match_does_not_count():
+@pytest.mark.parametrize("distill", [True, False])
+def test_a_query_without_a_match_does_not_count(distill):
     q, k = _pairs(3, 5)
     labels = keras_halo.matches([0, 77, 2], np.arange(5))
     losses = to_numpy(
-        HALOLoss(reduction=None)(labels, HALOSimilarity()([q, k]))
+        HALOLoss(distill=distill, reduction=None)(
+            labels, HALOSimilarity()([q, k])
+        )
     )
     assert losses[1] == 0.0
     assert losses[0] != 0.0 and losses[2] != 0.0

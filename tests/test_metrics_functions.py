@@ -552,3 +552,15 @@ def test_fewer_samples_than_bins_are_refused():
     for num_bins in (0, -1, 2.5, True, "15"):
         with pytest.raises(ValueError, match="`num_bins` must be a positive"):
             metrics.reliability_bins([0, 1], GOOD, num_bins)
+
+
+def test_so_many_classes_that_their_square_fits_no_memory():
+    num_classes = 300_000
+    p = np.full((2, num_classes), 0.5 / (num_classes - 1))
+    p[:, 7] = 0.5
+    assert metrics.expected_calibration_error(
+        [7, 1], p, num_bins=2
+    ) == pytest.approx(0.0)
+    assert metrics.negative_log_likelihood([7, 7], p) == pytest.approx(
+        math.log(2.0)
+    )

@@ -284,6 +284,16 @@ def test_map_thins_points_evenly_and_takes_names(rng):
     assert {"ant", "bee", "cat"} <= {text.get_text() for text in ax.texts}
 
 
+@pytest.mark.parametrize("num_classes", [3, 30])
+def test_map_takes_names_in_an_array(rng, num_classes):
+    names = np.array([f"class {index}" for index in range(num_classes)])
+    ax = plots.embedding_map(*clusters(rng, num_classes), class_names=names)
+    texts = list(ax.texts)
+    if len(ax.figure.axes) > 1:
+        texts += ax.figure.axes[-1].get_yticklabels()
+    assert {"class 0"} <= {text.get_text() for text in texts}
+
+
 def test_classes_without_centroids_are_named_at_their_means(rng):
     x, labels, _ = clusters(rng, 3)
     labels = labels * 2

@@ -98,6 +98,41 @@ def read_batches(data, batch_size=None):
         adapter.on_epoch_end()
 
 
+def counted_positions(sample_weight, shape, where):
+    """Tells which samples or positions have a weight other than zero.
+
+    Args:
+        sample_weight: Weights of shape `(batch_size,)`, of the `shape` of the
+            positions, or `(*shape, 1)`; or `None`.
+        shape: Tuple, that of one number a position.
+        where: String, the name by which an error calls the data.
+
+    Returns:
+        Boolean array of the given shape.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    Example:
+
+    >>> counted_positions([1.0, 0.0], (2, 3), "x").tolist()
+    [[True, True, True], [False, False, False]]
+    """
+    counted = np.ones(shape, "bool")
+    if sample_weight is None:
+        return counted
+    weight = np.asarray(sample_weight)
+    if weight.shape == (*shape, 1):
+        weight = weight[..., 0]
+    if weight.shape != shape[: weight.ndim]:
+        raise ValueError(
+            f"The sample weights of `{where}` must have the shape "
+            f"{shape[:1]} or {shape}. Received: shape={weight.shape}."
+        )
+    weight = weight.reshape(weight.shape + (1,) * (counted.ndim - weight.ndim))
+    return counted & (weight != 0)
+
+
 def _to_adapter(data, batch_size):
     # A tuple is a batch in Keras's sense; a list is a list of inputs.
     x, y, sample_weight = (

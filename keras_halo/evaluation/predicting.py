@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_halo import packing
-from keras_halo.evaluation.batches import read_batches
+from keras_halo.evaluation.batches import counted_positions, read_batches
 from keras_halo.ood import OOD_METHODS, check_method, ood_score
 
 FITTED = "fitted"
@@ -251,23 +251,17 @@ def _flat_labels(y, packed, where):
 
 def _kept(sample_weight, labels, ignore_class, packed, where):
     """Boolean array of shape `(N,)`: the positions that count."""
-    shape = packed.shape[:-1]
-    kept = np.ones(shape, "bool")
-    if sample_weight is not None:
-        weight = np.asarray(sample_weight)
-        if weight.shape == (*shape, 1):
-            weight = weight[..., 0]
-        if weight.shape != shape[: weight.ndim]:
-            raise ValueError(
-                f"The sample weights of `{where}` must have the shape "
-                f"{shape[:1]} or {shape}. Received: shape={weight.shape}."
-            )
-        weight = weight.reshape(weight.shape + (1,) * (kept.ndim - weight.ndim))
-        kept &= weight != 0
-    kept = kept.reshape(-1)
-    if ignore_class is not None and labels is not None and labels.ndim == 1:
-        kept = kept & (labels != ignore_class)
-    return kept
+    kept = counted_positions(sample_weight, packed.shape[:-1], where).ravel()
+    if ignore_class is None or labels is None:
+        return kept
+    if labels.ndim > 1:
+        raise ValueError(
+            f"`ignore_class` needs integer labels. Received: `{where}` with "
+            f"a distribution over {labels.shape[-1]} classes and ignore_class="
+            f"{ignore_class}. Pass integer labels, or give the positions to "
+            "ignore a `sample_weight` of zero."
+        )
+    return kept & (labels != ignore_class)
 
 
 def _score(packed, fitted, method, where):

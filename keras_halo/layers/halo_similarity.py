@@ -106,11 +106,13 @@ class HALOSimilarity(keras.layers.Layer):
     `HALOLoss` trains a direction from labels of any other kind, such as
     `keras_halo.matches(query_ids, key_ids)`.
 
-    **Inference.** `model.predict` on pairs compares within each batch only. For
-    a fixed gallery compute its embeddings once and call `to_head`, or call the
-    layer on all of them: `similarity([queries, gallery])`. The origin, where
-    abstaining sits, is the mean of the keys that are given: that of the batch
-    in training, that of the gallery then. The larger and the more like the
+    **Inference.** `model.predict` on pairs compares within each batch only, and
+    needs a number of pairs that `batch_size` divides: a smaller last batch has
+    fewer classes. For a fixed gallery compute its embeddings once and call
+    `to_head`, or call the layer on all of them:
+    `similarity([queries, gallery])`. The origin, where abstaining sits, is the
+    mean of the keys that are given: that of the batch in training, that of the
+    gallery then. The larger and the more like the
     training data a gallery is, the better the two agree.
 
     The layer computes and emits float32 whatever the dtype policy (float64

@@ -124,6 +124,7 @@ def _losses_of_distribution(
         losses = losses + radial_weight * ops.sum(
             labels * radial, axis=-1, keepdims=True
         )
+    losses = ops.where(fused.is_known(scores), losses, float("nan"))
     return ops.squeeze(losses, axis=-1)
 
 

@@ -294,7 +294,9 @@ def _checked(labels, probabilities):
             f"{int(wrong.sum())} of {wrong.size} labels out of range, among "
             f"them {labels[wrong][0]:g}. Leave samples of no class out."
         )
-    return np.eye(num_classes)[labels.astype("int64")], probabilities
+    one_hot = np.zeros_like(probabilities)
+    one_hot[np.arange(num_samples), labels.astype("int64")] = 1.0
+    return one_hot, probabilities
 
 
 def _checked_probabilities(probabilities):

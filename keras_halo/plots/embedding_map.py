@@ -270,11 +270,11 @@ def _name_classes(ax, colors, class_names, anchors):
     if colors.num_classes > _MAX_LABELLED:
         _draw_color_bar(ax, colors, class_names)
         return
-    names = class_names or [str(index) for index in range(len(anchors))]
+    names = range(len(anchors)) if class_names is None else class_names
     for name, point in zip(names, anchors, strict=True):
         if np.isfinite(point).all():
             ax.annotate(
-                name,
+                str(name),
                 point,
                 xytext=_outwards(point),
                 textcoords="offset points",
@@ -301,7 +301,7 @@ def _draw_color_bar(ax, colors, class_names):
     )
     step = -(-colors.num_classes // 10)
     ticks = np.arange(0, colors.num_classes, step)
-    names = class_names or range(colors.num_classes)
+    names = range(colors.num_classes) if class_names is None else class_names
     bar.set_ticks(ticks, labels=[str(names[tick]) for tick in ticks])
 
 
