@@ -31,18 +31,28 @@ _WRITES = keras.backend.backend() == "torch"
 # used again and stay in the cache.
 _LARGE, _SMALL = 2**21, 2**18
 
+# Where there are so many rows that a small block has hardly any classes, a loop
+# over strided columns takes longer than it saves. Blocks are wider there, and
+# serve arrays of 32 MiB and more, which malloc gives back each time.
+_NARROWEST, _HUGE = 32, 2**23
+
 
 def best_block_size(scores):
     """Classes in a block where nothing is asked for: an integer, or `None`.
 
-    XLA makes one loop of the unblocked loss and needs no blocks.
+    XLA makes one loop of the unblocked loss and needs no blocks. On an
+    accelerator each of them is as many kernels to launch.
 
     Args:
         scores: Packed scores, a tensor of shape `(..., K + 4)`.
     """
-    if not _WRITES or math.prod(scores.shape) < _LARGE:
+    if not _WRITES or scores.device.type != "cpu":
         return None
-    return max(_SMALL // math.prod(scores.shape[:-1]), 1)
+    size = math.prod(scores.shape)
+    block_size = _SMALL // max(math.prod(scores.shape[:-1]), 1)
+    if block_size < _NARROWEST:
+        return _NARROWEST if size >= _HUGE else None
+    return block_size if size >= _LARGE else None
 
 
 def integer_label_losses(

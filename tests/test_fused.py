@@ -253,6 +253,24 @@ def test_blocks_of_classes_change_nothing(
         )
 
 
+@pytest.mark.parametrize(
+    ("shape", "on_torch"),
+    [
+        ((256, 1000), None),
+        ((64, 50_000), 4096),
+        ((4, 256, 256, 25), None),
+        ((2, 256, 256, 154), 32),
+        ((0, 25), None),
+    ],
+)
+def test_default_blocks_are_neither_many_nor_narrow(shape, on_torch):
+    scores = ops.broadcast_to(ops.zeros((1,)), (*shape[:-1], shape[-1] + 4))
+    expected = on_torch if keras.backend.backend() == "torch" else None
+    if expected and scores.device.type != "cpu":
+        expected = None
+    assert blockwise.best_block_size(scores) == expected
+
+
 def test_a_loss_in_blocks_trains_and_comes_back():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64, 4)).astype("float32")

@@ -176,7 +176,7 @@ class HALOLoss(keras.losses.Loss):
             good size. Defaults to `None`, what is fastest: all classes at once
             where XLA compiles the loss together with the head, which takes no
             more memory then, and blocks that stay in the processor's cache on
-            PyTorch.
+            PyTorch on a CPU.
         reduction: Type of reduction to apply to the loss, one of
             `"sum_over_batch_size"`, `"sum"`, `"mean"`,
             `"mean_with_sample_weight"`, `"none"` or `None`, with the meaning
