@@ -10,9 +10,9 @@ TinyImageNet and the other CIFAR (near) and MNIST, SVHN, Textures and Places365
 (far), read once and kept as npz files in the output folder. CIFAR itself comes
 from `keras.datasets`. Training follows OpenOOD: SGD with Nesterov momentum, a
 rate of 0.1 on a cosine schedule, batches of 128, shifts by 4 pixels and
-mirroring. Two things differ: 1,000 images for validation are taken from the
-training images instead of the test images, and all 10,000 test images are
-used. Options that are not listed here go to `benchmarks/ood.py`, which does
+mirroring. Three things differ: 1,000 images for validation are taken from the
+training images instead of the test images, all 10,000 test images are used,
+and pixels are scaled to [0, 1] instead of standardized. Options that are not listed here go to `benchmarks/ood.py`, which does
 the work; it continues where it was stopped.
 
     python benchmarks/openood_cifar.py --smoke
@@ -23,6 +23,8 @@ References:
 
 - Jingyang Zhang et al., OpenOOD v1.5: Enhanced Benchmark for
   Out-of-Distribution Detection, 2023.
+- Raphael Pisoni, "I don't know!": Teaching neural networks to abstain with
+  the HALO-Loss, 2026.
 """
 
 import argparse
@@ -73,6 +75,14 @@ PUBLISHED = {
         "ASCOOD + T2FNorm": (93.03, 97.35),
     },
     "cifar100": {},
+}
+
+# What the author of HALO lists, which is no mean over near and far sets.
+PUBLISHED_HALO = {
+    "cifar10": """\
+Published for HALO, cross-entropy before the arrow: accuracy 96.30 → 96.53 %,
+ECE 7.98 → 1.51 %, FPR@95 on SVHN 22.08 → 10.27 %, AUROC on CIFAR-100
+82.8 → 91.7 %.""",
 }
 
 
@@ -184,6 +194,8 @@ def main():
     results = ood.main([*command, *rest])
     published = {} if arguments.smoke else PUBLISHED[arguments.dataset]
     table = near_and_far(results, arguments.dataset, published)
+    if not arguments.smoke and arguments.dataset in PUBLISHED_HALO:
+        table += f"\n\n{PUBLISHED_HALO[arguments.dataset]}"
     path = os.path.join(arguments.output, "near_far.md")
     pathlib.Path(path).write_text(table + "\n", encoding="utf-8")
     print(f"\nAUROC, near and far\n\n{table}")
