@@ -12,8 +12,9 @@ from `keras.datasets`. Training follows OpenOOD: SGD with Nesterov momentum, a
 rate of 0.1 on a cosine schedule, batches of 128, shifts by 4 pixels and
 mirroring. Three things differ: 1,000 images for validation are taken from the
 training images instead of the test images, all 10,000 test images are used,
-and pixels are scaled to [0, 1] instead of standardized. Options that are not listed here go to `benchmarks/ood.py`, which does
-the work; it continues where it was stopped.
+and pixels are scaled to [0, 1] instead of standardized. Options that are not
+listed here go to `benchmarks/ood.py`, which does the work; it continues where
+it was stopped.
 
     python benchmarks/openood_cifar.py --smoke
 
