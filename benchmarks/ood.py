@@ -57,6 +57,7 @@ SMOKE = {
         "IsoMax+",
         "HALO",
         "HALO-normalized",
+        "HALO-plain-to-distilled",
         "HALO-converted",
         "HALO-D32-turned",
         # Each begins where one of the two before began.

@@ -56,8 +56,8 @@ Args:
 
 Training = collections.namedtuple(
     "Training",
-    ["model", "loss", "metric", "rate", "shared"],
-    defaults=[1.0, None],
+    ["model", "loss", "metric", "rate", "shared", "callbacks"],
+    defaults=[1.0, None, ()],
 )
 Training.__doc__ = """What is fitted in order to train a model.
 
@@ -68,6 +68,7 @@ Args:
     rate: Float, by what the learning rate is multiplied.
     shared: The method that trains this, a dataclass, where others may begin
         with the same; `None` otherwise.
+    callbacks: Tuple of `keras.callbacks.Callback`.
 """
 
 
@@ -377,6 +378,82 @@ class HALO(_OnePhase):
         return Reader(read, storage)
 
 
+@dataclasses.dataclass(frozen=True)
+class VariedHALO(HALO):
+    """What HALO leaves open: targets, the radial term, margin, centroids.
+
+    Args:
+        plain: Pair of floats in `[0, 1]`, the share of plain targets beside
+            distilled ones in the first epoch and in the last, linear in
+            between.
+        warm_up: Float in `[0, 1)`, the share of the epochs over which the
+            radial term rises to its weight.
+        margin_smoothing: Float in `[0, 1)`, the label smoothing from which the
+            head takes its abstain margin; -1 for that of the loss.
+        decay: Float, the weight of the squared centroids in the loss.
+    """
+
+    plain: tuple = (0.0, 0.0)
+    warm_up: float = 0.0
+    margin_smoothing: float = -1.0
+    decay: float = 0.0
+
+    def head(self, backbone, num_classes):
+        x = layers.Dense(self.embedding_dim or num_classes)(backbone.output)
+        margin = self.margin_smoothing
+        return keras_halo.HALODense(
+            num_classes,
+            self.label_smoothing if margin < 0.0 else margin,
+            self.learn_gamma,
+            centroid_regularizer=keras.regularizers.L2(self.decay),
+        )(x)
+
+    def training(self, model):
+        # A weight of the model: JAX takes any other number for a constant.
+        model.progress = keras.Variable(0.0, trainable=False, name="progress")
+        losses = {
+            (distill, weight): keras_halo.HALOLoss(
+                self.label_smoothing, distill, weight, reduction=None
+            )
+            for distill in (True, False)
+            for weight in (0.0, self.radial_weight)
+        }
+
+        def blended(y_true, y_pred):
+            # The loss is linear in its targets and in its radial term.
+            progress = ops.convert_to_tensor(model.progress)
+            first, last = self.plain
+            plain = first + (last - first) * progress
+            radial = ops.minimum(progress / (self.warm_up or 1e-9), 1.0)
+            if not self.warm_up:
+                radial = ops.ones_like(radial)
+            weights = {
+                (True, 0.0): (1.0 - plain) * (1.0 - radial),
+                (True, self.radial_weight): (1.0 - plain) * radial,
+                (False, 0.0): plain * (1.0 - radial),
+                (False, self.radial_weight): plain * radial,
+            }
+            return sum(
+                share * losses[kind](y_true, y_pred)
+                for kind, share in weights.items()
+            )
+
+        return Training(
+            model, blended, "accuracy", callbacks=(_Progress(model.progress),)
+        )
+
+
+class _Progress(keras.callbacks.Callback):
+    """Writes into a variable how far training has come: from 0 to 1."""
+
+    def __init__(self, variable):
+        super().__init__()
+        self.variable = variable
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.variable.assign(epoch / max(self.params["epochs"] - 1, 1))
+
+
 class _Converted:
     """A first phase, and another head for the rest of the epochs.
 
@@ -595,6 +672,13 @@ METHODS = {
         normalize=True,
         roundness=1.0,
     ),
+    "HALO-mixed": VariedHALO(plain=(0.5, 0.5)),
+    "HALO-plain-to-distilled": VariedHALO(plain=(1.0, 0.0)),
+    "HALO-distilled-to-plain": VariedHALO(plain=(0.0, 1.0)),
+    "HALO-warm-up": VariedHALO(warm_up=0.3),
+    "HALO-small-margin": VariedHALO(margin_smoothing=0.3),
+    "HALO-large-margin": VariedHALO(margin_smoothing=0.02),
+    "HALO-decay": VariedHALO(decay=1e-3),
     # Last: each begins like one further up, whose first phase is done by then.
     # A head that is trained alone bears a larger learning rate.
     "HALO-converted-blocks": ConvertedHALO(
@@ -613,6 +697,13 @@ TRIED = (
     "HALO-converted-whole",
     "HALO-round",
     "HALO-normalized-round",
+    "HALO-mixed",
+    "HALO-plain-to-distilled",
+    "HALO-distilled-to-plain",
+    "HALO-warm-up",
+    "HALO-small-margin",
+    "HALO-large-margin",
+    "HALO-decay",
 )
 
 # For a quick comparison: what every post-hoc detector reads, the best rival

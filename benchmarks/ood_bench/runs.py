@@ -173,7 +173,7 @@ def _fit(training, batches, settings, done, epochs):
         # head has: each method would see the batches in another order.
         shuffle=False,
         verbose=0,
-        callbacks=[progress],
+        callbacks=[progress, *training.callbacks],
     ).history
     return {
         "epoch_seconds": progress.seconds,
