@@ -117,7 +117,14 @@ def _embed(embedder, x, y, sample_weight, batch_size, verbose):
         )
     if isinstance(x, list):
         # Batches, and not the arrays of a model with many inputs.
-        x = (batch for batch in x)
+        wrong = [b for b in x if not isinstance(b, (tuple, list))]
+        if wrong or not x:
+            raise ValueError(
+                "Without `y`, `x` must be a dataset of batches `(x, y)`. "
+                "Received: a list "
+                + (f"of {type(wrong[0]).__name__}." if wrong else "of nothing.")
+            )
+        x = (tuple(batch) for batch in x)
     check_readable(x, "x")
     collected = []
     total = count_batches(x, batch_size)
@@ -289,9 +296,10 @@ def free_name(model, name):
 
     Example:
 
-    >>> model = keras.Sequential([keras.Input((4,)), keras_halo.HALODense(3)])
-    >>> free_name(model, "turned"), free_name(model, model.layers[0].name)
-    ('turned', 'halo_dense_1')
+    >>> head = keras_halo.HALODense(3, name="head")
+    >>> model = keras.Sequential([keras.Input((4,)), head])
+    >>> free_name(model, "turned"), free_name(model, "head")
+    ('turned', 'head_1')
     """
     taken = {layer.name for layer in model._flatten_layers()}
     count = 0

@@ -264,7 +264,8 @@ def test_datasets_fit_as_arrays_do():
             return x[part], y[part]
 
     generator = ((x[i::3], y[i::3], np.ones(100)) for i in range(3))
-    for data in (Batches(), generator):
+    batches = [[x[i::3], y[i::3]] for i in range(3)]
+    for data in (Batches(), generator, batches):
         fitted = fit_class_gaussians(model, data, verbose=0)
         np.testing.assert_allclose(
             fitted.predict(x[:9], verbose=0)["ood"],
@@ -471,3 +472,5 @@ def test_models_that_do_not_fit_are_refused():
         fit_class_gaussians(small_model(), x)
     with pytest.raises(ValueError, match="dataset of batches"):
         fit_class_gaussians(small_model(), [x], verbose=0)
+    with pytest.raises(ValueError, match="dataset of batches"):
+        fit_class_gaussians(small_model(), [], verbose=0)
