@@ -124,8 +124,10 @@ def _losses_of_distribution(
         losses = losses + radial_weight * ops.sum(
             labels * radial, axis=-1, keepdims=True
         )
-    losses = ops.where(fused.is_known(scores), losses, float("nan"))
-    return ops.squeeze(losses, axis=-1)
+    # By an index: where the number of keys is known only when a graph runs, so
+    # is, to TensorFlow, the length of a slice.
+    known = fused.is_known(scores)[..., 0]
+    return ops.where(known, ops.squeeze(losses, axis=-1), float("nan"))
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
