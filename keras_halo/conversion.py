@@ -5,9 +5,13 @@ import contextlib
 import keras
 import numpy as np
 
-from keras_halo.evaluation.batches import check_readable, read_batches
-from keras_halo.evaluation.predicting import inference_mode
-from keras_halo.fitting import counted, free_name, input_structure
+from keras_halo.evaluation.batches import check_readable
+from keras_halo.fitting import (
+    check_weights_have_labels,
+    embedded_batches,
+    free_name,
+    input_structure,
+)
 from keras_halo.labels import class_indices
 from keras_halo.layers.halo_dense import HALODense
 from keras_halo.validation import check_label_smoothing
@@ -136,28 +140,16 @@ def convert_head(
             "Put a wider layer before it and train the model again."
         )
     num_classes = max(units, 2)
+    check_weights_have_labels(sample_weight, y)
     data = x if y is None else (x, y, sample_weight)
-    if sample_weight is not None and y is None:
-        raise ValueError(
-            "`sample_weight` belongs to arrays `x` and `y`. Received: y=None. "
-            "Let the dataset yield batches `(x, y, sample_weight)`."
-        )
     check_readable(data, "x")
     inputs = input_structure(model)
     moments = ClassMoments(num_classes, dim)
     embedder = keras.Model(inputs, embeddings)
-    with (
-        inference_mode(embedder),
-        contextlib.closing(read_batches(data, batch_size)) as batches,
-    ):
-        for batch, labels, weights in batches:
-            if labels is None:
-                raise ValueError(
-                    "Labels are missing. Received: `x` without labels and "
-                    "y=None. Pass `y`, or a dataset of batches `(x, y)`."
-                )
-            embedded = embedder.predict_on_batch(batch)
-            moments.update(*counted(embedded, labels, weights))
+    found = embedded_batches(embedder, data, batch_size)
+    with contextlib.closing(found) as batches:
+        for embedded, labels in batches:
+            moments.update(embedded, labels)
     means, covariance = moments.result()
     transform, center = whitening(means, covariance, moments.total)
     turned = keras.layers.Dense(dim, name=free_name(model, "halo_embedding"))

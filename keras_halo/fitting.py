@@ -110,11 +110,7 @@ def _embed(embedder, x, y, sample_weight, batch_size, verbose):
             "Labels are missing. Received: an array as `x` and y=None. Pass "
             "`y`, or a dataset of batches `(x, y)`."
         )
-    if sample_weight is not None:
-        raise ValueError(
-            "`sample_weight` belongs to arrays `x` and `y`. Received: y=None. "
-            "Let the dataset yield batches `(x, y, sample_weight)`."
-        )
+    check_weights_have_labels(sample_weight, y)
     if isinstance(x, list):
         # Batches, and not the arrays of a model with many inputs.
         wrong = [b for b in x if not isinstance(b, (tuple, list))]
@@ -131,19 +127,10 @@ def _embed(embedder, x, y, sample_weight, batch_size, verbose):
     progress = keras.utils.Progbar(
         total, verbose=1 if verbose == "auto" else verbose
     )
-    with (
-        inference_mode(embedder),
-        contextlib.closing(read_batches(x, batch_size)) as batches,
-    ):
-        for batch, labels, weights in batches:
-            if labels is None:
-                raise ValueError(
-                    "Without `y`, `x` must be a dataset of batches `(x, y)`. "
-                    f"Received: a batch of type {type(batch).__name__} without "
-                    "labels."
-                )
-            embeddings = embedder.predict_on_batch(batch)
-            collected.append(counted(embeddings, labels, weights))
+    found = embedded_batches(embedder, x, batch_size)
+    with contextlib.closing(found) as batches:
+        for batch in batches:
+            collected.append(batch)
             progress.update(len(collected))
     if not collected:
         raise ValueError("Expected at least one batch. Received: no data.")
@@ -151,6 +138,42 @@ def _embed(embedder, x, y, sample_weight, batch_size, verbose):
         progress.update(len(collected), finalize=True)
     embeddings, labels = zip(*collected, strict=True)
     return np.concatenate(embeddings), np.concatenate(labels)
+
+
+def check_weights_have_labels(sample_weight, y):
+    """Raises `ValueError` for weights beside a dataset, which has its own."""
+    if sample_weight is not None and y is None:
+        raise ValueError(
+            "`sample_weight` belongs to arrays `x` and `y`. Received: y=None. "
+            "Let the dataset yield batches `(x, y, sample_weight)`."
+        )
+
+
+def embedded_batches(embedder, data, batch_size):
+    """Embeddings and labels of what counts, batch by batch; to be closed.
+
+    Args:
+        embedder: Keras model from inputs to embeddings.
+        data: Arrays or a dataset with labels, see `read_batches`.
+        batch_size: Optional integer, for arrays.
+
+    Yields:
+        Pairs of NumPy arrays, see `counted`.
+
+    Raises:
+        ValueError: If labels are missing, or they or weights do not fit.
+    """
+    with (
+        inference_mode(embedder),
+        contextlib.closing(read_batches(data, batch_size)) as batches,
+    ):
+        for batch, labels, weights in batches:
+            if labels is None:
+                raise ValueError(
+                    "Labels are missing. Received: `x` without labels and "
+                    "y=None. Pass `y`, or a dataset of batches `(x, y)`."
+                )
+            yield counted(embedder.predict_on_batch(batch), labels, weights)
 
 
 def counted(values, labels, sample_weight):
