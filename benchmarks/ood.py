@@ -246,8 +246,9 @@ def main(arguments=None):
     command = sys.argv if arguments is None else ["ood.py", *arguments]
     arguments = parse_arguments(arguments)
     if arguments.list:
+        width = max(map(len, METHODS)) + 2
         for name, method in METHODS.items():
-            print(f"{name:23}{method}")
+            print(f"{name:{width}}{method}")
         return None
     if arguments.jobs < 1:
         sys.exit(f"ood.py: --jobs must be at least 1, got {arguments.jobs}")

@@ -645,6 +645,10 @@ METHODS = {
     "HALO-no-radial": HALO(radial_weight=0.0),
     "HALO-D32": HALO(embedding_dim=32),
     "HALO-D128": HALO(embedding_dim=128),
+    # A head that is trained alone bears a larger learning rate.
+    "HALO-converted-blocks": ConvertedHALO(
+        distill=False, label_smoothing=0.003, all_blocks=True, rate=2.5
+    ),
     "HALO-plain-0.02": HALO(distill=False, label_smoothing=0.02),
     "HALO-D32-plain-0.02": HALO(
         distill=False, label_smoothing=0.02, embedding_dim=32
@@ -680,10 +684,6 @@ METHODS = {
     "HALO-large-margin": VariedHALO(margin_smoothing=0.02),
     "HALO-decay": VariedHALO(decay=1e-3),
     # Last: each begins like one further up, whose first phase is done by then.
-    # A head that is trained alone bears a larger learning rate.
-    "HALO-converted-blocks": ConvertedHALO(
-        distill=False, label_smoothing=0.003, all_blocks=True, rate=2.5
-    ),
     "HALO-D32-blocks": TurnedHALO(
         distill=False, label_smoothing=0.003, all_blocks=True
     ),
@@ -691,10 +691,14 @@ METHODS = {
     "cross-entropy-blocks": ConvertedCrossEntropy(),
 }
 
-# Tried, of no gain, and only run by name.
+# Tried, of no gain over those that are left, and only run by name.
 TRIED = (
     "HALO-plain-0.02",
+    "HALO-normalized",
+    "HALO-converted",
     "HALO-converted-whole",
+    "HALO-D32-turned",
+    "HALO-D32-blocks",
     "HALO-round",
     "HALO-normalized-round",
     "HALO-mixed",
