@@ -41,7 +41,7 @@ from ood_bench.settings import Evaluation, Settings, UnknownImages
 # What `--quick` and `--smoke` change, unless it is given.
 QUICK = {
     "seeds": 1,
-    "epochs": 12,
+    "epochs": 14,
     "num_test": 2_000,
     "methods": list(CENTRAL),
 }
