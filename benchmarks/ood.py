@@ -200,6 +200,19 @@ def plan(arguments):
     return settings, evaluation
 
 
+def share_cores(jobs):
+    """Lets each of the runs at a time have its part of the cores.
+
+    With a thread for every core in every run they are in each other's way.
+
+    Args:
+        jobs: Integer, how many runs at a time.
+    """
+    threads = str(max((os.cpu_count() or 1) // jobs, 1))
+    for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
+        os.environ.setdefault(name, threads)
+
+
 def find_missing(folder, planned, evaluation):
     """The settings of the runs that have no whole result on disk."""
     return [
@@ -279,6 +292,7 @@ def main(arguments=None):
         missing = []
         if not planned:
             sys.exit(f"ood.py: no run in {folder} is finished")
+    share_cores(arguments.jobs)
     results = execute(folder, planned, missing, evaluation, arguments.jobs)
     text = report.write(arguments.output, results, command)
     figures.draw(arguments.output, results)
