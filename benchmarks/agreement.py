@@ -8,8 +8,7 @@ mean AUROC over the unknown sets is compared, itself a mean over the seeds; of
 every training accuracy and ECE, from the `known.csv` beside each table.
 
     python benchmarks/agreement.py benchmarks/results/quick-detectors.csv \\
-        --with benchmarks/results/full-detectors.csv \\
-               benchmarks/results/start-detectors.csv
+        --with benchmarks/results/gpu-detectors.csv
 
 Needs `keras-halo[tools]`.
 """
@@ -27,28 +26,17 @@ TRAINING = ("dataset", "network", "hold_out", "trained")
 KNOWN = ("accuracy", "ece")
 
 
-def rows_of(paths):
-    """Rows of several tables; a training is taken from the first that has it.
-
-    Args:
-        paths: List of strings.
-
-    Yields:
-        Training, a tuple of what `TRAINING` names, and row, a dictionary.
-    """
-    source = {}
-    for path in paths:
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                training = tuple(row[key] for key in TRAINING)
-                if source.setdefault(training, path) == path:
-                    yield training, row
+def rows_of(path):
+    """Rows of a table: what training a row is of, and the row, a dictionary."""
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            yield tuple(row[key] for key in TRAINING), row
 
 
-def read(paths):
+def read(path):
     """Mean AUROC in % by detector, and what each detector keeps."""
     auroc, storage = collections.defaultdict(dict), {}
-    for training, row in rows_of(paths):
+    for training, row in rows_of(path):
         detector = *training, row["detector"]
         case = row["seed"], row["unknown"]
         auroc[detector][case] = 100 * float(row["auroc"])
@@ -56,16 +44,17 @@ def read(paths):
     return auroc, storage
 
 
-def read_known(paths):
+def read_known(path):
     """Accuracy and ECE of the test images in %, a list of seeds by training.
 
     Args:
-        paths: List of strings, the tables of detectors; those of known images
-            lie beside them.
+        path: String, the table of detectors; that of known images lies beside
+            it.
     """
-    known = [path.removesuffix("detectors.csv") + "known.csv" for path in paths]
     figures = collections.defaultdict(list)
-    for training, row in rows_of(known):
+    for training, row in rows_of(
+        path.removesuffix("detectors.csv") + "known.csv"
+    ):
         if row["images"] == "test":
             figures[training].append([100 * float(row[key]) for key in KNOWN])
     return figures
@@ -133,37 +122,24 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("files", nargs="+", help="detectors.csv of one side")
+    parser.add_argument("file", help="detectors.csv of one side")
     parser.add_argument(
         "--with",
-        dest="others",
-        nargs="+",
+        dest="other",
         required=True,
         metavar="FILE",
         help="detectors.csv of the other side",
     )
-    parser.add_argument(
-        "--without",
-        nargs="+",
-        default=[],
-        metavar="WORD",
-        help="leave out detectors that have this word in their names",
-    )
     parsed = parser.parse_args(arguments)
     try:
-        left, storage = read(parsed.files)
-        right, _ = read(parsed.others)
-        known = read_known(parsed.files), read_known(parsed.others)
+        (left, storage), (right, _) = read(parsed.file), read(parsed.other)
+        known = read_known(parsed.file), read_known(parsed.other)
     except (OSError, KeyError, ValueError) as error:
         sys.exit(
             "agreement.py: expected files `detectors.csv` as ood.py writes "
             f"them, each with its `known.csv` beside it, got {error!r}"
         )
-    rows = {
-        detector: row
-        for detector, row in compare(left, right).items()
-        if not any(word in detector[-1] for word in parsed.without)
-    }
+    rows = compare(left, right)
     if not rows:
         sys.exit(
             "agreement.py: expected detectors that both sides have measured "
