@@ -694,6 +694,7 @@ METHODS = {
 # Tried, of no gain over those that are left, and only run by name.
 TRIED = (
     "HALO-plain-0.02",
+    "HALO-D32-plain-0.02",
     "HALO-normalized",
     "HALO-converted",
     "HALO-converted-whole",
