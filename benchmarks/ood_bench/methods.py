@@ -691,7 +691,7 @@ METHODS = {
     "cross-entropy-blocks": ConvertedCrossEntropy(),
 }
 
-# Tried, of no gain over those that are left, and only run by name.
+# With augmentation of no gain over those that are left: only run by name.
 TRIED = (
     "HALO-plain-0.02",
     "HALO-D32-plain-0.02",
