@@ -10,11 +10,12 @@ TinyImageNet and the other CIFAR (near) and MNIST, SVHN, Textures and Places365
 (far), read once and kept as npz files in the output folder. CIFAR itself comes
 from `keras.datasets`. Training follows OpenOOD: SGD with Nesterov momentum, a
 rate of 0.1 on a cosine schedule, batches of 128, shifts by 4 pixels and
-mirroring. Three things differ: 1,000 images for validation are taken from the
+mirroring. Four things differ: 1,000 images for validation are taken from the
 training images instead of the test images, all 10,000 test images are used,
-and pixels are scaled to [0, 1] instead of standardized. Options that are not
-listed here go to `benchmarks/ood.py`, which does the work; it continues where
-it was stopped.
+pixels are scaled to [0, 1] instead of standardized, and the norm of the
+gradient is limited to 1, for every method: at that rate HALO would diverge
+without. Options that are not listed here go to `benchmarks/ood.py`, which does
+the work; it continues where it was stopped.
 
     python benchmarks/openood_cifar.py --smoke
 
@@ -58,7 +59,7 @@ SMOKE = {
     "--networks": ["resnet18"],
     "--epochs": ["2"],
     "--optimizer": ["sgd"],
-    "--learning-rate": ["0.01"],
+    "--learning-rate": ["0.1"],
     "--batch-size": ["32"],
     "--num-train": ["128"],
     "--num-test": ["50"],

@@ -41,7 +41,7 @@ class Settings:
     hold_out: tuple
     augment: bool
     backend: str
-    version: int = 2
+    version: int = 3
 
     @property
     def title(self):
