@@ -54,12 +54,11 @@ PROTOCOL = {
     "--learning-rate": ["0.1"],
     "--num-validation": ["1000"],
 }
+# What `--smoke` changes of it; optimizer and rate stay those of the protocol.
 SMOKE = {
     "--dataset": ["stripes"],
-    "--networks": ["resnet18"],
     "--epochs": ["2"],
-    "--optimizer": ["sgd"],
-    "--learning-rate": ["0.1"],
+    "--num-validation": ["0"],
     "--batch-size": ["32"],
     "--num-train": ["128"],
     "--num-test": ["50"],
@@ -188,7 +187,7 @@ def main():
         files = unknown_files(data, arguments.dataset, arguments.output)
     options = {"--dataset": [arguments.dataset], **PROTOCOL}
     if arguments.smoke:
-        options = SMOKE
+        options |= SMOKE
     options["--output"] = [arguments.output]
     options["--ood"] = [f"{name}={path}" for name, path in files.items()]
     # What comes later counts: the user's options.
