@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_halo import geometry, packing
 from keras_halo.fused import (
+    abstain_slope,
     at_labels,
     is_known,
     plus_at_labels,
@@ -20,6 +21,7 @@ from keras_halo.fused import (
     radial_slopes,
     safe_indices,
     sum_columns,
+    training_bias,
     with_gradient,
 )
 
@@ -44,7 +46,7 @@ def best_block_size(scores):
     accelerator each of them is as many kernels to launch.
 
     Args:
-        scores: Packed scores, a tensor of shape `(..., K + 4)`.
+        scores: Packed scores, a tensor of shape `(..., K + 6)`.
     """
     if not _WRITES or scores.device.type != "cpu":
         return None
@@ -63,7 +65,7 @@ def integer_label_losses(
     Args:
         labels: Tensor `y` of shape `(...)`, of an integer dtype or integers in
             floating point.
-        scores: Packed scores, a tensor of shape `(..., K + 4)`.
+        scores: Packed scores, a tensor of shape `(..., K + 6)`.
         label_smoothing: Float in `[0, 1)`.
         distill: Boolean, distilled or plain soft targets.
         radial_weight: Non-negative float.
@@ -105,6 +107,9 @@ def integer_label_losses(
             logits, parts.squared_norm, parts.temperature, label_smoothing
         )
 
+    def bias_of(parts):
+        return training_bias(parts, label_smoothing, num_classes)
+
     def sums_of(scores, parts, own, with_gaps=True):
         """What the classes contribute: `log Z`, target mass and gaps."""
 
@@ -125,7 +130,7 @@ def integer_label_losses(
 
         nothing = ops.zeros_like(own)
         normalizer, total, gaps = over_blocks(
-            add_block, (parts.abstain_logit, nothing, nothing)
+            add_block, (bias_of(parts), nothing, nothing)
         )
         if label_smoothing and distill:
             total = 1.0 + (total - nearness(parts, own))
@@ -183,7 +188,7 @@ def integer_label_losses(
             gradient = plus_at_labels(gradient, labels, own_slope)
         rest = packing.pack_gradient(
             logits=parts.logits[:, :0],
-            abstain_logit=ops.exp(parts.abstain_logit - normalizer) * upstream,
+            abstain_logit=abstain_slope(parts, normalizer, 0.0) * upstream,
             squared_norm=norm_slope,
             temperature=gamma_slope,
         )

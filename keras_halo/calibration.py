@@ -53,14 +53,12 @@ class Calibration:
     old_abstain_probability: float
     abstain_probability: float
     error_rate: float
-    _head: object = dataclasses.field(repr=False)
     _old_weights: tuple = dataclasses.field(repr=False)
 
     def undo(self):
-        """Puts temperature and abstain bias back, to the bit."""
-        raw_gamma, abstain_bias = self._old_weights
-        self._head.raw_gamma.assign(raw_gamma)
-        self._head.abstain_bias.assign(abstain_bias)
+        """Puts temperature and abstain biases back, to the bit."""
+        for variable, value in self._old_weights:
+            variable.assign(value)
 
     def __str__(self):
         rows = [
@@ -112,13 +110,19 @@ def calibrate(
       temperature, `b = gamma * (1 - shell) - log(p_hi / p_lo)`, at the new
       temperature: an embedding of unit norm on the shell around its centroid
       prefers its class by the same odds as before.
-    - `bias="keep"`: as it is.
+      Only for a head with `abstain_rate=None`.
+    - `bias="keep"`: as it is. The biases of a head that places them by the
+      evidence keep their ratio to the temperature, so that no decision
+      changes.
+
+    A head with a far background has two biases, which move together. A later
+    `fit` places them by the evidence again.
 
     Formulas, with `a_k = s_k / gamma` and `m` mistakes in `n` samples:
 
     ```python
     gamma = argmin mean(logsumexp_k(gamma * a_k) - gamma * a_y)
-    sum(sigmoid(b - logsumexp_k(gamma * a_k))) = n * (m + 1/2) / (n + 1)
+    sum(sigmoid(log_odds_of_abstaining)) = n * (m + 1/2) / (n + 1)
     ```
 
     Refit on data that the model was not trained on. The weights are written
@@ -157,7 +161,9 @@ def calibrate(
     >>> rng = np.random.default_rng(0)
     >>> x = rng.normal(size=(500, 4)).astype("float32")
     >>> y = (x[:, 0] + 0.3 * rng.normal(size=500) > 0).astype(int)
-    >>> head = keras_halo.HALODense(2, centroid_initializer="identity")
+    >>> head = keras_halo.HALODense.reference(
+    ...     2, centroid_initializer="identity"
+    ... )
     >>> model = keras.Sequential([keras.Input((4,)), head])
     >>> calibration = calibrate(model, x, 1 - y, verbose=0)
     >>> calibration.nll < calibration.old_nll
@@ -183,8 +189,17 @@ def calibrate(
         )
     head = find_head(model)
 
-    logits, old_gamma, old_bias = _predict(model, x, batch_size, verbose)
-    logits, y = counted(logits, y, sample_weight)
+    if bias == "margin" and head.abstain_rate is not None:
+        raise ValueError(
+            'bias="margin" is for a head with the fixed margin of the published '
+            f"method. Received: a head with abstain_rate={head.abstain_rate}, "
+            'which places its biases by the evidence. Use bias="mistakes" or '
+            'bias="keep".'
+        )
+
+    logits, norms, old_gamma = _predict(model, x, batch_size, verbose)
+    both, y = counted(np.concatenate([logits, norms], -1), y, sample_weight)
+    logits, norms = both[..., :-1], both[..., -1:]
     if not logits.size:
         raise ValueError(
             "Expected at least one sample with a weight other than zero. "
@@ -192,39 +207,60 @@ def calibrate(
         )
     labels = class_indices(y, logits.shape[-1], logits.shape[:-1]).ravel()
     logits = logits.reshape(-1, logits.shape[-1])
+    norms = norms.reshape(-1)
     distances = logits / old_gamma
     gamma = _best_temperature(distances, labels, old_gamma, optimize, special)
 
     wrong = distances.argmax(axis=-1) != labels
+    old = _Biases(
+        float(head.abstain_bias.numpy()),
+        None
+        if head.abstain_rate is None
+        else float(head.far_bias.numpy()),
+    )
+    # A head that follows the evidence follows the temperature likewise: no
+    # decision changes with it.
+    new = old if old.far is None else old.scaled(gamma / old_gamma)
     if bias == "mistakes":
-        evidence = special.logsumexp(gamma * distances, axis=-1)
+        odds = new.log_odds(gamma * distances, gamma * norms, special)
         num_mistakes = int(wrong.sum())
         if unknown is not None:
-            others, _, _ = _predict(model, unknown, batch_size, verbose)
-            others = others.reshape(-1, others.shape[-1]) / old_gamma
-            evidence = np.concatenate(
-                [evidence, special.logsumexp(gamma * others, axis=-1)]
+            others, other_norms, _ = _predict(
+                model, unknown, batch_size, verbose
             )
+            others = others.reshape(-1, others.shape[-1]) / old_gamma
+            more = new.log_odds(
+                gamma * others, gamma * other_norms.reshape(-1), special
+            )
+            odds = np.concatenate([odds, more])
             num_mistakes += len(others)
-        new_bias = _best_bias(evidence, num_mistakes, optimize, special)
+        new = new.shifted(_best_shift(odds, num_mistakes, optimize, special))
     elif bias == "margin":
         dim = head.centroids.shape[-1]
-        at_start = geometry.abstain_bias(dim, head.units, head.label_smoothing)
+        at_start = geometry.abstain_bias(
+            dim, head.units, head.margin_smoothing
+        )
         change = gamma - geometry.initial_temperature(dim)
-        new_bias = at_start + change * (1.0 - geometry.shell(dim))
-    else:
-        new_bias = old_bias
+        new = _Biases(at_start + change * (1.0 - geometry.shell(dim)), None)
 
-    def summary(gamma, bias):
-        return _summary(gamma * distances, bias, labels, special)
+    def summary(gamma, biases):
+        return _summary(
+            gamma * distances,
+            biases.log_odds(gamma * distances, gamma * norms, special),
+            labels,
+            special,
+        )
 
-    old_nll, old_ece, old_abstain = summary(old_gamma, old_bias)
-    nll, ece, abstain = summary(gamma, new_bias)
+    old_nll, old_ece, old_abstain = summary(old_gamma, old)
+    nll, ece, abstain = summary(gamma, new)
+    weights = [head.raw_gamma, head.abstain_bias]
+    if new.far is not None:
+        weights.append(head.far_bias)
     calibration = Calibration(
         old_temperature=old_gamma,
         temperature=gamma,
-        old_abstain_bias=old_bias,
-        abstain_bias=new_bias,
+        old_abstain_bias=old.near,
+        abstain_bias=new.near,
         old_nll=old_nll,
         nll=nll,
         old_ece=old_ece,
@@ -232,19 +268,39 @@ def calibrate(
         old_abstain_probability=old_abstain,
         abstain_probability=abstain,
         error_rate=float(wrong.mean()),
-        _head=head,
-        _old_weights=(
-            np.array(head.raw_gamma.numpy()),
-            np.array(head.abstain_bias.numpy()),
-        ),
+        _old_weights=tuple((w, np.array(w.numpy())) for w in weights),
     )
-    head.raw_gamma.assign(geometry.inverse_softplus(gamma))
-    head.abstain_bias.assign(new_bias)
+    head.assign_temperature(gamma)
+    head.abstain_bias.assign(new.near)
+    if new.far is not None:
+        head.far_bias.assign(new.far)
     return calibration
 
 
+@dataclasses.dataclass(frozen=True)
+class _Biases:
+    """The biases of a head: of the near and, or `None`, the far background."""
+
+    near: float
+    far: float | None
+
+    def scaled(self, factor):
+        return _Biases(self.near * factor, self.far * factor)
+
+    def shifted(self, shift):
+        far = None if self.far is None else self.far + shift
+        return _Biases(self.near + shift, far)
+
+    def log_odds(self, logits, norms, special):
+        """Log-odds of abstaining, for `gamma * |x|^2` as the norms."""
+        abstain = self.near
+        if self.far is not None:
+            abstain = np.logaddexp(self.near, 0.5 * norms + self.far)
+        return abstain - special.logsumexp(logits, axis=-1)
+
+
 def _predict(model, x, batch_size, verbose):
-    """Class logits in float64, with the temperature and bias behind them."""
+    """Class logits and squared norms in float64, and the temperature."""
     scores = model.predict(x, batch_size=batch_size, verbose=verbose)
     if isinstance(scores, dict) and "scores" in scores:
         scores = scores["scores"]
@@ -259,12 +315,8 @@ def _predict(model, x, batch_size, verbose):
         raise ValueError("Expected at least one sample. Received: none.")
     scores = scores.astype("float64")
     parts = packing.unpack(scores)
-    first = (0,) * scores.ndim
-    return (
-        parts.logits,
-        float(parts.temperature[first]),
-        float(parts.abstain_logit[first]),
-    )
+    gamma = float(parts.temperature[(0,) * scores.ndim])
+    return parts.logits, parts.squared_norm, gamma
 
 
 def _best_temperature(distances, labels, old_gamma, optimize, special):
@@ -293,29 +345,29 @@ def _best_temperature(distances, labels, old_gamma, optimize, special):
     return float(np.exp(optimize.brentq(slope, low, high, xtol=1e-10)))
 
 
-def _best_bias(evidence, num_mistakes, optimize, special):
-    target = (num_mistakes + 0.5) / (len(evidence) + 1.0)
+def _best_shift(log_odds, num_mistakes, optimize, special):
+    """What to add to the log-odds so that they are right on average."""
+    target = (num_mistakes + 0.5) / (len(log_odds) + 1.0)
 
-    def excess(bias):
-        return float(np.mean(special.expit(bias - evidence)) - target)
+    def excess(shift):
+        return float(np.mean(special.expit(log_odds + shift)) - target)
 
     # Every sigmoid is below the target at one end and above it at the other.
     center = special.logit(target)
     return float(
         optimize.brentq(
             excess,
-            evidence.min() + center - 1.0,
-            evidence.max() + center + 1.0,
+            center - log_odds.max() - 1.0,
+            center - log_odds.min() + 1.0,
             xtol=1e-10,
         )
     )
 
 
-def _summary(logits, bias, labels, special):
+def _summary(logits, log_odds, labels, special):
     log_p = special.log_softmax(logits, axis=-1)
     nll = -np.take_along_axis(log_p, labels[:, None], axis=-1).mean()
     ece = expected_calibration_error(
         labels, np.exp(log_p), min(_NUM_BINS, len(labels))
     )
-    abstain = special.expit(bias - special.logsumexp(logits, axis=-1)).mean()
-    return float(nll), ece, float(abstain)
+    return float(nll), ece, float(special.expit(log_odds).mean())

@@ -4,20 +4,25 @@ import contextlib
 
 import keras
 import numpy as np
+from keras import ops
 
+from keras_halo import evidence, packing
 from keras_halo.evaluation.batches import check_readable
 from keras_halo.fitting import (
     check_weights_have_labels,
     embedded_batches,
+    embedding_of,
     free_name,
     input_structure,
 )
 from keras_halo.labels import class_indices
 from keras_halo.layers.halo_dense import HALODense
-from keras_halo.validation import check_label_smoothing
 
 # What a classifier may do to its logits before it emits them.
 _ACTIVATIONS = ("linear", "softmax", "sigmoid")
+
+# How many embeddings the biases of the head are placed by.
+_SAMPLE_SIZE = 4096
 
 # Directions in which training data do not vary would be blown up without
 # bound: every direction gets at least this share of the average variance.
@@ -28,9 +33,10 @@ def convert_head(
     model,
     x,
     y=None,
-    label_smoothing=0.1,
+    label_smoothing=None,
     batch_size=None,
     sample_weight=None,
+    abstain_rate=0.01,
     **kwargs,
 ):
     """Replaces the head of a trained classifier by a HALO head that fits it.
@@ -52,9 +58,8 @@ def convert_head(
     A head for two classes with one unit becomes `HALODense(2)`.
 
     **A model that has a HALO head** gets another one. The radial term gives the
-    residuals of a class their length and leaves their directions free; turned,
-    they vary alike in every direction, which is what squared radii and the
-    joint score go by. Temperature and margin start anew, those of the old head
+    residuals of a class their length and leaves their directions free; whitened,
+    they vary alike in every direction, which is what squared radii go by. Temperature and margin start anew, those of the old head
     are left behind.
 
     **Back to plain probabilities.** Put `HALOSoftmax` on top, with
@@ -92,12 +97,15 @@ def convert_head(
             class are enough.
         y: Labels, integers of shape `(N, ...)` or `(N, ..., 1)`, or one-hot of
             shape `(N, ..., K)`; for one unit 0 or 1.
-        label_smoothing: Float in `[0, 1)`, that of the head. Defaults to
-            `0.1`.
+        label_smoothing: Float in `[0, 1)`, that of a head with
+            `abstain_rate=None`. Defaults to `None`, as in `HALODense`.
         batch_size: Integer, as in `model.predict`. Defaults to 32.
         sample_weight: Optional weights of shape `(N,)` or `(N, ...)`. What
             has a weight of zero is left out, whatever its label, such as
             padding; every other weight counts as one. Defaults to `None`.
+        abstain_rate: As in `HALODense`. The biases are placed by the evidence
+            of up to 4,096 samples of the given data, drawn at random. Defaults
+            to `0.01`.
         **kwargs: Further arguments of `HALODense`, such as `learn_gamma` and
             `name`.
 
@@ -130,7 +138,6 @@ def convert_head(
     - Yilun Chen, Ami Wiesel, Yonina C. Eldar, Alfred O. Hero, Shrinkage
       Algorithms for MMSE Covariance Estimation, 2010.
     """
-    check_label_smoothing(label_smoothing)
     embeddings, units = _before_head(model)
     dim = embeddings.shape[-1]
     if dim is None or dim < 2:
@@ -143,21 +150,55 @@ def convert_head(
     check_weights_have_labels(sample_weight, y)
     data = x if y is None else (x, y, sample_weight)
     check_readable(data, "x")
+    # Bad arguments show here, before the data are read.
+    head = HALODense(
+        num_classes,
+        embedding_dim=None,
+        abstain_rate=abstain_rate,
+        label_smoothing=label_smoothing,
+        **kwargs,
+    )
     inputs = input_structure(model)
     moments = ClassMoments(num_classes, dim)
+    sample = _Sample(_SAMPLE_SIZE)
     embedder = keras.Model(inputs, embeddings)
     found = embedded_batches(embedder, data, batch_size)
     with contextlib.closing(found) as batches:
         for embedded, labels in batches:
             moments.update(embedded, labels)
+            sample.update(np.asarray(embedded).reshape(-1, dim))
     means, covariance = moments.result()
     transform, center = whitening(means, covariance, moments.total)
-    turned = keras.layers.Dense(dim, name=free_name(model, "halo_embedding"))
-    head = HALODense(num_classes, label_smoothing=label_smoothing, **kwargs)
-    converted = keras.Model(inputs, head(turned(embeddings)))
-    turned.set_weights([transform.T, -transform @ center])
+    whitened = keras.layers.Dense(dim, name=free_name(model, "halo_embedding"))
+    converted = keras.Model(inputs, head(whitened(embeddings)))
+    whitened.set_weights([transform.T, -transform @ center])
     head.centroids.assign((means - center) @ transform.T)
+    if abstain_rate is not None:
+        parts = packing.unpack(head((sample.rows - center) @ transform.T))
+        head.assign_evidence(
+            ops.convert_to_numpy(
+                evidence.class_evidence(
+                    parts.logits, parts.squared_norm, head.temperature
+                )
+            )
+        )
     return converted
+
+
+class _Sample:
+    """Rows drawn at random from batches, each with the same probability."""
+
+    def __init__(self, size):
+        self.size = size
+        self.rng = np.random.default_rng(0)
+        self.rows, self.keys = None, np.zeros(0)
+
+    def update(self, rows):
+        keys = np.concatenate([self.keys, self.rng.random(len(rows))])
+        if self.rows is not None:
+            rows = np.concatenate([self.rows, rows])
+        kept = np.argsort(keys)[: self.size]
+        self.rows, self.keys = rows[kept], keys[kept]
 
 
 class ClassMoments:
@@ -336,7 +377,8 @@ def _before_head(model):
         layer, node_index, _ = tensor._keras_history
         node = layer._inbound_nodes[node_index]
         if isinstance(layer, HALODense):
-            return node.input_tensors[0], layer.units
+            features = node.input_tensors[0]
+            return embedding_of(layer, features, model), layer.units
         if isinstance(layer, keras.layers.Dense):
             _check_activation(layer)
             return node.input_tensors[0], layer.units

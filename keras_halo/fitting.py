@@ -14,6 +14,7 @@ from keras_halo.evaluation.batches import (
 )
 from keras_halo.evaluation.predicting import inference_mode
 from keras_halo.layers.class_gaussians import ClassGaussians
+from keras_halo.layers.feature_normalization import FeatureNormalization
 from keras_halo.layers.halo_dense import HALODense
 
 
@@ -261,7 +262,7 @@ def head_tensors(model):
 
     Returns:
         Embeddings of shape `(batch_size, ..., D)` and packed scores of shape
-        `(batch_size, ..., K + 4)`, both symbolic.
+        `(batch_size, ..., K + 6)`, both symbolic.
 
     Raises:
         ValueError: If the model has not exactly one head, or has no graph.
@@ -271,7 +272,7 @@ def head_tensors(model):
     >>> model = keras.Sequential([keras.Input((4,)), keras_halo.HALODense(3)])
     >>> embeddings, scores = head_tensors(model)
     >>> embeddings.shape, scores.shape
-    ((None, 4), (None, 7))
+    ((None, 128), (None, 9))
     """
     head = find_head(model)
     # A layer may have been called in several graphs: walk back from the
@@ -286,7 +287,8 @@ def head_tensors(model):
         visited.add((operation, node_index))
         node = operation._inbound_nodes[node_index]
         if operation is head:
-            return node.input_tensors[0], node.output_tensors[0]
+            features = node.input_tensors[0]
+            return embedding_of(head, features, model), node.output_tensors[0]
         if (
             isinstance(operation, keras.Model)
             and head in operation._flatten_layers()
@@ -305,6 +307,28 @@ def head_tensors(model):
         "For a subclassed model compute the embeddings yourself and use "
         "`keras_halo.layers.ClassGaussians` and its method `adapt`."
     )
+
+
+def embedding_of(head, features, model):
+    """The symbolic embeddings that a head makes of its input.
+
+    Args:
+        head: `HALODense`, built.
+        features: Symbolic tensor of shape `(batch_size, ..., features)`, the
+            input of the head.
+        model: Keras model that holds the head, for names that are free.
+
+    Returns:
+        Symbolic tensor of shape `(batch_size, ..., D)`.
+    """
+    if head.embedding is None:
+        return features
+    if head.normalize:
+        features = FeatureNormalization(
+            name=free_name(model, "feature_normalization"),
+            dtype=head.head_dtype,
+        )(features)
+    return head.embedding(features)
 
 
 def free_name(model, name):

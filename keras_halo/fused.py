@@ -28,6 +28,9 @@ from keras_halo import geometry, packing
 
 _NARROW = ("bool", "int8", "uint8", "int16", "uint16")
 
+# Zero would say that there is no far background.
+_MIN_FAR_RADIUS = 1e-3
+
 # Numbers that a block of a matrix may have to stay in the processor's cache.
 _BLOCK_SIZE = 2**18
 
@@ -96,7 +99,9 @@ def _minus_scaled_rows(total, factors, rows, offset):
     return total
 
 
-def packed_scores(embeddings, centroids, temperature, abstain_logit):
+def packed_scores(
+    embeddings, centroids, temperature, abstain_bias, far_bias=None
+):
     """Packed scores of embeddings around raw centroids.
 
     Formula:
@@ -104,7 +109,9 @@ def packed_scores(embeddings, centroids, temperature, abstain_logit):
     ```python
     c = centroids - mean(centroids, axis=0)
     s = gamma * (2 * dot(x, c) / D - |c|^2)
-    packed = [s | b | neutral(|x|^2) | neutral(gamma) | neutral(D)]
+    a = logaddexp(abstain_bias, gamma * |x|^2 / 2 + far_bias)
+    packed = [s | a | neutral(|x|^2, gamma, D, kappa, layout)]
+    kappa = max(-far_bias / gamma, 1e-3)
     ```
 
     Args:
@@ -112,10 +119,12 @@ def packed_scores(embeddings, centroids, temperature, abstain_logit):
             magnitude are saturated.
         centroids: Tensor of raw centroids of shape `(K, D)`.
         temperature: Tensor `gamma`, a scalar.
-        abstain_logit: Tensor `b`, a scalar.
+        abstain_bias: Tensor, a scalar.
+        far_bias: Optional tensor, a scalar, a constant for gradients.
+            Defaults to `None`, no far background: `a = abstain_bias`.
 
     Returns:
-        Tensor of shape `(N, K + 4)`.
+        Tensor of shape `(N, K + 6)`.
 
     Example:
 
@@ -127,15 +136,17 @@ def packed_scores(embeddings, centroids, temperature, abstain_logit):
     if keras.backend.backend() == "tensorflow":
         # A gradient of one's own takes tensors, not variables.
         centroids = ops.reshape(centroids, centroids.shape)
-        abstain_logit = ops.reshape(abstain_logit, ())
+        abstain_bias = ops.reshape(abstain_bias, ())
+    far = () if far_bias is None else (far_bias,)
     return _packed_scores(
         embeddings,
         centroids,
         temperature,
-        abstain_logit,
+        abstain_bias,
         _saturated(embeddings),
         _mean_row(centroids),
         _squared_norms(centroids),
+        *far,
     )
 
 
@@ -169,7 +180,7 @@ def saturated(x):
 
 
 def _packed_scores_forward(
-    _, centroids, gamma, abstain_logit, x, mean, squared_norms
+    _, centroids, gamma, abstain_bias, x, mean, squared_norms, *far
 ):
     dim = centroids.shape[-1]
     scale = gamma * (2.0 / dim)
@@ -183,17 +194,28 @@ def _packed_scores_forward(
     # Not as products: the converter to OpenVINO does not know the rank of the
     # mean, and so cannot transpose it.
     logits -= sum_columns(rows * mean) - sum_columns(mean * mean) * half
+    squared_norm = geometry.mean_square(x)
+    abstain_logit, far_radius = abstain_bias, 0.0
+    if far:
+        abstain_logit = ops.logaddexp(
+            ops.ones_like(squared_norm) * abstain_bias,
+            squared_norm * (0.5 * gamma) + far[0],
+        )
+        far_radius = ops.where(
+            far[0] < -_MIN_FAR_RADIUS * gamma, far[0] / -gamma, _MIN_FAR_RADIUS
+        )
     return packing.pack(
         logits=logits,
         abstain_logit=abstain_logit,
-        squared_norm=geometry.mean_square(x),
+        squared_norm=squared_norm,
         temperature=gamma,
         embedding_dim=dim,
+        far_radius=far_radius,
     )
 
 
 def _packed_scores_backward(inputs, upstream):
-    _, centroids, gamma, _, x, mean, squared_norms = inputs
+    _, centroids, gamma, abstain_bias, x, mean, squared_norms, *far = inputs
     num_classes, dim = centroids.shape
     upstream = packing.unpack_gradient(upstream)
     g = upstream.logits
@@ -208,8 +230,22 @@ def _packed_scores_backward(inputs, upstream):
     of_raw = of_centered + ops.sum(of_class) * mean
     drift = ops.transpose(of_sample) @ x - of_centered
 
+    of_near, of_norm, of_gamma = (
+        upstream.abstain_logit,
+        upstream.squared_norm,
+        upstream.temperature,
+    )
+    if far:
+        half_norm = 0.5 * geometry.mean_square(x)
+        of_far = of_near * ops.sigmoid(
+            half_norm * gamma + far[0] - abstain_bias
+        )
+        of_near = of_near - of_far
+        of_norm = of_norm + of_far * (0.5 * gamma)
+        of_gamma = of_gamma + of_far * half_norm
+
     dx = pulls * scale
-    dx += x * (upstream.squared_norm * (2.0 / dim))
+    dx += x * (of_norm * (2.0 / dim))
     # sum_n g_nk (x_n - c_k) for every class, less the mean of these.
     rows = x + mean
     rows *= scale
@@ -224,10 +260,10 @@ def _packed_scores_backward(inputs, upstream):
         (of_raw + of_centered) * mean
     )
     dgamma = (2.0 * ops.sum(x * pulls) - spread) * (1.0 / dim) + ops.sum(
-        upstream.temperature
+        of_gamma
     )
-    dabstain = ops.sum(upstream.abstain_logit)
-    return dx, dcentroids, dgamma, dabstain, None, None, None
+    constants = [None] * len(inputs[4:])
+    return dx, dcentroids, dgamma, ops.sum(of_near), *constants
 
 
 _packed_scores = with_gradient(_packed_scores_forward, _packed_scores_backward)
@@ -251,7 +287,7 @@ def integer_label_losses(
     Args:
         labels: Tensor `y` of shape `(...)`, of an integer dtype or integers in
             floating point.
-        scores: Packed scores, a tensor of shape `(..., K + 4)`.
+        scores: Packed scores, a tensor of shape `(..., K + 6)`.
         label_smoothing: Float in `[0, 1)`.
         distill: Boolean, distilled or plain soft targets.
         radial_weight: Non-negative float.
@@ -288,9 +324,10 @@ def integer_label_losses(
     def forward(scores, labels, in_range):
         parts = packing.unpack(scores)
         own = at_labels(parts.logits, labels)
-        # The neutral columns have no share in it.
-        log_p = ops.log_softmax(scores)
-        losses = -at_labels(log_p, labels)
+        top, log_total = normalizer(
+            parts.logits, training_bias(parts, label_smoothing, num_classes)
+        )
+        losses = (top - own) + log_total
         if label_smoothing and distill:
             near, _, total = target_terms(parts, labels)
             gaps = own - parts.logits
@@ -310,7 +347,10 @@ def integer_label_losses(
         upstream = ops.where(
             is_known(parts, in_range), ops.expand_dims(upstream, axis=-1), 0.0
         )
-        p = packing.unpack(ops.softmax(scores))
+        top, log_total = normalizer(
+            parts.logits, training_bias(parts, label_smoothing, num_classes)
+        )
+        p = ops.exp((parts.logits - top) - log_total)
         if label_smoothing and distill:
             # Targets are constants, also to a second derivative.
             near, itself, total = map(
@@ -318,10 +358,10 @@ def integer_label_losses(
             )
             target = 1.0 / total
             near *= target
-            slopes = p.logits - near
+            slopes = p - near
             own_slope = upstream * (target * (itself - 1.0))
         else:
-            slopes = p.logits - label_smoothing / num_classes
+            slopes = p - label_smoothing / num_classes
             own_slope = upstream * (label_smoothing - 1.0)
         # Last, when no slope is so small that the product underflows, which
         # some processors take long for.
@@ -335,7 +375,7 @@ def integer_label_losses(
         return (
             packing.pack_gradient(
                 logits=plus_at_labels(slopes, labels, own_slope),
-                abstain_logit=p.abstain_logit * upstream,
+                abstain_logit=abstain_slope(parts, top, log_total) * upstream,
                 squared_norm=norm_slope,
                 temperature=gamma_slope,
             ),
@@ -404,6 +444,62 @@ def plus_at_labels(matrix, labels, values, start=0):
     classes = _class_indices(ops.shape(matrix)[-1]) + start
     is_own = ops.cast(ops.equal(labels, classes), matrix.dtype)
     return matrix + is_own * values
+
+
+def training_bias(parts, label_smoothing, num_classes):
+    """The logit of abstaining that a loss trains against, shape `(N, 1)`.
+
+    A head with a far background places its own biases for the decision, which
+    follow the evidence. Trained against these, the class probabilities would
+    rise with the bar that they have to clear. So the loss keeps to the margin
+    of the published method. That of other heads is what they emit.
+
+    Args:
+        parts: `PackedScores`.
+        label_smoothing: Float in `[0, 1)`.
+        num_classes: `K`, an integer or a scalar tensor.
+
+    Returns:
+        Tensor of shape `(..., 1)`.
+    """
+    # `geometry.abstain_bias` of an embedding size that is a tensor.
+    margin = 40.0 / (parts.embedding_dim + 2.0)
+    margin -= geometry.target_log_odds(num_classes, label_smoothing)
+    return ops.where(parts.far_radius > 0.0, margin, parts.abstain_logit)
+
+
+def normalizer(logits, bias):
+    """What softmax divides by, as the largest logit and a logarithm.
+
+    Apart, because their sum would round away a logarithm near zero.
+
+    Formula:
+
+    ```python
+    top = max(s_1, ..., s_K, b)
+    log_total = log(exp(b - top) + sum_k exp(s_k - top))
+    ```
+
+    Args:
+        logits: Tensor `s` of shape `(N, K)`.
+        bias: Tensor `b` of shape `(N, 1)`.
+
+    Returns:
+        Tuple of two tensors of shape `(N, 1)`.
+    """
+    top = ops.max(logits, axis=-1, keepdims=True)
+    top = ops.stop_gradient(ops.where(bias > top, bias, top))
+    total = sum_columns(ops.exp(logits - top)) + ops.exp(bias - top)
+    return top, ops.log(total)
+
+
+def abstain_slope(parts, top, log_total):
+    """Gradient of the cross-entropy with respect to the abstain column."""
+    return ops.where(
+        parts.far_radius > 0.0,
+        0.0,
+        ops.exp((parts.abstain_logit - top) - log_total),
+    )
 
 
 def is_known(parts, in_range=True):

@@ -35,6 +35,9 @@ MIN_TEMPERATURE = 1e-6
 # A target mass of exp(-60) is nothing beside one, see `class_nearness`.
 MAX_EXPONENT = 60.0
 
+# Features of a smaller mean magnitude have no direction worth a name.
+MIN_MAGNITUDE = 1e-6
+
 # Components beyond this are saturated: their squares, times the scale of the
 # packed columns, are the largest that float32 holds.
 MAX_COMPONENT = 1e12
@@ -87,6 +90,67 @@ def initial_temperature(embedding_dim):
     16.6667
     """
     return 20.0 / (2.0 - shell(embedding_dim))
+
+
+def default_embedding_dim(num_classes):
+    """Size of the embedding that a head makes for a number of classes.
+
+    Twice as many dimensions as classes, as a power of two, within bounds:
+    fewer than 128 train slowly, more than 1024 cost more than they gain.
+
+    Formula:
+
+    ```python
+    D = min(max(2 ** ceil(log2(2 * num_classes)), 128), 1024)
+    ```
+
+    Args:
+        num_classes: Integer, at least 2.
+
+    Returns:
+        Integer.
+
+    Example:
+
+    >>> default_embedding_dim(10), default_embedding_dim(150)
+    (128, 512)
+    """
+    return min(max(1 << (2 * num_classes - 1).bit_length(), 128), 1024)
+
+
+def normalized_features(features):
+    """Features of one mean magnitude.
+
+    Not of one root mean square: dropout raises that, and the features of
+    training would be scaled otherwise than those of a prediction. The mean
+    magnitude stays the same on average. The factor gives rectified Gaussian
+    features a root mean square of one.
+
+    Formula:
+
+    ```python
+    features / (sqrt(pi) * mean(abs(features), axis=-1))
+    ```
+
+    Args:
+        features: Tensor of shape `(..., n)`.
+
+    Returns:
+        Tensor of shape `(..., n)`; zero, with a gradient of zero, where the
+        mean magnitude is below `1e-6`.
+
+    Example:
+
+    >>> x = normalized_features(ops.array([[2.0, 0.0]]))
+    >>> round(float(x[0, 0]), 4)
+    1.1284
+    """
+    total = ops.sum(ops.abs(features), axis=-1, keepdims=True)
+    mean = total / features.shape[-1]
+    enough = mean > MIN_MAGNITUDE
+    # The branch that is not taken divides by one, so that no gradient is NaN.
+    scale = math.pi**-0.5 / ops.where(enough, mean, 1.0)
+    return features * ops.where(enough, scale, 0.0)
 
 
 def inverse_softplus(value):
@@ -145,6 +209,35 @@ def abstain_bias(embedding_dim, num_classes, label_smoothing):
     >>> round(abstain_bias(10, 10, 0.1), 4)
     -1.1775
     """
+    margin = initial_temperature(embedding_dim) * (1.0 - shell(embedding_dim))
+    return margin - target_log_odds(num_classes, label_smoothing)
+
+
+def target_log_odds(num_classes, label_smoothing):
+    """Log-odds that a smoothed label gives its class over another one.
+
+    Formula:
+
+    ```python
+    log(p_hi / p_lo)
+    p_hi = 1 - label_smoothing + label_smoothing / num_classes
+    p_lo = label_smoothing / num_classes
+    # without smoothing: p_hi = 0.99, p_lo = 0.01 / num_classes
+    ```
+
+    Args:
+        num_classes: Integer, at least 2. The number `K` of classes; or a
+            scalar tensor of a floating dtype.
+        label_smoothing: Float in `[0, 1)`.
+
+    Returns:
+        Float; a scalar tensor if `num_classes` is one.
+
+    Example:
+
+    >>> round(target_log_odds(10, 0.1), 4)
+    4.5109
+    """
     if label_smoothing:
         p_hi = 1.0 - label_smoothing + label_smoothing / num_classes
         p_lo = label_smoothing / num_classes
@@ -152,9 +245,7 @@ def abstain_bias(embedding_dim, num_classes, label_smoothing):
         p_hi = 0.99
         p_lo = 0.01 / num_classes
     odds = p_hi / p_lo
-    log_odds = ops.log(odds) if ops.is_tensor(odds) else math.log(odds)
-    margin = initial_temperature(embedding_dim) * (1.0 - shell(embedding_dim))
-    return margin - log_odds
+    return ops.log(odds) if ops.is_tensor(odds) else math.log(odds)
 
 
 def to_temperature(raw_gamma):

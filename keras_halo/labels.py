@@ -12,7 +12,7 @@ def are_integer_labels(y_true_shape, y_pred_shape):
     Args:
         y_true_shape: Tuple, the shape of the labels: `(...)` or `(..., 1)` for
             integers, `(..., K)` for a distribution.
-        y_pred_shape: Tuple, the shape `(..., K + 4)` of the packed scores. The
+        y_pred_shape: Tuple, the shape `(..., K + 6)` of the packed scores. The
             width may be `None`, where a batch of keys are the classes.
 
     Returns:
@@ -25,7 +25,7 @@ def are_integer_labels(y_true_shape, y_pred_shape):
 
     >>> are_integer_labels((8, 1), (8, 14))
     True
-    >>> are_integer_labels((8, 10), (8, 14))
+    >>> are_integer_labels((8, 10), (8, 16))
     False
     """
     y_true_shape, y_pred_shape = tuple(y_true_shape), tuple(y_pred_shape)

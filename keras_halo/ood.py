@@ -1,9 +1,9 @@
 """Scores of how little an input resembles what the model was trained on.
 
 Every score is larger for outliers and is computed from packed scores alone.
-They read the two halves of "I don't know" that packed scores hold: how far the
-logit of abstaining is above those of the classes, and how typical the distance
-to the nearest centroid is of a member of its class.
+They read how far the logit of abstaining is above those of the classes, how
+much one class stands out, and how typical the distance to the nearest centroid
+is of a member of its class.
 
 The pure functions work inside a Keras graph; `ood_score` also takes NumPy
 arrays. `keras_halo.layers.OODScore` is the same as a layer.
@@ -36,24 +36,32 @@ _ERFC = (
 # Taylor coefficients of log(rho(delta)) / delta, see `radial_tail`.
 _LOG_RHO = (-1 / 3, 5 / 36, -67 / 810, 371 / 6480, -293 / 6804)
 
+_MIN_SQUARED_NORM = 1e-12
+
+# The exponent that the authors of the generalized entropy recommend, and what
+# keeps the slope of a power that small finite at zero.
+_GEN_POWER = 0.1
+_SMALLEST_REST = 1e-30
+
 # Within this distance of the mean the Taylor series is the more exact one.
 _NEAR_MEAN = 0.05
 
 
 def abstain_log_odds(scores):
-    """Log-odds of abstaining: the `"abstain"` score.
+    """Log-odds of abstaining: the `"abstain"` score, the default.
 
     Formula:
 
     ```python
-    log(P(abstain) / (1 - P(abstain))) = b - logsumexp([s_1, ..., s_K])
+    log(P(abstain) / (1 - P(abstain))) = a - logsumexp([s_1, ..., s_K])
+    a = logaddexp(abstain_bias, gamma * |x|^2 / 2 + far_bias)
     ```
 
     Its sigmoid is the probability of abstaining. As log-odds it keeps apart
     what the probability rounds to zero or one.
 
     Args:
-        scores: Packed scores, a tensor of shape `(..., K + 4)`.
+        scores: Packed scores, a tensor of shape `(..., K + 6)`.
 
     Returns:
         Tensor of shape `(..., 1)`.
@@ -84,7 +92,7 @@ def class_radii(scores):
     ```
 
     Args:
-        scores: Packed scores, a tensor of shape `(..., K + 4)`.
+        scores: Packed scores, a tensor of shape `(..., K + 6)`.
 
     Returns:
         Tensor of shape `(..., K)`.
@@ -220,13 +228,40 @@ def _max_probability(scores):
     return ops.softplus(others - ops.max(classes, axis=-1, keepdims=True))
 
 
+def _max_logit(scores):
+    logits = packing.unpack(scores).logits
+    return -ops.max(logits, axis=-1, keepdims=True)
+
+
+def _gap(scores):
+    parts = packing.unpack(scores)
+    logits = parts.logits
+    mean = ops.sum(logits, axis=-1, keepdims=True) / logits.shape[-1]
+    gap = ops.max(logits, axis=-1, keepdims=True) - mean
+    # A floor under the root: its slope at zero is infinite.
+    norm = ops.sqrt(parts.squared_norm + _MIN_SQUARED_NORM)
+    return gap / -(parts.temperature * norm)
+
+
+def _gen(scores):
+    log_p = ops.log_softmax(packing.unpack(scores).logits, axis=-1)
+    # log(1 - p), whose floor is that of float32 at p = 1.
+    log_rest = ops.log(ops.relu(-ops.expm1(log_p)) + _SMALLEST_REST)
+    return ops.sum(
+        ops.exp(_GEN_POWER * (log_p + log_rest)), axis=-1, keepdims=True
+    )
+
+
 def _nearest(scores):
     return ops.min(class_radii(scores), axis=-1, keepdims=True)
 
 
 _FORMULAS = {
-    "joint": _joint,
     "abstain": abstain_log_odds,
+    "gap": _gap,
+    "gen": _gen,
+    "max_logit": _max_logit,
+    "joint": _joint,
     "radius": _radius,
     "energy": _energy,
     "max_probability": _max_probability,
@@ -250,27 +285,30 @@ def check_method(method):
     >>> check_method("distance")
     Traceback (most recent call last):
         ...
-    ValueError: `method` must be one of 'joint', 'abstain', ...
+    ValueError: `method` must be one of 'abstain', 'gap', ...
     """
     if not isinstance(method, str) or method not in _FORMULAS:
         names = ", ".join(repr(name) for name in OOD_METHODS)
         raise ValueError(
             f"`method` must be one of {names}. Received: method={method!r}. "
-            "Leave it out for the joint score."
+            "Leave it out for the log-odds of abstaining."
         )
 
 
-def ood_score(scores, method="joint"):
+def ood_score(scores, method="abstain"):
     """Scores how likely inputs are out of distribution: larger for outliers.
 
     Formulas, with `r_k^2` the squared radius around the centroid of class `k`:
 
     ```python
-    joint            -log(1 - P(abstain)) + D * min_k R(r_k^2)
     abstain          log(P(abstain) / (1 - P(abstain)))
+    gap              -(max_k s_k - mean_k s_k) / (gamma * |x|)
+    gen              sum_k (p_k * (1 - p_k)) ** 0.1,  p = softmax([s_1, ..., s_K])
+    max_logit        -max_k s_k
+    joint            -log(1 - P(abstain)) + D * min_k R(r_k^2)
     radius           -log(2 * min(F, 1 - F)),  F = chi2_D.cdf(D * min_k r_k^2)
     energy           -log(sum_k exp(-gamma * r_k^2))
-    max_probability  -log(max_k p_k),  p = softmax([s_1, ..., s_K, b])
+    max_probability  -log(max_k p_k),  p = softmax([s_1, ..., s_K, a])
     nearest          min_k r_k^2
     ```
 
@@ -279,15 +317,21 @@ def ood_score(scores, method="joint"):
 
     What each of them sees, and what it misses:
 
-    - `"joint"`, the default: rejects what lies near the origin and what lies
-      at an atypical distance from every centroid. It takes the embeddings of
-      a class for a ball around their centroid; where they fill an ellipsoid,
-      it misses what leaves the ellipsoid inside of the ball
-      (`keras_halo.fit_class_gaussians` measures the ellipsoid).
-    - `"abstain"`: what lies nearer to the origin than to any class. Misses
-      what lands far from everything, such as pure noise, and ranks it as the
-      most familiar of all: a softmax compares distances and does not see that
-      all are large. The score is the log-odds; its sigmoid is P(abstain).
+    - `"abstain"`, the default: the log-odds of "I don't know" against every
+      class, so that it agrees with what the model decides. Sees what lies near
+      the origin and what lies far out. A head without a far background
+      (`HALODense.reference`, `HALOSimilarity`) ranks what lies far from
+      everything as the most familiar of all.
+    - `"gap"`: how much the best class stands out, for an embedding of unit
+      length. Does not depend on the scale of the embedding, so that it misses
+      what differs in length alone.
+    - `"gen"`: the generalized entropy of the class probabilities. Sees inputs
+      between classes. Misses what lies far out.
+    - `"max_logit"`: the evidence for the best class. Misses what lies far out.
+    - `"joint"`: rejects what lies near the origin and what lies at an atypical
+      distance from every centroid, by the distance that the theory expects.
+      New inputs lie nearer than that and are charged for it, the more the
+      larger the embedding is.
     - `"radius"`: an atypical distance to the nearest centroid, too far or too
       near, as negative log of a p-value that is exact as far as embeddings
       are Gaussian around their centroid. Misses what lies at the right
@@ -306,10 +350,10 @@ def ood_score(scores, method="joint"):
       short: embeddings that shrink towards the origin or onto a centroid.
 
     Args:
-        scores: Packed scores of shape `(..., K + 4)`, as `HALODense` emits
+        scores: Packed scores of shape `(..., K + 6)`, as `HALODense` emits
             them: an array, or a tensor, also inside a graph.
         method: String, one of `keras_halo.OOD_METHODS`. Defaults to
-            `"joint"`.
+            `"abstain"`.
 
     Returns:
         Scores of shape `(...)`: a NumPy array for a NumPy array (or a list),
@@ -322,11 +366,13 @@ def ood_score(scores, method="joint"):
 
     Example:
 
-    >>> head = keras_halo.HALODense(2, centroid_initializer="identity")
+    >>> head = keras_halo.HALODense.reference(
+    ...     2, centroid_initializer="identity"
+    ... )
     >>> scores = ops.convert_to_numpy(
     ...     head(np.array([[0.4, -0.2, 0, 0], [9, 9, 9, 9.0]], "float32"))
     ... )
-    >>> print(ood_score(scores).round(1))
+    >>> print(ood_score(scores, "joint").round(1))
     [  5.2 162.6]
 
     References:
@@ -337,6 +383,12 @@ def ood_score(scores, method="joint"):
       Out-of-Distribution Examples in Neural Networks, 2017.
     - Weitang Liu, Xiaoyun Wang, John Owens, Yixuan Li, Energy-based
       Out-of-distribution Detection, 2020.
+    - Dan Hendrycks et al., Scaling Out-of-Distribution Detection for
+      Real-World Settings, 2022. (The largest logit.)
+    - Xixi Liu, Yaroslava Lochman, Christopher Zach, GEN: Pushing the Limits of
+      Softmax-Based Out-of-Distribution Detection, 2023.
+    - Litian Liu, Yao Qin, Fast Decision Boundary based Out-of-Distribution
+      Detector, 2024. (The gap.)
     """
     check_method(method)
     if isinstance(scores, keras.KerasTensor) or ops.is_tensor(scores):

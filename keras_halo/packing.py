@@ -1,17 +1,25 @@
 """The packed scores: one tensor that carries a HALO head's whole answer.
 
 A Keras loss sees `y_pred` and nothing else, yet the radial term needs the
-embedding's norm, the temperature and the embedding size. The head therefore
-emits one tensor of `K + 4` columns,
+embedding's norm, the inverse temperature and the embedding size. The head
+therefore emits one tensor of `K + 6` columns,
 
 ```
-[ s_1 ... s_K | b | neutral(|x|^2) | neutral(gamma) | neutral(D) ]
+[ s_1 ... s_K | a | neutral(|x|^2) | neutral(gamma) | neutral(D)
+                  | neutral(kappa) | neutral(layout) ]
 ```
 
-with `neutral(u) = -2^40 * (1 + u)`. The last three columns are so negative that
+with `neutral(u) = -2^40 * (1 + u)`. The last five columns are so negative that
 a softmax gives them probability exactly zero and neither an argmax nor a top-k
 ever picks them; scaling by a power of two is undone without loss. Code written
 for ordinary logits keeps working on packed scores.
+
+`a` is the logit of abstaining. `kappa` says where the far background begins,
+which that logit includes; it is zero for a head without one.
+
+The last column tells packed scores of this layout from those of keras_halo
+0.1.0, which had `K + 4` columns and ended in `neutral(D)`: it holds `1 / 4`,
+and no embedding size is below 2. `upgrade_scores` converts old arrays.
 
 This module alone knows the layout.
 """
@@ -23,8 +31,17 @@ from keras import ops
 
 from keras_halo.shapes import axis_length
 
-# Abstain logit and the three neutral columns.
-NUM_EXTRA_COLUMNS = 4
+# Abstain logit and the five neutral columns.
+NUM_EXTRA_COLUMNS = 6
+
+_NUM_NEUTRAL = NUM_EXTRA_COLUMNS - 1
+
+# What the last column holds. A later layout takes another power of two below
+# one, so that no embedding size is taken for it.
+_LAYOUT = 0.25
+
+# Abstain logit and three neutral columns, as keras_halo 0.1.0 had them.
+_OLD_EXTRA_COLUMNS = 4
 
 # The smallest packed scores: two classes.
 MIN_COLUMNS = 2 + NUM_EXTRA_COLUMNS
@@ -35,16 +52,27 @@ _WHAT_TO_DO = "The last layer of the model must be `keras_halo.HALODense`."
 
 PackedScores = collections.namedtuple(
     "PackedScores",
-    ["logits", "abstain_logit", "squared_norm", "temperature", "embedding_dim"],
+    [
+        "logits",
+        "abstain_logit",
+        "squared_norm",
+        "temperature",
+        "embedding_dim",
+        "far_radius",
+    ],
 )
 PackedScores.__doc__ = """The parts of packed scores.
 
 Args:
     logits: Shape `(..., K)`, the class logits `s`.
-    abstain_logit: Shape `(..., 1)`, the logit `b` of abstaining.
+    abstain_logit: Shape `(..., 1)`, the logit `a` of abstaining.
     squared_norm: Shape `(..., 1)`, the mean square `|x|^2` of the embedding.
-    temperature: Shape `(..., 1)`, the temperature `gamma`.
-    embedding_dim: Shape `(..., 1)`, the size `D` of the embedding.
+    temperature: Shape `(..., 1)`, the inverse temperature `gamma`.
+    embedding_dim: Shape `(..., 1)`, the size `D` of the embedding; zero in a
+        row that holds no packed scores.
+    far_radius: Shape `(..., 1)`, where the far background begins, `kappa`:
+        half of the squared norm beyond the evidence for the best class. Zero
+        without one.
 """
 
 
@@ -55,12 +83,12 @@ def packed_width(num_classes):
         num_classes: Integer, the number `K` of classes.
 
     Returns:
-        Integer, `K + 4`.
+        Integer, `K + 6`.
 
     Example:
 
     >>> packed_width(10)
-    14
+    16
     """
     return num_classes + NUM_EXTRA_COLUMNS
 
@@ -69,7 +97,7 @@ def count_classes(shape):
     """Returns the number of classes in packed scores of a given shape.
 
     Args:
-        shape: Tuple, the shape `(..., K + 4)` of packed scores.
+        shape: Tuple, the shape `(..., K + 6)` of packed scores.
 
     Returns:
         Integer, `K`.
@@ -79,7 +107,7 @@ def count_classes(shape):
 
     Example:
 
-    >>> count_classes((5, 14))
+    >>> count_classes((5, 16))
     10
     """
     width = shape[-1] if len(shape) else None
@@ -96,7 +124,7 @@ def class_count(scores):
     """Returns the number of classes in packed scores, also inside a graph.
 
     Args:
-        scores: Tensor of shape `(..., K + 4)`. `K` may be known only when the
+        scores: Tensor of shape `(..., K + 6)`. `K` may be known only when the
             graph runs: where the classes are a batch of keys.
 
     Returns:
@@ -107,7 +135,7 @@ def class_count(scores):
 
     Example:
 
-    >>> class_count(ops.zeros((5, 14)))
+    >>> class_count(ops.zeros((5, 16)))
     10
     """
     if len(scores.shape) and scores.shape[-1] is None:
@@ -123,13 +151,20 @@ def _from_neutral(column):
     return column / -_NEUTRAL_SCALE - 1.0
 
 
-def pack(logits, abstain_logit, squared_norm, temperature, embedding_dim):
+def pack(
+    logits,
+    abstain_logit,
+    squared_norm,
+    temperature,
+    embedding_dim,
+    far_radius=0.0,
+):
     """Joins logits and geometry into packed scores.
 
     Formula:
 
     ```python
-    packed = [s | b | neutral(|x|^2) | neutral(gamma) | neutral(D)]
+    packed = [s | a | neutral(|x|^2, gamma, D, kappa, layout)]
     neutral(u) = -2^40 * (1 + u)
     ```
 
@@ -139,16 +174,18 @@ def pack(logits, abstain_logit, squared_norm, temperature, embedding_dim):
         squared_norm: Tensor of shape `(..., 1)`.
         temperature: Scalar, or tensor of shape `(..., 1)`.
         embedding_dim: Scalar, or tensor of shape `(..., 1)`.
+        far_radius: Scalar, or tensor of shape `(..., 1)`. Defaults to zero, no
+            far background.
 
     Returns:
-        Tensor of shape `(..., K + 4)`.
+        Tensor of shape `(..., K + 6)`.
 
     Example:
 
     >>> logits = ops.array([[2.0, -6.0]])
     >>> packed = pack(logits, -1.0, ops.array([[1.0]]), 2.0, 2)
     >>> tuple(packed.shape)
-    (1, 6)
+    (1, 8)
     >>> int(ops.argmax(packed, axis=-1)[0])
     0
     """
@@ -160,6 +197,8 @@ def pack(logits, abstain_logit, squared_norm, temperature, embedding_dim):
             _to_neutral(squared_norm),
             ones * _to_neutral(temperature),
             ones * _to_neutral(embedding_dim),
+            ones * _to_neutral(far_radius),
+            ones * _to_neutral(_LAYOUT),
         ],
         axis=-1,
     )
@@ -169,7 +208,7 @@ def unpack(scores):
     """Splits packed scores into logits and geometry; the inverse of `pack`.
 
     Args:
-        scores: Tensor of shape `(..., K + 4)`.
+        scores: Tensor of shape `(..., K + 6)`.
 
     Returns:
         `PackedScores`.
@@ -185,20 +224,31 @@ def unpack(scores):
     2.0
     """
     class_count(scores)
-    geometry = _from_neutral(scores[..., -3:])
+    geometry = _from_neutral(scores[..., -_NUM_NEUTRAL:])
+    parts = _split(scores, geometry)
+    where = np.where if isinstance(scores, np.ndarray) else ops.where
+    is_packed = geometry[..., 4:5] == _LAYOUT
+    return parts._replace(
+        embedding_dim=where(is_packed, parts.embedding_dim, 0.0)
+    )
+
+
+def _split(scores, geometry):
     return PackedScores(
         logits=scores[..., :-NUM_EXTRA_COLUMNS],
-        abstain_logit=scores[..., -4:-3],
+        abstain_logit=scores[..., -NUM_EXTRA_COLUMNS:-_NUM_NEUTRAL],
         squared_norm=geometry[..., 0:1],
         temperature=geometry[..., 1:2],
         embedding_dim=geometry[..., 2:3],
+        far_radius=geometry[..., 3:4],
     )
 
 
 def pack_gradient(logits, abstain_logit, squared_norm, temperature):
     """Gradient with respect to packed scores from that of their parts.
 
-    The chain rule through `unpack`. The embedding size is a constant.
+    The chain rule through `unpack`. The embedding size and the far background
+    are constants.
 
     Args:
         logits: Tensor of shape `(..., K)`, the gradient of the class logits.
@@ -207,14 +257,14 @@ def pack_gradient(logits, abstain_logit, squared_norm, temperature):
         temperature: Tensor of shape `(..., 1)`.
 
     Returns:
-        Tensor of shape `(..., K + 4)`.
+        Tensor of shape `(..., K + 6)`.
 
     Example:
 
     >>> one = ops.ones((1, 1))
     >>> gradient = pack_gradient(ops.ones((1, 2)), one, one, one)
     >>> (ops.convert_to_numpy(gradient) * 2**40).tolist()[0][3:]
-    [-1.0, -1.0, 0.0]
+    [-1.0, -1.0, 0.0, 0.0, 0.0]
     """
     return ops.concatenate(
         [
@@ -222,7 +272,8 @@ def pack_gradient(logits, abstain_logit, squared_norm, temperature):
             abstain_logit,
             squared_norm / -_NEUTRAL_SCALE,
             temperature / -_NEUTRAL_SCALE,
-            ops.zeros_like(squared_norm),
+            # Embedding size, far background and layout.
+            ops.concatenate([ops.zeros_like(squared_norm)] * 3, axis=-1),
         ],
         axis=-1,
     )
@@ -234,7 +285,7 @@ def unpack_gradient(scores):
     The chain rule through `pack`.
 
     Args:
-        scores: Tensor of shape `(..., K + 4)`, a gradient.
+        scores: Tensor of shape `(..., K + 6)`, a gradient.
 
     Returns:
         `PackedScores` of gradients.
@@ -246,21 +297,14 @@ def unpack_gradient(scores):
     >>> float(unpack_gradient(gradient).temperature[0, 0])
     1.0
     """
-    geometry = scores[..., -3:] * -_NEUTRAL_SCALE
-    return PackedScores(
-        logits=scores[..., :-NUM_EXTRA_COLUMNS],
-        abstain_logit=scores[..., -4:-3],
-        squared_norm=geometry[..., 0:1],
-        temperature=geometry[..., 1:2],
-        embedding_dim=geometry[..., 2:3],
-    )
+    return _split(scores, scores[..., -_NUM_NEUTRAL:] * -_NEUTRAL_SCALE)
 
 
 def answer_logits(scores):
     """Returns the logits of the `K` classes and of abstaining, in that order.
 
     Args:
-        scores: Tensor of shape `(..., K + 4)`.
+        scores: Tensor of shape `(..., K + 6)`.
 
     Returns:
         Tensor of shape `(..., K + 1)`.
@@ -285,7 +329,7 @@ def best_class(scores):
     converters to ONNX and OpenVINO do not know.
 
     Args:
-        scores: Tensor of shape `(..., K + 4)`, without NaN.
+        scores: Tensor of shape `(..., K + 6)`, without NaN.
 
     Returns:
         int32 tensor of shape `(...)`, the first of equal ones.
@@ -308,21 +352,28 @@ def check_packed(scores, argument="scores"):
     """Checks that a NumPy array holds packed scores, by value.
 
     Args:
-        scores: Array of shape `(..., K + 4)`.
+        scores: Array of shape `(..., K + 6)`.
         argument: String, the name by which an error calls the array.
 
     Raises:
-        ValueError: If the width, a non-finite value, or the last three columns
+        ValueError: If the width, a non-finite value, or the last five columns
             show that the array did not come from a HALO head.
 
     Example:
 
-    >>> check_packed(np.zeros((1, 14)))
+    >>> check_packed(np.zeros((1, 16)))
     Traceback (most recent call last):
         ...
-    ValueError: The last 3 columns of `scores` hold no packed geometry ...
+    ValueError: The last 5 columns of `scores` hold no packed geometry ...
     """
     shape = tuple(scores.shape)
+    if _are_old(scores):
+        raise ValueError(
+            f"`{argument}` are packed scores of keras_halo 0.1.0, which had "
+            f"{_OLD_EXTRA_COLUMNS} columns beside those of the classes. "
+            f"Received: shape={shape}. Predict again with the loaded model, "
+            "or convert them with `keras_halo.packing.upgrade_scores`."
+        )
     count_classes(shape)
     finite = np.isfinite(scores)
     if not finite.all():
@@ -332,21 +383,69 @@ def check_packed(scores, argument="scores"):
             "infinite. Look for the step at which training diverged, or for "
             "NaN in the inputs of the model."
         )
-    scores = np.asarray(scores[..., -3:], "float64")
-    squared_norm, temperature, embedding_dim = (
-        _from_neutral(scores[..., column]) for column in range(3)
+    columns = np.asarray(scores[..., -_NUM_NEUTRAL:], "float64")
+    squared_norm, temperature, embedding_dim, far_radius, layout = (
+        _from_neutral(columns[..., column]) for column in range(_NUM_NEUTRAL)
     )
-    packed = (
+    packed = _is_geometry(squared_norm, temperature, embedding_dim)
+    packed &= (far_radius >= 0.0) & (layout == _LAYOUT)
+    if not packed.all():
+        raise ValueError(
+            f"The last {_NUM_NEUTRAL} columns of `{argument}` hold no packed "
+            f"geometry in {int((~packed).sum())} of {packed.size} rows. "
+            "Expected packed scores of shape `(..., num_classes + "
+            f"{NUM_EXTRA_COLUMNS})`. Received: shape={shape}, "
+            f"such a row ends in {columns[~packed][0]}. {_WHAT_TO_DO}"
+        )
+
+
+def _is_geometry(squared_norm, temperature, embedding_dim):
+    return (
         (squared_norm >= 0.0)
         & (temperature > 0.0)
         & (embedding_dim >= 2.0)
         & (embedding_dim == np.round(embedding_dim))
     )
-    if not packed.all():
+
+
+def _are_old(scores):
+    """Whether an array holds packed scores of keras_halo 0.1.0."""
+    shape = scores.shape
+    if not shape or shape[-1] < 2 + _OLD_EXTRA_COLUMNS or not scores.size:
+        return False
+    columns = np.asarray(scores[..., -3:], "float64")
+    geometry = (_from_neutral(columns[..., column]) for column in range(3))
+    return bool(_is_geometry(*geometry).all())
+
+
+def upgrade_scores(scores):
+    """Converts packed scores that keras_halo 0.1.0 computed.
+
+    Args:
+        scores: NumPy array of shape `(..., K + 4)`, as a head of keras_halo
+            0.1.0 predicted it.
+
+    Returns:
+        NumPy array of shape `(..., K + 6)` with the same logits and geometry.
+
+    Raises:
+        ValueError: If the array does not hold such scores.
+
+    Example:
+
+    >>> old = -(2.0**40) * np.array([[0, 0, 0, 2.0, 3.0, 9.0]])
+    >>> upgrade_scores(old).shape
+    (1, 8)
+    """
+    scores = np.asarray(scores)
+    if not _are_old(scores):
         raise ValueError(
-            f"The last 3 columns of `{argument}` hold no packed geometry "
-            f"in {int((~packed).sum())} of {packed.size} rows. Expected "
-            "packed scores of shape `(..., num_classes + "
-            f"{NUM_EXTRA_COLUMNS})`. Received: shape={shape}, "
-            f"such a row ends in {scores[~packed][0, -3:]}. {_WHAT_TO_DO}"
+            "Expected packed scores of keras_halo 0.1.0, an array of shape "
+            f"(..., num_classes + {_OLD_EXTRA_COLUMNS}). Received: "
+            f"shape={scores.shape}. Scores of later versions need no "
+            "conversion."
         )
+    ones = np.ones_like(scores[..., :1])
+    return np.concatenate(
+        [scores, ones * _to_neutral(0.0), ones * _to_neutral(_LAYOUT)], axis=-1
+    )

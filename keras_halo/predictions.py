@@ -63,7 +63,7 @@ def decode_predictions(scores):
 
     Args:
         scores: NumPy array (or what converts to one) of packed scores with
-            shape `(..., K + 4)`, as `HALODense` emits them.
+            shape `(..., K + 6)`, as `HALODense` emits them.
 
     Returns:
         `Predictions`: labels with -1 for abstained, class probabilities,
@@ -76,7 +76,8 @@ def decode_predictions(scores):
 
     Example:
 
-    >>> scores = keras_halo.HALODense(3)(np.zeros((2, 8), "float32"))
+    >>> head = keras_halo.HALODense.reference(3)
+    >>> scores = head(np.zeros((2, 8), "float32"))
     >>> predictions = keras_halo.decode_predictions(scores)
     >>> predictions.labels.tolist(), predictions.embedding_dim
     ([-1, -1], 8)
@@ -135,7 +136,7 @@ def pair_log_odds(scores):
 
     Args:
         scores: NumPy array (or what converts to one) of packed scores with
-            shape `(..., K + 4)`.
+            shape `(..., K + 6)`.
 
     Returns:
         Array of shape `(..., K)`.

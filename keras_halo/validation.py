@@ -14,6 +14,41 @@ def check_units(units):
         )
 
 
+def check_embedding_dim(embedding_dim):
+    """Raises `ValueError` unless it is `"auto"`, `None` or at least 2."""
+    if embedding_dim is None or embedding_dim == "auto":
+        return
+    if (
+        not isinstance(embedding_dim, int)
+        or isinstance(embedding_dim, bool)
+        or embedding_dim < 2
+    ):
+        raise ValueError(
+            "`embedding_dim` must be an integer of at least 2, 'auto', or "
+            "`None` for the input as it is. Received: "
+            f"embedding_dim={embedding_dim!r}. Leave it out for a size that "
+            "fits the number of classes."
+        )
+
+
+def check_abstain_rate(abstain_rate):
+    """Raises `ValueError` unless `abstain_rate` is `None` or in `[0, 0.5)`."""
+    if abstain_rate is None:
+        return
+    # Written so that NaN fails.
+    if (
+        not isinstance(abstain_rate, (int, float))
+        or isinstance(abstain_rate, bool)
+        or not 0.0 <= abstain_rate < 0.5
+    ):
+        raise ValueError(
+            "`abstain_rate` is the share of training samples to abstain from "
+            "and must be a number in [0, 0.5), or `None` for the fixed margin "
+            f"of the published method. Received: abstain_rate={abstain_rate!r}."
+            " Write 1 % as 0.01."
+        )
+
+
 def check_label_smoothing(label_smoothing):
     """Raises `ValueError` unless `label_smoothing` is in `[0, 1)`."""
     # Written so that NaN fails.

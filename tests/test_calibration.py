@@ -14,9 +14,9 @@ special = pytest.importorskip("scipy.special")
 
 
 def model_of(gamma=3.0, bias=-1.0, num_classes=3, dim=4):
-    head = keras_halo.HALODense(num_classes)
+    head = keras_halo.HALODense.reference(num_classes)
     model = keras.Sequential([keras.Input((dim,)), head])
-    head.raw_gamma.assign(geometry.inverse_softplus(gamma))
+    head.assign_temperature(gamma)
     head.abstain_bias.assign(bias)
     return model, head
 
@@ -25,7 +25,7 @@ def sample(model, n=4000, seed=0):
     """Inputs, and labels drawn from what the model says of them."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, model.input_shape[-1])).astype("float32")
-    logits = model.predict(x, verbose=0)[:, :-4]
+    logits = model.predict(x, verbose=0)[:, :-6]
     gumbel = rng.gumbel(size=logits.shape)
     return x, (logits + gumbel).argmax(axis=-1)
 
@@ -38,7 +38,7 @@ def state(head):
 def test_a_wrong_temperature_is_found_out(factor):
     model, head = model_of(gamma=3.0)
     x, y = sample(model)
-    head.raw_gamma.assign(geometry.inverse_softplus(3.0 * factor))
+    head.assign_temperature(3.0 * factor)
     calibration = calibrate(model, x, y, verbose=0)
     assert calibration.old_temperature == pytest.approx(3.0 * factor, rel=1e-4)
     assert calibration.temperature == pytest.approx(3.0, rel=0.1)
@@ -56,7 +56,7 @@ def test_temperature_has_the_largest_likelihood_of_a_grid():
     found = calibrate(model, x, y, bias="keep", verbose=0)
 
     def nll(gamma):
-        head.raw_gamma.assign(geometry.inverse_softplus(gamma))
+        head.assign_temperature(gamma)
         log_p = special.log_softmax(
             model.predict(x, verbose=0)[:, :3].astype("float64"), axis=-1
         )
@@ -117,7 +117,7 @@ def test_margin_keeps_the_relation_of_bias_and_temperature():
     model, head = model_of()
     dim, initial = 4, geometry.initial_temperature(4)
     x, y = sample(model)
-    head.raw_gamma.assign(geometry.inverse_softplus(initial))
+    head.assign_temperature(initial)
     calibration = calibrate(model, x, y, bias="margin", verbose=0)
     margin = calibration.abstain_bias - calibration.temperature * (
         1.0 - geometry.shell(dim)
@@ -165,7 +165,7 @@ def test_fitted_models_and_one_hot_labels_are_taken():
     model, head = model_of()
     x, y = sample(model)
     fitted = fit_class_gaussians(model, x, y, verbose=0)
-    head.raw_gamma.assign(geometry.inverse_softplus(30.0))
+    head.assign_temperature(30.0)
     calibration = calibrate(fitted, x, np.eye(3)[y], verbose=0)
     assert calibration.temperature == pytest.approx(3.0, rel=0.1)
 
@@ -173,7 +173,7 @@ def test_fitted_models_and_one_hot_labels_are_taken():
 def test_padding_does_not_count():
     model, head = model_of(gamma=3.0)
     x, y = sample(model, n=300)
-    head.raw_gamma.assign(geometry.inverse_softplus(1.0))
+    head.assign_temperature(1.0)
     expected = calibrate(model, x, y, verbose=0)
     expected.undo()
     padded_x = np.concatenate([x, 9.0 * x[:50]])

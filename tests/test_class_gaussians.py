@@ -41,7 +41,7 @@ def small_model(dim=4, num_classes=3, inputs=4):
         [
             keras.Input((inputs,)),
             keras.layers.Dense(dim, name="embedding"),
-            keras_halo.HALODense(num_classes),
+            keras_halo.HALODense.reference(num_classes),
         ]
     )
 
@@ -335,7 +335,7 @@ def test_a_model_of_models_that_comes_from_a_file_fits(tmp_path):
     keras.backend.clear_session()
     inputs = [keras.Input((4,)) for _ in range(3)]
     body = keras.Model(inputs[0], keras.layers.Dense(4)(inputs[0]))
-    head = keras.Model(inputs[1], keras_halo.HALODense(3)(inputs[1]))
+    head = keras.Model(inputs[1], keras_halo.HALODense.reference(3)(inputs[1]))
     keras.Model(inputs[2], head(body(inputs[2]))).save(tmp_path / "model.keras")
     # As in a fresh process: names are given from the first one again.
     keras.backend.clear_session()
@@ -353,7 +353,7 @@ def test_a_model_of_models_that_comes_from_a_file_fits(tmp_path):
 def test_token_heads_get_a_score_a_token():
     x, y = clusters(n=300)
     x, y = x.reshape(100, 3, 4), y.reshape(100, 3)
-    model = keras.Sequential([keras.Input((3, 4)), keras_halo.HALODense(3)])
+    model = keras.Sequential([keras.Input((3, 4)), keras_halo.HALODense.reference(3)])
     fitted = fit_class_gaussians(model, x, y, verbose=0)
     assert fitted.predict(x[:5], verbose=0)["ood"].shape == (5, 3)
     flat = fit_class_gaussians(
@@ -377,7 +377,7 @@ def test_head_is_found_in_every_kind_of_graph():
     softmaxed = keras.Model(
         plain.inputs[0], keras_halo.HALOSoftmax()(plain.outputs[0])
     )
-    late = keras.Sequential([keras.layers.Dense(4), keras_halo.HALODense(3)])
+    late = keras.Sequential([keras.layers.Dense(4), keras_halo.HALODense.reference(3)])
     late.build((None, 4))
     for model in (plain, wrapped, softmaxed, late):
         embeddings, scores = keras.Model(
@@ -454,7 +454,7 @@ def test_models_that_do_not_fit_are_refused():
     class Subclassed(keras.Model):
         def __init__(self):
             super().__init__()
-            self.head = keras_halo.HALODense(3)
+            self.head = keras_halo.HALODense.reference(3)
 
         def call(self, inputs):
             return self.head(inputs)

@@ -228,7 +228,7 @@ def test_a_sigmoid_unit_becomes_two_classes_and_goes_back(digits):
     )
     model.fit(x[:NUM_TRAINING], odd[:NUM_TRAINING], epochs=8, verbose=0)
     converted = convert_head(model, x[:NUM_TRAINING], odd[:NUM_TRAINING, None])
-    assert converted.output_shape == (None, 6)
+    assert converted.output_shape == (None, 8)
     probabilities = HALOSoftmax(abstain=False)(converted.output)
     plain = keras.Model(converted.inputs[0], probabilities[..., 1:])
     unseen, expected = x[NUM_TRAINING:], odd[NUM_TRAINING:] == 1
@@ -247,7 +247,7 @@ def test_token_classifiers_convert():
     x = (np.eye(6)[labels] * 3 + rng.normal(size=(40, 5, 6))).astype("float32")
     model = keras.Sequential([keras.Input((5, 6)), keras.layers.Dense(3)])
     scores = convert_head(model, x, labels).predict(x, verbose=0)
-    assert scores.shape == (40, 5, 7)
+    assert scores.shape == (40, 5, 9)
     assert np.mean(scores[..., :3].argmax(-1) == labels) > 0.9
 
 

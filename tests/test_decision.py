@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused():
         Decision(1.0, "softmax")
     with pytest.raises(ValueError, match="threshold=None. Give one"):
         Decision(method=None)
-    with pytest.raises(ValueError, match="at least 6 columns"):
+    with pytest.raises(ValueError, match="at least 8 columns"):
         Decision()(np.zeros((2, 5), "float32"))
     with pytest.raises(ValueError, match=r"no score.*decision\(scores, ood\)"):
         Decision(1.0, None)(scores)
@@ -194,5 +194,5 @@ def test_what_does_not_fit_is_refused():
         Decision(1.0, None)(scores, np.zeros(5, "float32"))
     with pytest.raises(ValueError, match=r"Expected the shape"):
         Decision(1.0, None)(
-            keras.KerasTensor((None, 7)), keras.KerasTensor((None, 1))
+            keras.KerasTensor((None, 9)), keras.KerasTensor((None, 1))
         )

@@ -38,7 +38,7 @@ X, Y, UNKNOWN = make_data()
 
 
 def head(gamma=4.0):
-    layer = keras_halo.HALODense(NUM_CLASSES)
+    layer = keras_halo.HALODense.reference(NUM_CLASSES)
     layer.build((None, DIM))
     raw_gamma = keras_halo.geometry.inverse_softplus(gamma)
     layer.set_weights(
@@ -577,8 +577,8 @@ def test_bad_data_are_refused(case, model):
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ({"method": "mahalanobis"}, "'joint'.*'fitted'"),
-        ({"method": None}, "'joint'.*'fitted'"),
+        ({"method": "mahalanobis"}, "'abstain'.*'fitted'"),
+        ({"method": None}, "'abstain'.*'fitted'"),
         ({"verbose": 3}, "verbose"),
         ({"num_bins": 0}, "num_bins"),
         ({"unknown": {"a": Endless()}}, "infinite"),
@@ -614,7 +614,7 @@ def test_bad_scores_are_refused(method, message, model):
 
 def test_models_without_packed_scores_are_refused():
     inputs = keras.Input((DIM,))
-    dense = keras.layers.Dense(NUM_CLASSES + 4)(inputs)
+    dense = keras.layers.Dense(NUM_CLASSES + 6)(inputs)
     with pytest.raises(ValueError, match="HALODense"):
         evaluate_ood(keras.Model(inputs, dense), (X, Y), UNKNOWN, verbose=0)
     two = keras.Model(inputs, [head()(inputs), dense])

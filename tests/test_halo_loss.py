@@ -30,10 +30,10 @@ def _naive(labels, scores, smoothing=0.1, distill=True, radial_weight=1.0):
     """The loss by the book, sample by sample, in float64."""
     losses = []
     flat_scores = scores.reshape(-1, scores.shape[-1]).astype("float64")
-    flat_labels = labels.reshape(-1, scores.shape[-1] - 4).astype("float64")
+    flat_labels = labels.reshape(-1, scores.shape[-1] - 6).astype("float64")
     for label, row in zip(flat_labels, flat_scores, strict=True):
-        s, b = row[:-4], row[-4]
-        norm, gamma, size = row[-3:] / -(2.0**40) - 1.0
+        s, b = row[:-6], row[-6]
+        norm, gamma, size = row[-5:-2] / -(2.0**40) - 1.0
         num_classes = len(s)
         q = np.zeros(num_classes)
         for y in range(num_classes):
@@ -174,7 +174,7 @@ def test_masked_equals_absent_whatever_the_labels_under_the_mask():
     x = rng.normal(size=(4, 6, D)).astype("float32")
     x[rng.random((4, 6)) < 0.4] = 0.0
     mask = np.any(x != 0.0, axis=-1)
-    head = HALODense(K)
+    head = HALODense.reference(K)
     scores = head(keras.layers.Masking()(x))
     labels = _labels((4, 6))
     expected = to_numpy(HALOLoss()(labels[mask], head(x[mask])))
@@ -192,7 +192,7 @@ def test_mask_and_ignore_class_together():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(4, 6, D)).astype("float32")
     x[:, 4:] = 0.0
-    head = HALODense(K)
+    head = HALODense.reference(K)
     scores = head(keras.layers.Masking()(x))
     labels = _labels((4, 6))
     labels[:, 0] = -1
@@ -295,7 +295,7 @@ EXTREME_EMBEDDINGS = {
 @pytest.mark.parametrize("raw_gamma", [-200.0, 17.0, 1e3])
 @pytest.mark.parametrize("name", EXTREME_EMBEDDINGS)
 def test_loss_and_gradients_stay_finite(name, raw_gamma, distill):
-    head = HALODense(3)
+    head = HALODense.reference(3)
     head.build((None, D))
     head.raw_gamma.assign(raw_gamma)
     centroids = to_numpy(head.centroids)
@@ -384,7 +384,7 @@ def test_training_on_labels_out_of_range_is_loud():
 @pytest.mark.parametrize("labels", [np.arange(8) % 4, np.eye(4)[[0, 1] * 4]])
 def test_training_without_the_head_is_loud(labels):
     x = np.random.default_rng(0).normal(size=(8, D)).astype("float32")
-    model = keras.Sequential([keras.layers.Input((D,)), keras.layers.Dense(8)])
+    model = keras.Sequential([keras.layers.Input((D,)), keras.layers.Dense(10)])
     model.compile("sgd", HALOLoss())
     history = model.fit(x, labels, batch_size=8, verbose=0)
     assert np.isnan(history.history["loss"][0])
@@ -399,13 +399,13 @@ def test_numpy_scores_that_are_not_packed_are_refused():
 @pytest.mark.parametrize(
     ("labels", "scores"),
     [
-        ((8, 3), (8, K + 4)),  # one-hot of the wrong width
-        ((8, K + 4), (8, K + 4)),  # one-hot as wide as the scores
+        ((8, 3), (8, K + 6)),  # one-hot of the wrong width
+        ((8, K + 6), (8, K + 6)),  # one-hot as wide as the scores
         ((8, K), (8, K)),  # Dense in the place of HALODense
-        ((7,), (8, K + 4)),
-        ((8, 2), (8, 3, K + 4)),
-        ((8, 3, 4, 1), (8, 3, K + 4)),
-        ((), (8, K + 4)),
+        ((7,), (8, K + 6)),
+        ((8, 2), (8, 3, K + 6)),
+        ((8, 3, 4, 1), (8, 3, K + 6)),
+        ((), (8, K + 6)),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(labels, scores):

@@ -60,8 +60,8 @@ def _naive_loss(same, scores, smoothing=0.1, distill=True, radial_weight=1.0):
     """The loss of one direction by the book, query by query."""
     losses = []
     for is_match, row in zip(same, scores.astype("float64"), strict=True):
-        s, b = row[:-4], row[-4]
-        norm, gamma, size = row[-3:] / -(2.0**40) - 1.0
+        s, b = row[:-6], row[-6]
+        norm, gamma, size = row[-5:-2] / -(2.0**40) - 1.0
         radii = norm - s / gamma
         log_p = np.log(naive_softmax(np.append(s, b)))[:-1]
         loss = 0.0
@@ -145,10 +145,10 @@ def test_symbolic_shapes():
             [keras.KerasTensor((queries, D)) for queries in (queries, keys)]
         ).shape
 
-    assert shape(None, 7) == (None, 11)
+    assert shape(None, 7) == (None, 13)
     assert shape(3, None) == (3, None)
     assert shape(None, None, bidirectional=True) == (None, 2, None)
-    assert shape(4, None, bidirectional=True) == (4, 2, 8)
+    assert shape(4, None, bidirectional=True) == (4, 2, 10)
 
 
 @pytest.mark.parametrize("distill", [True, False])
@@ -174,7 +174,7 @@ def test_gradients_reach_queries_keys_and_temperature(distill):
         total = 0.0
         for (a, b), q_soft in zip(((q, k), (k, q)), targets, strict=True):
             row = _by_the_book(a, b, gamma=gamma)
-            s = row[:, :-3]
+            s = row[:, :-5]
             log_p = s - np.logaddexp.reduce(s, axis=-1, keepdims=True)
             c = b - b.mean(axis=0)
             radii = ((a[:, None] - c[None]) ** 2).mean(axis=-1)
@@ -476,7 +476,7 @@ def test_pair_log_odds_are_logits_above_that_of_abstaining():
     q, k = _pairs()
     scores = to_numpy(HALOSimilarity()([q, k]))
     odds = keras_halo.pair_log_odds(scores)
-    answers = naive_softmax(scores[:, :-3].astype("float64"))
+    answers = naive_softmax(scores[:, :-5].astype("float64"))
     np.testing.assert_allclose(
         1 / (1 + np.exp(-odds)),
         answers[:, :-1] / (answers[:, :-1] + answers[:, -1:]),

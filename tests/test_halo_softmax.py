@@ -76,5 +76,5 @@ def test_under_mixed_precision_the_scores_are_not_cast_down():
 
 
 def test_scores_that_are_too_narrow_are_refused():
-    with pytest.raises(ValueError, match="at least 6 columns.*HALODense"):
+    with pytest.raises(ValueError, match="at least 8 columns.*HALODense"):
         HALOSoftmax()(np.zeros((2, 5), "float32"))

@@ -42,7 +42,7 @@ def result_of(metric, *batches):
 
 def naive_result(metric_class, labels, scores, weights=None):
     """What a metric is, sample by sample in float64."""
-    scores = np.asarray(scores, "float64").reshape(-1, NUM_CLASSES + 4)
+    scores = np.asarray(scores, "float64").reshape(-1, NUM_CLASSES + 6)
     labels = np.asarray(labels).reshape(-1)
     if weights is None:
         weights = np.ones(labels.size)
@@ -324,7 +324,7 @@ def test_all_wrong_is_zero_and_not_nan():
 
 def test_scores_of_another_layer_do_not_pass_for_a_result(metric_class):
     labels, scores = make_batch()
-    for column in (-1, -2, -3):
+    for column in (-1, -3, -4):
         others = scores.copy()
         others[7, column] = 0.3
         batch = (labels, ops.convert_to_tensor(others))
@@ -338,7 +338,7 @@ def test_shapes_that_do_not_fit_are_refused(metric_class):
     metric = metric_class(ignore_class=-1)
     with pytest.raises(ValueError, match="Labels do not fit"):
         metric.update_state(labels[:5], scores)
-    with pytest.raises(ValueError, match="at least 6 columns"):
+    with pytest.raises(ValueError, match="at least 8 columns"):
         metric.update_state(labels, scores[:, :5])
     with pytest.raises(ValueError, match="Expected sample_weight of shape"):
         metric.update_state(labels, scores, np.ones(7))
@@ -445,7 +445,7 @@ def test_calibration_error_keeps_its_arguments():
 
 
 def probabilities_of(scores, renormalize=True):
-    num_classes = scores.shape[-1] - 4
+    num_classes = scores.shape[-1] - 6
     if renormalize:
         return naive_softmax(scores[..., :num_classes])
     return naive_softmax(scores[..., : num_classes + 1])[..., :num_classes]
@@ -680,7 +680,7 @@ def make_model():
         [
             keras.Input((4,)),
             keras.layers.Dense(4, kernel_initializer="identity"),
-            keras_halo.HALODense(
+            keras_halo.HALODense.reference(
                 NUM_CLASSES,
                 centroid_initializer=keras.initializers.Identity(2.0),
             ),
@@ -795,7 +795,7 @@ def test_masks_of_a_model_reach_the_metrics():
     model = keras.Sequential(
         [
             keras.layers.Embedding(9, 4, mask_zero=True),
-            keras_halo.HALODense(NUM_CLASSES),
+            keras_halo.HALODense.reference(NUM_CLASSES),
         ]
     )
     own = [

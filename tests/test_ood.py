@@ -41,6 +41,19 @@ def naive_scores(embedding, centroids, gamma, bias):
         - np.log(sum(np.exp(gamma * (min(radii) - r)) for r in radii)),
         "max_probability": -np.log(max(weights[:-1]) / sum(weights)),
         "nearest": min(radii),
+        **naive_baselines(
+            np.array(logits[:-1]) + gamma * np.mean(embedding**2),
+            np.array(weights[:-1]) / sum(weights[:-1]),
+            gamma * np.sqrt(np.mean(embedding**2)),
+        ),
+    }
+
+
+def naive_baselines(logits, probabilities, length):
+    return {
+        "max_logit": -logits.max(),
+        "gap": -(logits.max() - logits.mean()) / length,
+        "gen": sum((p * (1 - p)) ** 0.1 for p in probabilities),
     }
 
 
@@ -193,9 +206,10 @@ def test_scores_keep_resolution_where_probabilities_saturate():
 def test_far_and_central_inputs_are_outliers_of_the_joint_score():
     centroids = np.diag([4.0, 4.0, 4.0, 4.0])
     member = centroids - centroids.mean(axis=0) + 0.7
-    inside = ood_score(packed(member, centroids))
+    inside = ood_score(packed(member, centroids), "joint")
     outside = np.array([np.zeros(4), 40 * np.ones(4), [40, 0, 0, 0]])
-    assert ood_score(packed(outside, centroids)).min() > inside.max()
+    scores = ood_score(packed(outside, centroids), "joint")
+    assert scores.min() > inside.max()
 
 
 def test_the_stated_blind_spots_are_there():
@@ -254,7 +268,7 @@ def test_kinds_and_ranks_of_input(method):
 
 def test_bad_input_is_refused():
     scores = packed(np.ones((2, 5)), np.eye(5))
-    with pytest.raises(ValueError, match="`method` must be one of 'joint'"):
+    with pytest.raises(ValueError, match="`method` must be one of 'abstain'"):
         ood_score(scores, "mahalanobis")
     with pytest.raises(ValueError, match="`method` must be one of"):
         OODScore(method=None)
@@ -262,9 +276,9 @@ def test_bad_input_is_refused():
         ood_score(np.where(scores > -1e6, np.nan, scores))
     with pytest.raises(ValueError, match="no packed geometry"):
         ood_score(np.ones((2, 9)))
-    with pytest.raises(ValueError, match="at least 6 columns"):
+    with pytest.raises(ValueError, match="at least 8 columns"):
         ood_score(np.ones((2, 5)))
-    with pytest.raises(ValueError, match="at least 6 columns"):
+    with pytest.raises(ValueError, match="at least 8 columns"):
         OODScore()(keras.KerasTensor((2, 5)))
 
 

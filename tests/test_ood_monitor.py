@@ -49,7 +49,7 @@ def make_model(*stateful_layers):
             keras.layers.Dense(32, activation="tanh"),
             *stateful_layers,
             keras.layers.Dense(16),
-            keras_halo.HALODense(NUM_CLASSES),
+            keras_halo.HALODense.reference(NUM_CLASSES),
         ]
     )
     model.compile(
@@ -269,7 +269,7 @@ def test_torch_models_are_evaluated_out_of_training_mode():
 
         def __init__(self):
             super().__init__()
-            self.head = keras_halo.HALODense(NUM_CLASSES)
+            self.head = keras_halo.HALODense.reference(NUM_CLASSES)
 
         def call(self, inputs):
             dropout = torch.nn.functional.dropout

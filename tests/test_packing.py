@@ -110,20 +110,20 @@ def test_gradients_pass_the_neutral_columns_exactly():
 
 @pytest.mark.parametrize("shape", [(), (3,), (4, 1), (4, 5), (4, None)])
 def test_too_narrow_or_undefined_width_is_refused(shape):
-    with pytest.raises(ValueError, match="at least 6 columns.*HALODense"):
+    with pytest.raises(ValueError, match="at least 8 columns.*HALODense"):
         packing.count_classes(shape)
 
 
 def test_check_packed_accepts_scores_of_any_rank():
     packing.check_packed(_scores())
-    packing.check_packed(_scores(batch=6).reshape(2, 3, 14))
+    packing.check_packed(_scores(batch=6).reshape(2, 3, 16))
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_check_packed_refuses_non_finite_values(poison):
     scores = _scores()
     scores[2, 1] = poison
-    with pytest.raises(ValueError, match="must be finite.*1 of 84"):
+    with pytest.raises(ValueError, match="must be finite.*1 of 96"):
         packing.check_packed(scores)
 
 
@@ -134,7 +134,16 @@ def test_check_packed_refuses_ordinary_logits():
 
 
 @pytest.mark.parametrize(
-    ("column", "value"), [(-3, -0.5), (-2, 0.0), (-1, 1.0), (-1, 7.5)]
+    ("column", "value"),
+    [
+        (-5, -0.5),
+        (-4, 0.0),
+        (-3, 1.0),
+        (-3, 7.5),
+        (-2, -0.25),
+        (-1, 0.5),
+        (-1, 2.0),
+    ],
 )
 def test_check_packed_refuses_impossible_geometry(column, value):
     scores = _scores().astype("float64")

@@ -76,15 +76,15 @@ def test_the_scores_stay_writable():
 
 
 def test_output_of_a_model_is_taken_as_it_is():
-    scores = keras_halo.HALODense(3)(np.zeros((2, 8), "float32"))
+    scores = keras_halo.HALODense.reference(3)(np.zeros((2, 8), "float32"))
     assert decode_predictions(scores).labels.tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        (np.zeros((3, 5)), "at least 6 columns"),
-        (np.zeros(()), "at least 6 columns"),
+        (np.zeros((3, 5)), "at least 8 columns"),
+        (np.zeros(()), "at least 8 columns"),
         (np.zeros((3, 10)), "no packed geometry in 3 of 3 rows"),
         (np.full((3, 10), np.nan), "must be finite"),
         (np.zeros((0, 10)), "at least one row"),

@@ -39,7 +39,7 @@ class OODMonitor(keras.callbacks.Callback):
             `DataLoader` or `keras.utils.PyDataset`. Labels are not looked at.
         unknown: Dictionary of name to inputs of no known class.
         method: The score, as in `keras_halo.evaluate_ood`. Defaults to
-            `"joint"`.
+            `"abstain"`.
         batch_size: Optional integer, the batch size for arrays. Defaults to
             `None`, which means 32.
         frequency: Integer: measure at the end of every `frequency`-th epoch.
@@ -69,7 +69,7 @@ class OODMonitor(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, known, unknown, method="joint", batch_size=None, frequency=1
+        self, known, unknown, method="abstain", batch_size=None, frequency=1
     ):
         super().__init__()
         check_score_method(method)

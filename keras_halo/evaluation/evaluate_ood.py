@@ -21,7 +21,7 @@ def evaluate_ood(
     model,
     known,
     unknown,
-    method="joint",
+    method="abstain",
     batch_size=None,
     verbose="auto",
     num_bins=15,
@@ -50,7 +50,7 @@ def evaluate_ood(
         method: The score, larger for outliers: a name that
             `keras_halo.ood_score` knows; `"fitted"` for the model's own entry
             `"ood"`; or a callable that takes packed scores of shape
-            `(N, K + 4)` and returns `N` scores. Defaults to `"joint"`.
+            `(N, K + 6)` and returns `N` scores. Defaults to `"abstain"`.
         batch_size: Optional integer, the batch size for arrays. Defaults to
             `None`, which means 32.
         verbose: 0 for silence, 1 for a progress bar for each set, 2 for a line
@@ -74,7 +74,7 @@ def evaluate_ood(
     Example:
 
     >>> inputs = keras.Input((4,))
-    >>> head = keras_halo.HALODense(2, centroid_initializer="identity")
+    >>> head = keras_halo.HALODense(2, None, centroid_initializer="identity")
     >>> model = keras.Model(inputs, head(inputs))
     >>> x = 2 * np.array([[1, -1, 0, 0], [-1, 1, 0, 0]] * 10, "float32")
     >>> report = keras_halo.evaluate_ood(

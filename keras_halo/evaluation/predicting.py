@@ -24,7 +24,7 @@ class Answers:
     """What a model says of the samples of one data set, flattened.
 
     Args:
-        packed: Array of shape `(N, K + 4)`.
+        packed: Array of shape `(N, K + 6)`.
         score: Array of shape `(N,)`, larger for outliers.
         labels: Integers of shape `(N,)`, a distribution of shape `(N, K)`, or
             `None`.
@@ -53,7 +53,7 @@ def check_score_method(method):
     >>> check_score_method("distance")
     Traceback (most recent call last):
         ...
-    ValueError: `method` must be one of 'joint', ... 'fitted' or a callable ...
+    ValueError: `method` must be one of 'abstain', ... 'fitted' or a callable ...
     """
     if callable(method) or method == FITTED:
         return
@@ -72,8 +72,8 @@ def name_of_method(method):
 
     Example:
 
-    >>> name_of_method("joint")
-    'joint'
+    >>> name_of_method("abstain")
+    'abstain'
     """
     if callable(method):
         return getattr(method, "__name__", type(method).__name__)
@@ -192,7 +192,7 @@ def inference_mode(model):
 
 
 def _predict_batch(model, x, where):
-    """Packed scores of shape `(B, ..., K + 4)`, and fitted scores or `None`."""
+    """Packed scores of shape `(B, ..., K + 6)`, and fitted scores or `None`."""
     output = model.predict_on_batch(x)
     fitted = None
     if isinstance(output, Mapping):

@@ -88,7 +88,7 @@ class ClassGaussians(keras.layers.Layer):
     Call arguments:
         embeddings: Tensor of shape `(batch_size, ..., D)`, the input of the
             `HALODense` head.
-        scores: Tensor of shape `(batch_size, ..., units + 4)`, its output.
+        scores: Tensor of shape `(batch_size, ..., units + 6)`, its output.
 
     Output shape:
         `(batch_size, ...)`. float32 whatever the dtype policy, float64 under a
@@ -160,7 +160,7 @@ class ClassGaussians(keras.layers.Layer):
         ):
             raise ValueError(
                 "Expected embeddings of shape `(batch_size, ..., D)` and "
-                f"packed scores of shape `(batch_size, ..., {self.units + 4})` "
+                f"packed scores of shape `(batch_size, ..., {self.units + 6})` "
                 f"for units={self.units}. Received: embeddings of shape "
                 f"{tuple(embeddings_shape)}, scores of shape "
                 f"{tuple(scores_shape)}. Pass the input and the output of the "

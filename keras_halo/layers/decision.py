@@ -43,11 +43,11 @@ class Decision(keras.layers.Layer):
         method: String, one of `keras_halo.OOD_METHODS`, the score that the
             threshold is meant for; `None` if a score of another origin is
             passed as second argument, such as that of
-            `keras_halo.layers.ClassGaussians`. Defaults to `"joint"`.
+            `keras_halo.layers.ClassGaussians`. Defaults to `"abstain"`.
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
 
     Call arguments:
-        scores: Packed scores, a tensor of shape `(batch_size, ..., K + 4)`.
+        scores: Packed scores, a tensor of shape `(batch_size, ..., K + 6)`.
         ood: Tensor of shape `(batch_size, ...)`, larger for outliers. Only,
             and always, with `method=None`.
 
@@ -56,12 +56,14 @@ class Decision(keras.layers.Layer):
 
     Raises:
         ValueError: If `threshold` is not finite, `method` is not known, the
-            scores have fewer than 6 columns, or `ood` is missing, of another
+            scores have fewer than 8 columns, or `ood` is missing, of another
             shape, or given without `method=None`.
 
     Example:
 
-    >>> head = keras_halo.HALODense(2, centroid_initializer="identity")
+    >>> head = keras_halo.HALODense.reference(
+    ...     2, centroid_initializer="identity"
+    ... )
     >>> scores = head(np.array([[5, 0, 0, 0], [0, 0, 0, 0.0]], "float32"))
     >>> ops.convert_to_numpy(keras_halo.layers.Decision()(scores)).tolist()
     [0, -1]
@@ -70,7 +72,7 @@ class Decision(keras.layers.Layer):
     [-1, 0]
     """
 
-    def __init__(self, threshold=None, method="joint", **kwargs):
+    def __init__(self, threshold=None, method="abstain", **kwargs):
         _check_threshold(threshold)
         if method is not None:
             ood.check_method(method)

@@ -1,29 +1,60 @@
+import warnings
+
 import keras
+import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
-from keras_halo import fused, geometry, packing
-from keras_halo.precision import computation_dtype, exact_constant
+from keras_halo import evidence, fused, geometry, packing
+from keras_halo.layers.temperature_layer import TemperatureLayer
+from keras_halo.precision import exact_constant
 from keras_halo.validation import (
+    check_abstain_rate,
+    check_embedding_dim,
     check_floating,
     check_label_smoothing,
     check_units,
 )
 
+# Centroids start close together, so that class logits start near zero: a head
+# whose centroids start on their shells abstains from everything at first.
+_CENTROID_STDDEV = 0.3
+
+# Where the far background begins before there is any evidence to go by.
+_INITIAL_FAR_RADIUS = 1.0
+
 
 @keras.saving.register_keras_serializable(package="keras_halo")
-class HALODense(keras.layers.Layer):
+class HALODense(TemperatureLayer):
     """Classification head whose logits are distances to learned centroids.
 
-    Takes the place of the last `Dense(units)` of a classifier. Every class has
-    a centroid in the embedding space that the layer receives; the abstain
-    class, "I don't know", has none of its own: it sits at the origin, onto
-    which the centroids are centred. The output is one tensor of *packed
-    scores* with `units + 4` columns. It can be treated as logits of the
-    `units` classes followed by the logit of abstaining: the remaining three
-    columns, from which `HALOLoss` and the functions of this package read the
-    geometry, are so negative that `softmax` gives them probability zero and
-    `argmax` and top-k never choose them. So `metrics=["accuracy"]` works as
-    before, and `argmax(scores, axis=-1) == units` means: abstained.
+    Takes the place of the last `Dense(units)` of a classifier. The layer maps
+    its input to an embedding, in which every class has a centroid. The abstain
+    class, "I don't know", has none of its own. It stands for two backgrounds: a
+    narrow one at the origin, onto which the centroids are centred, and a wide
+    one around it, which wins far out.
+
+    The output is one tensor of *packed scores* with `units + 6` columns. It can
+    be treated as logits of the `units` classes followed by the logit of
+    abstaining: the remaining five columns, from which `HALOLoss` and the
+    functions of this package read the geometry, are so negative that `softmax`
+    gives them probability zero and `argmax` and top-k never choose them. So
+    `metrics=["accuracy"]` works as before, and `argmax(scores, axis=-1) ==
+    units` means: abstained.
+
+    **When the head abstains.** In training the layer keeps running statistics
+    of how surely it names a class, as batch normalization does of its inputs,
+    and finds the quantiles below which `abstain_rate / 2` of the training
+    samples lie, once for either background. The backgrounds begin a quarter
+    farther away from the mean, because new inputs are recognized less surely
+    than training samples. No label and no gradient is involved, and the loss does
+    not see the result: it trains against the fixed margin of the published
+    method. The statistics stand still with `training=False`, with
+    `trainable=False` and for masked positions. The layer cannot see
+    `sample_weight` or `ignore_class`; mask what must not count.
+
+    How many new inputs are rejected depends on how well the network
+    generalizes. Where the rate matters, fit a threshold
+    (`keras_halo.rejection.CoverageRule`) or `keras_halo.calibrate` the head.
 
     The layer computes and emits float32 whatever the dtype policy (float64
     under a float64 policy), also in a mixed-precision model.
@@ -31,24 +62,40 @@ class HALODense(keras.layers.Layer):
     Formula:
 
     ```python
+    features = inputs / (sqrt(pi) * mean(abs(inputs), axis=-1))
+    x = dot(features, kernel) + bias
     c = centroids - mean(centroids, axis=0)
-    gamma = softplus(raw_gamma)
-    s = gamma * (2 * dot(inputs, transpose(c)) / D - mean(c ** 2, axis=-1))
-    outputs = [s | abstain_bias | neutral(|inputs|^2, gamma, D)]
+    s = gamma * (2 * dot(x, transpose(c)) / D - mean(c ** 2, axis=-1))
+    a = logaddexp(abstain_bias, gamma * mean(x ** 2, axis=-1) / 2 + far_bias)
+    outputs = [s | a | neutral(|x|^2, gamma, D, far_radius, layout)]
+    far_radius = max(-far_bias / gamma, 1e-3)
     ```
 
     Args:
         units: Integer, at least 2. The number of classes.
-        label_smoothing: Float in `[0, 1)`. The label smoothing of the loss,
-            from which the abstain class gets its margin: the stronger the
-            smoothing, the higher the logit of abstaining. Give `HALOLoss` the
-            same value. Defaults to `0.1`.
-        learn_gamma: Boolean, whether the temperature is trained. Defaults to
+        embedding_dim: Integer, at least 2, the size `D` of the embedding.
+            `"auto"`, the default, takes the power of two from twice the number
+            of classes on, between 128 and 1024. `None` takes the input itself
+            as the embedding.
+        abstain_rate: Float in `[0, 0.5)`, the share of training samples on
+            which the head abstains. `None` keeps the fixed margin of the
+            published method, without a far background. Defaults to `0.01`.
+        normalize: Boolean, whether the input is divided by its mean magnitude
+            before it is embedded, which dropout leaves as it is on average.
+            Without an embedding of its own the head never does. Defaults to
             `True`.
+        label_smoothing: Float in `[0, 1)`, from which a head with
+            `abstain_rate=None` takes its margin: give `HALOLoss` the same.
+            Other heads refuse it, there it is the loss that smooths. Defaults
+            to `None`, which means `0.1`.
+        learn_gamma: Boolean, whether the inverse temperature is trained.
+            Defaults to `True`.
+        kernel_initializer: Initializer for the `kernel` of the embedding.
+            Defaults to `"glorot_uniform"`.
+        kernel_regularizer: Regularizer function applied to this `kernel`.
         centroid_initializer: Initializer for the `centroids` weights matrix.
             `None`, the default, means a normal distribution with standard
-            deviation one: the scale on which the radial term places an
-            embedding around its centroid.
+            deviation 0.3: class logits start near zero.
         centroid_regularizer: Regularizer function applied to the `centroids`
             weights matrix.
         centroid_constraint: Constraint function applied to the `centroids`
@@ -56,24 +103,24 @@ class HALODense(keras.layers.Layer):
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
 
     Input shape:
-        N-D tensor of floats with shape `(batch_size, ..., D)`, `D >= 2`.
+        N-D tensor of floats with shape `(batch_size, ..., features)`.
         Components beyond `1e12` in magnitude are saturated.
 
     Output shape:
-        N-D tensor with shape `(batch_size, ..., units + 4)`.
+        N-D tensor with shape `(batch_size, ..., units + 6)`.
 
     Raises:
-        ValueError: If `units` is below 2, `label_smoothing` outside `[0, 1)`,
-            an `activity_regularizer` is given (the packed columns would
-            dominate it), the last axis of the input is undefined or below 2,
-            or the input is not floating point.
+        ValueError: If an argument is out of range, an `activity_regularizer` is
+            given (the packed columns would dominate it), the last axis of the
+            input is undefined, or below 2 with `embedding_dim=None`, or the
+            input is not floating point.
 
     Example:
 
     >>> layer = keras_halo.HALODense(3)
     >>> scores = layer(np.zeros((2, 8), "float32"))
     >>> tuple(scores.shape)
-    (2, 7)
+    (2, 9)
     >>> probabilities = ops.convert_to_numpy(ops.softmax(scores))
     >>> float(probabilities[:, 4:].max())
     0.0
@@ -87,15 +134,32 @@ class HALODense(keras.layers.Layer):
     def __init__(
         self,
         units,
-        label_smoothing=0.1,
+        embedding_dim="auto",
+        abstain_rate=0.01,
+        normalize=True,
+        label_smoothing=None,
         learn_gamma=True,
+        kernel_initializer="glorot_uniform",
+        kernel_regularizer=None,
         centroid_initializer=None,
         centroid_regularizer=None,
         centroid_constraint=None,
         **kwargs,
     ):
         check_units(units)
-        check_label_smoothing(label_smoothing)
+        check_embedding_dim(embedding_dim)
+        check_abstain_rate(abstain_rate)
+        if label_smoothing is not None:
+            check_label_smoothing(label_smoothing)
+            if abstain_rate is not None:
+                raise ValueError(
+                    "`label_smoothing` belongs to the loss, "
+                    "`HALOLoss(label_smoothing=...)`: only a head with "
+                    "`abstain_rate=None` takes its margin from it. Received: "
+                    f"label_smoothing={label_smoothing}, "
+                    f"abstain_rate={abstain_rate}. Leave it out here, or use "
+                    "`HALODense.reference` for the published method."
+                )
         if kwargs.get("activity_regularizer") is not None:
             raise ValueError(
                 "`HALODense` takes no `activity_regularizer`: the geometry "
@@ -104,98 +168,239 @@ class HALODense(keras.layers.Layer):
                 f"{kwargs['activity_regularizer']}. Regularize the layer "
                 "before the head instead."
             )
-        super().__init__(**kwargs)
-        # Inputs and weights are cast in `call`, never down to 16 bits.
-        self.autocast = False
+        super().__init__(learn_gamma=learn_gamma, **kwargs)
         self.units = units
+        self.embedding_dim = embedding_dim
+        self.abstain_rate = abstain_rate
+        self.normalize = normalize
         self.label_smoothing = label_smoothing
-        self.learn_gamma = learn_gamma
+        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.kernel_regularizer = regularizers.get(kernel_regularizer)
         if centroid_initializer is None:
-            centroid_initializer = initializers.RandomNormal(stddev=1.0)
+            centroid_initializer = initializers.RandomNormal(
+                stddev=_CENTROID_STDDEV
+            )
         self.centroid_initializer = initializers.get(centroid_initializer)
         self.centroid_regularizer = regularizers.get(centroid_regularizer)
         self.centroid_constraint = constraints.get(centroid_constraint)
+        self.embedding = None
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
 
+    @classmethod
+    def reference(
+        cls, units, label_smoothing=0.1, centroid_initializer=None, **kwargs
+    ):
+        """Makes the head of the published method.
+
+        It takes its input as the embedding, its centroids start on their
+        shells, and the logit of abstaining is a constant.
+
+        Args:
+            units: Integer, at least 2. The number of classes.
+            label_smoothing: Float in `[0, 1)`, that of the loss. Defaults to
+                `0.1`.
+            centroid_initializer: Initializer for the `centroids`. `None`, the
+                default, means a normal distribution with standard deviation
+                one.
+            **kwargs: Further arguments of `HALODense`.
+
+        Returns:
+            `HALODense`.
+
+        Example:
+
+        >>> head = keras_halo.HALODense.reference(3, label_smoothing=0.05)
+        >>> head.embedding_dim, head.abstain_rate
+        (None, None)
+        """
+        if centroid_initializer is None:
+            centroid_initializer = initializers.RandomNormal(stddev=1.0)
+        return cls(
+            units,
+            embedding_dim=None,
+            abstain_rate=None,
+            normalize=False,
+            label_smoothing=label_smoothing,
+            centroid_initializer=centroid_initializer,
+            **kwargs,
+        )
+
     def build(self, input_shape):
-        embedding_dim = input_shape[-1]
-        if embedding_dim is None or embedding_dim < 2:
+        num_features = input_shape[-1]
+        least = 2 if self.embedding_dim is None else 1
+        if num_features is None or num_features < least:
             raise ValueError(
-                "The last axis of the input of `HALODense` is the embedding "
-                "and must be defined and at least 2. Received: "
-                f"input_shape={tuple(input_shape)}. Put a "
-                "`keras.layers.Dense(embedding_dim)` before the head."
+                "The last axis of the input of `HALODense` must be defined "
+                f"and at least {least}. Received: "
+                f"input_shape={tuple(input_shape)}. Flatten or pool before the "
+                "head, and leave `embedding_dim` to the head for a single "
+                "feature."
             )
+        dim = self._embedding_size(num_features)
+        if self.embedding_dim is not None:
+            self.embedding = keras.layers.Dense(
+                dim,
+                kernel_initializer=self.kernel_initializer,
+                kernel_regularizer=self.kernel_regularizer,
+                name="embedding",
+                dtype=self.head_dtype,
+            )
+            self.embedding.build((None, num_features))
         self.centroids = self._add_head_weight(
             name="centroids",
-            shape=(self.units, embedding_dim),
+            shape=(self.units, dim),
             initializer=self.centroid_initializer,
             regularizer=self.centroid_regularizer,
             constraint=self.centroid_constraint,
         )
-        self.raw_gamma = self._add_head_weight(
-            name="raw_gamma",
-            shape=(),
-            initializer=exact_constant(
-                geometry.inverse_softplus(
-                    geometry.initial_temperature(embedding_dim)
-                )
-            ),
-            trainable=self.learn_gamma,
+        self._add_temperature(dim)
+        # Weights, so that calibration can move them and `save` keeps them.
+        self.abstain_bias = self._add_statistic(
+            "abstain_bias", (), geometry.abstain_bias(
+                dim, self.units, self.margin_smoothing
+            )
         )
-        # A weight, so that calibration can move it and `save` keeps it.
-        self.abstain_bias = self._add_head_weight(
-            name="abstain_bias",
-            shape=(),
-            initializer=exact_constant(
-                geometry.abstain_bias(
-                    embedding_dim, self.units, self.label_smoothing
-                )
-            ),
-            trainable=False,
-        )
+        if self.abstain_rate is not None:
+            self.far_bias = self._add_statistic(
+                "far_bias",
+                (),
+                -_INITIAL_FAR_RADIUS * geometry.initial_temperature(dim),
+            )
+            self.evidence_mean = self._add_statistic("evidence_mean", (2,), 0.0)
+            self.evidence_variance = self._add_statistic(
+                "evidence_variance", (2,), 0.0
+            )
+            self.evidence_offset = self._add_statistic(
+                "evidence_offset",
+                (2,),
+                evidence.initial_offset(0.5 * self.abstain_rate),
+            )
+            self.evidence_count = self._add_statistic("evidence_count", (), 0.0)
         self.input_spec = keras.layers.InputSpec(
-            min_ndim=2, axes={-1: embedding_dim}
+            min_ndim=2, axes={-1: num_features}
         )
         self.built = True
 
-    def _add_head_weight(self, **kwargs):
-        return self.add_weight(dtype=self.head_dtype, autocast=False, **kwargs)
+    def _embedding_size(self, num_features):
+        if self.embedding_dim is None:
+            return num_features
+        if self.embedding_dim == "auto":
+            return geometry.default_embedding_dim(self.units)
+        if self.embedding_dim < self.units - 1:
+            warnings.warn(
+                f"An embedding of {self.embedding_dim} dimensions cannot hold "
+                f"{self.units} centroids at equal distances. Expected "
+                f"`embedding_dim` of at least {self.units - 1}. Leave it out "
+                "for a size that fits.",
+                stacklevel=2,
+            )
+        return self.embedding_dim
 
     @property
-    def head_dtype(self):
-        """String, the dtype in which the layer computes and answers."""
-        return computation_dtype(self.compute_dtype)
+    def margin_smoothing(self):
+        """Float, the label smoothing that the margin is made of."""
+        return 0.1 if self.label_smoothing is None else self.label_smoothing
 
-    @property
-    def temperature(self):
-        """Scalar tensor, the current temperature `gamma`."""
-        return geometry.to_temperature(
-            ops.convert_to_tensor(self.raw_gamma, self.head_dtype)
+    def _add_statistic(self, name, shape, value):
+        return self._add_head_weight(
+            name=name,
+            shape=shape,
+            initializer=exact_constant(value),
+            trainable=False,
+            # Across replicas the average of theirs, as batch normalization.
+            aggregation="mean",
         )
 
-    def call(self, inputs):
+    def call(self, inputs, training=None, mask=None):
         check_floating(inputs.dtype, self)
-        embeddings = ops.cast(inputs, self.head_dtype)
-        centroids = ops.convert_to_tensor(self.centroids, self.head_dtype)
+        embeddings = self._embed(ops.cast(inputs, self.head_dtype))
         if len(inputs.shape) > 2:
-            embeddings = ops.reshape(embeddings, (-1, centroids.shape[-1]))
+            embeddings = ops.reshape(embeddings, (-1, embeddings.shape[-1]))
+            if mask is not None:
+                mask = ops.reshape(mask, (-1,))
+        # Copies: what the gradient reads must not move with the statistics.
+        abstain_bias = ops.convert_to_tensor(self.abstain_bias) + 0.0
+        far_bias = None
+        if self.abstain_rate is not None:
+            far_bias = ops.convert_to_tensor(self.far_bias) + 0.0
+        temperature = self.temperature
         scores = fused.packed_scores(
             embeddings,
-            centroids,
-            self.temperature,
-            ops.convert_to_tensor(self.abstain_bias, self.head_dtype),
+            ops.convert_to_tensor(self.centroids, self.head_dtype),
+            temperature,
+            abstain_bias,
+            far_bias,
         )
+        if training and self.trainable and self.abstain_rate is not None:
+            self._update_statistics(scores, temperature, mask)
         if len(inputs.shape) > 2:
             shape = self.compute_output_shape(ops.shape(inputs))
             scores = ops.reshape(scores, shape)
         return scores
 
+    def _embed(self, features):
+        if self.embedding is None:
+            return features
+        if self.normalize:
+            features = geometry.normalized_features(fused.saturated(features))
+        return self.embedding(features)
+
+    def assign_evidence(self, samples):
+        """Places the abstain biases by evidence that was measured elsewhere.
+
+        Training goes on from there.
+
+        Args:
+            samples: Array of shape `(N, 2)`, what
+                `keras_halo.evidence.class_evidence` gives for known inputs.
+        """
+        samples = np.asarray(samples, "float64")
+        mean, deviation = samples.mean(axis=0), samples.std(axis=0)
+        quantiles = np.quantile(samples, 0.5 * self.abstain_rate, axis=0)
+        offset = (quantiles - mean) / np.maximum(deviation, 1e-12)
+        offset = np.clip(offset, -evidence.MAX_OFFSET, 0.0)
+        self.evidence_mean.assign(mean)
+        self.evidence_variance.assign(deviation**2)
+        self.evidence_offset.assign(offset)
+        self.evidence_count.assign(1.0 / evidence.STEP)
+        near, far = mean + evidence.WIDENING * offset * deviation
+        self.abstain_bias.assign(near)
+        self.far_bias.assign(far)
+
+    def _update_statistics(self, scores, temperature, mask):
+        parts = packing.unpack(ops.stop_gradient(scores))
+        temperature = ops.stop_gradient(temperature)
+        state = evidence.updated(
+            evidence.EvidenceStatistics(
+                mean=ops.convert_to_tensor(self.evidence_mean),
+                variance=ops.convert_to_tensor(self.evidence_variance),
+                offset=ops.convert_to_tensor(self.evidence_offset),
+                count=ops.convert_to_tensor(self.evidence_count),
+            ),
+            evidence.class_evidence(
+                parts.logits, parts.squared_norm, temperature
+            ),
+            0.5 * self.abstain_rate,
+            mask,
+        )
+        near, far = ops.unstack(evidence.biases(state), 2)
+        seen = state.count > 0.5
+        self.abstain_bias.assign(
+            ops.where(seen, near, ops.convert_to_tensor(self.abstain_bias))
+        )
+        self.far_bias.assign(
+            ops.where(seen, far, ops.convert_to_tensor(self.far_bias))
+        )
+        self.evidence_mean.assign(state.mean)
+        self.evidence_variance.assign(state.variance)
+        self.evidence_offset.assign(state.offset)
+        self.evidence_count.assign(state.count)
+
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], packing.packed_width(self.units))
 
-    def compute_output_spec(self, inputs):
+    def compute_output_spec(self, inputs, training=None, mask=None):
         # The base class would announce the 16-bit compute dtype of a mixed
         # policy, which is not what `call` returns.
         check_floating(inputs.dtype, self)
@@ -203,13 +408,35 @@ class HALODense(keras.layers.Layer):
             self.compute_output_shape(inputs.shape), dtype=self.head_dtype
         )
 
+    def _check_number_of_weights(self, values, are_old):
+        if are_old and len(values) == 3 and len(self._own_weights()) != 3:
+            raise ValueError(
+                "These are the weights of a `HALODense` of keras_halo 0.1.0: "
+                f"expected {len(self._own_weights())} arrays. Received: 3. "
+                "Build the model with `HALODense.reference(units, "
+                "label_smoothing=...)` in the place of `HALODense(units)` to "
+                "load them, and convert that model with "
+                "`keras_halo.convert_head` to have the new head."
+            )
+
+    def _own_weights(self):
+        return self._trainable_variables + self._non_trainable_variables
+
     def get_config(self):
         config = super().get_config()
         config.update(
             {
                 "units": self.units,
+                "embedding_dim": self.embedding_dim,
+                "abstain_rate": self.abstain_rate,
+                "normalize": self.normalize,
                 "label_smoothing": self.label_smoothing,
-                "learn_gamma": self.learn_gamma,
+                "kernel_initializer": initializers.serialize(
+                    self.kernel_initializer
+                ),
+                "kernel_regularizer": regularizers.serialize(
+                    self.kernel_regularizer
+                ),
                 "centroid_initializer": initializers.serialize(
                     self.centroid_initializer
                 ),
@@ -222,3 +449,13 @@ class HALODense(keras.layers.Layer):
             }
         )
         return config
+
+    @classmethod
+    def _config_of_version_1(cls, config):
+        # The published method is all that there was.
+        return {
+            **config,
+            "embedding_dim": None,
+            "abstain_rate": None,
+            "normalize": False,
+        }

@@ -3,7 +3,7 @@ from keras import ops
 
 from keras_halo import fused, geometry, packing
 from keras_halo.layers.halo_dense import HALODense
-from keras_halo.precision import computation_dtype, exact_constant
+from keras_halo.layers.temperature_layer import TemperatureLayer
 from keras_halo.shapes import axis_length
 from keras_halo.validation import check_floating, check_label_smoothing
 
@@ -16,7 +16,7 @@ def similarity_scores(queries, keys, temperature, label_smoothing):
     ```python
     c = keys - mean(keys, axis=0)
     s = gamma * (2 * dot(queries, transpose(c)) / D - mean(c ** 2, axis=-1))
-    packed = [s | b | neutral(|queries|^2) | neutral(gamma) | neutral(D)]
+    packed = [s | b | neutral(|queries|^2, gamma, D, 0, layout)]
     ```
 
     with `b` the `keras_halo.geometry.abstain_bias` of as many classes as there
@@ -30,7 +30,7 @@ def similarity_scores(queries, keys, temperature, label_smoothing):
         label_smoothing: Float in `[0, 1)`.
 
     Returns:
-        Tensor of shape `(B, K + 4)`.
+        Tensor of shape `(B, K + 6)`.
 
     Example:
 
@@ -53,7 +53,7 @@ def similarity_scores(queries, keys, temperature, label_smoothing):
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
-class HALOSimilarity(keras.layers.Layer):
+class HALOSimilarity(TemperatureLayer):
     """Compares two batches of embeddings and can say that nothing matches.
 
     Joins the two towers of a CLIP-like model. For every query, such as an
@@ -124,7 +124,7 @@ class HALOSimilarity(keras.layers.Layer):
     c = keys - mean(keys, axis=0)
     gamma = softplus(raw_gamma)
     s = gamma * (2 * dot(queries, transpose(c)) / D - mean(c ** 2, axis=-1))
-    outputs = [s | abstain_bias(D, K) | neutral(|queries|^2, gamma, D)]
+    outputs = [s | abstain_bias(D, K) | neutral(|queries|^2, gamma, D, 0, layout)]
     ```
 
     Args:
@@ -145,7 +145,7 @@ class HALOSimilarity(keras.layers.Layer):
         the last one of an epoch may be that small.
 
     Output shape:
-        `(B, K + 4)`; with `bidirectional=True`, `(B, 2, B + 4)`: queries to
+        `(B, K + 6)`; with `bidirectional=True`, `(B, 2, B + 6)`: queries to
         keys first, then keys to queries.
 
     Raises:
@@ -160,7 +160,7 @@ class HALOSimilarity(keras.layers.Layer):
     >>> images = np.concatenate([texts, np.zeros((1, 8), "float32")])
     >>> scores = keras_halo.HALOSimilarity()([images, texts])
     >>> tuple(scores.shape)
-    (4, 7)
+    (4, 9)
     >>> keras_halo.decode_predictions(scores).labels.tolist()
     [0, 1, 2, -1]
 
@@ -180,40 +180,16 @@ class HALOSimilarity(keras.layers.Layer):
         **kwargs,
     ):
         check_label_smoothing(label_smoothing)
-        super().__init__(**kwargs)
-        # Inputs are cast in `call`, never down to 16 bits.
-        self.autocast = False
+        super().__init__(learn_gamma=learn_gamma, **kwargs)
         self.label_smoothing = label_smoothing
-        self.learn_gamma = learn_gamma
         self.bidirectional = bidirectional
 
     def build(self, input_shape):
         dim = self._check_shapes(input_shape)
-        self.raw_gamma = self.add_weight(
-            name="raw_gamma",
-            shape=(),
-            initializer=exact_constant(
-                geometry.inverse_softplus(geometry.initial_temperature(dim))
-            ),
-            trainable=self.learn_gamma,
-            dtype=self.head_dtype,
-            autocast=False,
-        )
+        self._add_temperature(dim)
         spec = keras.layers.InputSpec(ndim=2, axes={-1: dim})
         self.input_spec = [spec, spec]
         self.built = True
-
-    @property
-    def head_dtype(self):
-        """String, the dtype in which the layer computes and answers."""
-        return computation_dtype(self.compute_dtype)
-
-    @property
-    def temperature(self):
-        """Scalar tensor, the current temperature `gamma`."""
-        return geometry.to_temperature(
-            ops.convert_to_tensor(self.raw_gamma, self.head_dtype)
-        )
 
     def call(self, inputs):
         self._check_shapes([x.shape for x in inputs])
@@ -274,7 +250,7 @@ class HALOSimilarity(keras.layers.Layer):
                 f"{dim}) with K of at least 2. Received: shape={keys.shape}. "
                 "Pass what the tower of the keys predicts."
             )
-        head = HALODense(
+        head = HALODense.reference(
             len(keys),
             label_smoothing=self.label_smoothing,
             learn_gamma=self.learn_gamma,
@@ -283,7 +259,11 @@ class HALOSimilarity(keras.layers.Layer):
         head.build((None, dim))
         # Already centred: the head rounds relative to what it is given.
         head.centroids.assign(keys - keys.mean(axis=0, dtype="float64"))
-        head.raw_gamma.assign(self.raw_gamma)
+        # Relative to the same start: the embeddings are of one size.
+        head.raw_gamma.assign(
+            ops.convert_to_tensor(self.raw_gamma)
+            + (self._gamma_origin - head._gamma_origin)
+        )
         return head
 
     def _check_shapes(self, shapes):
@@ -337,7 +317,6 @@ class HALOSimilarity(keras.layers.Layer):
         return {
             **super().get_config(),
             "label_smoothing": self.label_smoothing,
-            "learn_gamma": self.learn_gamma,
             "bidirectional": self.bidirectional,
         }
 

@@ -27,7 +27,7 @@ class HALOSoftmax(keras.layers.Layer):
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
 
     Input shape:
-        Packed scores of shape `(batch_size, ..., K + 4)`.
+        Packed scores of shape `(batch_size, ..., K + 6)`.
 
     Output shape:
         `(batch_size, ..., K + 1)`, or `(batch_size, ..., K)` with
@@ -35,7 +35,7 @@ class HALOSoftmax(keras.layers.Layer):
         float64 policy.
 
     Raises:
-        ValueError: If the input has fewer than 6 columns.
+        ValueError: If the input has fewer than 8 columns.
 
     Example:
 

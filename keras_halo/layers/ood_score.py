@@ -16,18 +16,18 @@ class OODScore(keras.layers.Layer):
 
     Args:
         method: String, one of `keras_halo.OOD_METHODS`. Defaults to
-            `"joint"`.
+            `"abstain"`.
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
 
     Input shape:
-        Packed scores of shape `(batch_size, ..., K + 4)`.
+        Packed scores of shape `(batch_size, ..., K + 6)`.
 
     Output shape:
         `(batch_size, ...)`. float32 whatever the dtype policy, float64 under a
         float64 policy.
 
     Raises:
-        ValueError: If `method` is not known or the input has fewer than 6
+        ValueError: If `method` is not known or the input has fewer than 8
             columns.
 
     Example:
@@ -37,7 +37,7 @@ class OODScore(keras.layers.Layer):
     (2,)
     """
 
-    def __init__(self, method="joint", **kwargs):
+    def __init__(self, method="abstain", **kwargs):
         ood.check_method(method)
         super().__init__(**kwargs)
         # Packed scores do not survive a cast to 16 bits.

@@ -39,7 +39,7 @@ class HALOContrastiveLoss(HALOLoss):
 
     Call arguments:
         y_true: Ids, integers of shape `(B,)` or `(B, 1)`.
-        y_pred: Packed scores of shape `(B, B + 4)`, or `(B, 2, B + 4)` of both
+        y_pred: Packed scores of shape `(B, B + 6)`, or `(B, 2, B + 6)` of both
             directions.
         sample_weight: Optional weights of shape `(B,)`, or `(B, 2)` to weigh
             the directions by themselves.

@@ -6,6 +6,7 @@ from keras.src import backend
 from keras_halo import blockwise, fused, geometry, packing
 from keras_halo.labels import are_integer_labels
 from keras_halo.precision import computation_dtype
+from keras_halo.shapes import axis_length
 from keras_halo.validation import check_block_size, check_label_smoothing
 
 
@@ -30,7 +31,7 @@ def halo_loss(
     Args:
         y_true: Labels: integers of shape `(...)` or `(..., 1)`, or a
             distribution (one-hot or soft) of shape `(..., K)`.
-        y_pred: Packed scores of shape `(..., K + 4)`, the output of
+        y_pred: Packed scores of shape `(..., K + 6)`, the output of
             `HALODense`.
         label_smoothing: Float in `[0, 1)`. Defaults to `0.1`.
         distill: Boolean, distilled or plain soft targets. Defaults to `True`.
@@ -113,9 +114,10 @@ def _losses_of_distribution(
         )
     else:
         targets = geometry.smoothed_targets(labels, label_smoothing)
-    losses = geometry.cross_entropy(
-        targets, scores.logits, scores.abstain_logit
+    bias = fused.training_bias(
+        scores, label_smoothing, axis_length(scores.logits, -1)
     )
+    losses = geometry.cross_entropy(targets, scores.logits, bias)
     if radial_weight:
         radii = geometry.squared_radii(
             scores.logits, scores.squared_norm, scores.temperature
@@ -192,7 +194,7 @@ class HALOLoss(keras.losses.Loss):
         y_true: Integers of shape `(batch_size, ...)` or
             `(batch_size, ..., 1)`, or a distribution, one-hot or soft, of
             shape `(batch_size, ..., K)`.
-        y_pred: Packed scores of shape `(batch_size, ..., K + 4)`.
+        y_pred: Packed scores of shape `(batch_size, ..., K + 6)`.
         sample_weight: Optional weights, as for every Keras loss.
 
     Labels out of range: a NumPy array that holds an integer label neither in

@@ -51,7 +51,8 @@ class AbstentionRate(PackedMean):
 
     Example:
 
-    >>> scores = keras_halo.HALODense(3)(np.zeros((2, 8), "float32"))
+    >>> head = keras_halo.HALODense.reference(3)
+    >>> scores = head(np.zeros((2, 8), "float32"))
     >>> metric = keras_halo.metrics.AbstentionRate()
     >>> metric.update_state(None, scores)
     >>> float(metric.result())

@@ -31,7 +31,8 @@ class Coverage(PackedMean):
 
     Example:
 
-    >>> scores = keras_halo.HALODense(3)(np.zeros((2, 8), "float32"))
+    >>> head = keras_halo.HALODense.reference(3)
+    >>> scores = head(np.zeros((2, 8), "float32"))
     >>> metric = keras_halo.metrics.Coverage()
     >>> metric.update_state(None, scores)
     >>> float(metric.result())

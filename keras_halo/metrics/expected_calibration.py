@@ -54,7 +54,7 @@ class ExpectedCalibrationError(PackedMean):
 
     Example:
 
-    >>> layer = keras_halo.HALODense(
+    >>> layer = keras_halo.HALODense.reference(
     ...     2, centroid_initializer=keras.initializers.Identity()
     ... )
     >>> scores = layer(np.array([[3.0, 0], [0, 3.0], [0, 3.0], [0, 3.0]]))

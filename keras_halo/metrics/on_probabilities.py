@@ -76,7 +76,7 @@ class OnProbabilities(keras.Metric):
 
     Example:
 
-    >>> layer = keras_halo.HALODense(
+    >>> layer = keras_halo.HALODense.reference(
     ...     2, centroid_initializer=keras.initializers.Identity()
     ... )
     >>> scores = layer(np.array([[0.3, 0], [0.2, 0.1], [0.1, 0.2], [0, 0.3]]))
@@ -129,7 +129,7 @@ class OnProbabilities(keras.Metric):
         Args:
             y_true: Labels: integers of shape `(...)` or `(..., 1)`, or a
                 distribution of shape `(..., K)`.
-            y_pred: Packed scores of shape `(..., K + 4)`; their mask is
+            y_pred: Packed scores of shape `(..., K + 6)`; their mask is
                 honoured.
             sample_weight: Optional weights of shape `(...)`, or of its first
                 axes. Defaults to `None`.

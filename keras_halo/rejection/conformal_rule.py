@@ -40,7 +40,7 @@ class ConformalRule(RejectionRule):
         alpha: Float in `(0, 1)`, the rate of false alarms, or of false
             discoveries. Defaults to `0.05`.
         method: String, one of `keras_halo.OOD_METHODS`, for packed scores;
-            `None` for plain scores. Defaults to `"joint"`.
+            `None` for plain scores. Defaults to `"abstain"`.
         fdr: Boolean, whether to control false discoveries of whole batches
             instead of false alarms of single inputs. Defaults to `False`.
 
@@ -67,7 +67,7 @@ class ConformalRule(RejectionRule):
     _parameters = ("alpha", "fdr")
     _keeps_scores = True
 
-    def __init__(self, alpha=0.05, method="joint", fdr=False):
+    def __init__(self, alpha=0.05, method="abstain", fdr=False):
         super().__init__(method)
         self.alpha = check_fraction("alpha", alpha)
         if not isinstance(fdr, bool):
@@ -91,7 +91,7 @@ class ConformalRule(RejectionRule):
 
         Args:
             scores: Scores of the kind and the model that the rule was fitted
-                on: packed of shape `(..., K + 4)`, or plain of shape `(...)`.
+                on: packed of shape `(..., K + 6)`, or plain of shape `(...)`.
 
         Returns:
             Array of shape `(...)`, small for outliers, at least `1 / (n + 1)`.

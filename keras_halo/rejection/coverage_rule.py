@@ -32,7 +32,7 @@ class CoverageRule(RejectionRule):
     Args:
         coverage: Float in `(0, 1)`. Defaults to `0.95`.
         method: String, one of `keras_halo.OOD_METHODS`, for packed scores;
-            `None` for plain scores. Defaults to `"joint"`.
+            `None` for plain scores. Defaults to `"abstain"`.
         delta: Float in `(0, 1)`, the probability with which the promise may
             fail, or `None` for a promise on average. Defaults to `None`.
 
@@ -59,7 +59,7 @@ class CoverageRule(RejectionRule):
 
     _parameters = ("coverage", "delta")
 
-    def __init__(self, coverage=0.95, method="joint", delta=None):
+    def __init__(self, coverage=0.95, method="abstain", delta=None):
         super().__init__(method)
         self.coverage = check_fraction("coverage", coverage)
         self.delta = None if delta is None else check_fraction("delta", delta)

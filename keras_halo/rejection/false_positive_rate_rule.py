@@ -37,7 +37,7 @@ class FalsePositiveRateRule(RejectionRule):
     Args:
         rate: Float in `(0, 1)`. Defaults to `0.05`.
         method: String, one of `keras_halo.OOD_METHODS`, for packed scores;
-            `None` for plain scores. Defaults to `"joint"`.
+            `None` for plain scores. Defaults to `"abstain"`.
         delta: Float in `(0, 1)`, the probability with which the promise may
             fail, or `None` for a promise on average. Defaults to `None`.
 
@@ -57,7 +57,7 @@ class FalsePositiveRateRule(RejectionRule):
     _parameters = ("rate", "delta")
     _samples_are = "outliers"
 
-    def __init__(self, rate=0.05, method="joint", delta=None):
+    def __init__(self, rate=0.05, method="abstain", delta=None):
         super().__init__(method)
         self.rate = check_fraction("rate", rate)
         self.delta = None if delta is None else check_fraction("delta", delta)
@@ -66,7 +66,7 @@ class FalsePositiveRateRule(RejectionRule):
         """Fits the rule on scores of outliers.
 
         Args:
-            scores: Packed scores of outliers, of shape `(..., K + 4)`; with
+            scores: Packed scores of outliers, of shape `(..., K + 6)`; with
                 `method=None` plain scores of shape `(...)`.
             known: Scores of known inputs, of the same kind. With them
                 `summary` tells how many are still accepted; the threshold does

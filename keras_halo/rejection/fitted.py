@@ -39,7 +39,10 @@ class Fingerprint:
         num_classes: Integer, the number `K` of classes.
         embedding_dim: Integer, the size `D` of the embedding.
         temperature: Float, the temperature of the distances.
-        abstain_logit: Float, the logit of abstaining.
+        abstain_logit: Float, the logit of abstaining; zero for a head with a
+            far background, where each input has its own.
+        far_radius: Float, where the far background begins; zero without one.
+            Defaults to zero.
 
     Raises:
         ValueError: If a value cannot be that of a head.
@@ -54,14 +57,16 @@ class Fingerprint:
     embedding_dim: int
     temperature: float
     abstain_logit: float
+    far_radius: float = 0.0
 
     def __post_init__(self):
         sizes = (self.num_classes, self.embedding_dim)
-        values = (self.temperature, self.abstain_logit)
+        values = (self.temperature, self.abstain_logit, self.far_radius)
         if not (
             all(type(size) is int and size >= 2 for size in sizes)
             and all(_is_finite_float(value) for value in values)
             and self.temperature > 0.0
+            and self.far_radius >= 0.0
         ):
             raise ValueError(f"this is no head: {self}")
 

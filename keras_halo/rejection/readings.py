@@ -61,7 +61,7 @@ def read_scores(scores, method, argument="scores"):
     """Reads packed or plain scores.
 
     Args:
-        scores: Packed scores of shape `(..., K + 4)`; with `method=None` plain
+        scores: Packed scores of shape `(..., K + 6)`; with `method=None` plain
             scores of shape `(...)`.
         method: String, one of `keras_halo.OOD_METHODS`, or `None`.
         argument: String, the name by which an error calls the scores.
@@ -91,6 +91,7 @@ def read_scores(scores, method, argument="scores"):
         )
     packing.check_packed(array, argument)
     parts = packing.unpack(array)
+    far_radius = _common(parts.far_radius, argument)
     return Reading(
         _finite(_ood_scores(array, method), argument),
         np.argmax(parts.logits, axis=-1),
@@ -98,7 +99,12 @@ def read_scores(scores, method, argument="scores"):
             num_classes=packing.count_classes(array.shape),
             embedding_dim=int(_common(parts.embedding_dim, argument)),
             temperature=_common(parts.temperature, argument),
-            abstain_logit=_common(parts.abstain_logit, argument),
+            abstain_logit=(
+                0.0
+                if far_radius
+                else _common(parts.abstain_logit, argument)
+            ),
+            far_radius=far_radius,
         ),
     )
 
@@ -186,7 +192,7 @@ def _plain(array, argument):
         raise ValueError(
             f"`{argument}` are packed scores, but the rule has method=None and "
             "expects plain scores, one number a sample. Received: "
-            f"shape={array.shape}. Use a rule with `method='joint'`, or pass "
+            f"shape={array.shape}. Use a rule with `method='abstain'`, or pass "
             "`keras_halo.ood_score(scores)`."
         )
     if array.ndim == 0:
@@ -224,7 +230,7 @@ def _common(column, argument):
     if not nearly_equal(low, high):
         raise ValueError(
             f"`{argument}` mix the outputs of several models: expected one "
-            "temperature, abstain logit and embedding size. Received: values "
+            "temperature, embedding size and pair of abstain biases. Received: values "
             f"between {low:.7g} and {high:.7g}. Fit and use one rule a model."
         )
     return low

@@ -73,7 +73,7 @@ class RejectionRule:
         """Fits the rule on calibration data of known inputs.
 
         Args:
-            scores: Packed scores of shape `(..., K + 4)`; with `method=None`
+            scores: Packed scores of shape `(..., K + 6)`; with `method=None`
                 plain scores of shape `(...)`.
             labels: Integers of shape `(...)` or `(..., 1)`, or one-hot of
                 shape `(..., K)`. Needs packed scores. With labels or errors
@@ -118,7 +118,7 @@ class RejectionRule:
 
         Args:
             scores: Scores of the kind and the model that the rule was fitted
-                on: packed of shape `(..., K + 4)`, or plain of shape `(...)`.
+                on: packed of shape `(..., K + 6)`, or plain of shape `(...)`.
 
         Returns:
             `Decisions`: `accepted`, `labels` with -1 for rejected, `scores`,

@@ -39,7 +39,7 @@ class SelectiveRiskRule(RejectionRule):
         delta: Float in `(0, 1)`, the probability with which the promise may
             fail. Defaults to `0.05`.
         method: String, one of `keras_halo.OOD_METHODS`, for packed scores;
-            `None` for plain scores. Defaults to `"joint"`.
+            `None` for plain scores. Defaults to `"abstain"`.
 
     Raises:
         ValueError: If an argument is out of range. `fit` raises it if there
@@ -65,7 +65,7 @@ class SelectiveRiskRule(RejectionRule):
 
     _parameters = ("risk", "delta")
 
-    def __init__(self, risk, delta=0.05, method="joint"):
+    def __init__(self, risk, delta=0.05, method="abstain"):
         super().__init__(method)
         self.risk = check_fraction("risk", risk)
         self.delta = check_fraction("delta", delta)

@@ -1,0 +1,194 @@
+"""Running statistics of how surely a head names a class.
+
+Two backgrounds stand against the classes: a narrow one at the origin of the
+embedding space, and a wide one around it, which wins far out. The evidence for
+the best class `k` against each of them is a log-likelihood ratio up to a
+constant:
+
+```python
+near = max_k s_k
+far = max_k s_k - gamma * |x|^2 / 2
+```
+
+A head abstains where a bias exceeds the evidence. It places both biases at a
+low quantile of the evidence of its own training batches, as batch
+normalization keeps averages: without labels, and without a gradient.
+
+A quantile is kept as `mean + offset * deviation`. The mean and the deviation
+follow the network within some tens of batches wherever they started. The offset
+moves by the difference between the wanted and the observed share of samples
+below, which makes it unbiased whatever the batch size and the distribution.
+"""
+
+import collections
+import statistics
+
+from keras import ops
+
+# The weight of a batch in the running mean and variance.
+STEP = 0.03
+
+# What one batch may add to the share below, so that a sudden change of the
+# evidence does not throw the offset far off.
+MAX_EXCESS = 0.1
+
+# New inputs are recognized less surely than training samples. A background
+# that reaches into the training samples by the wanted share would reject several
+# times as many new inputs, so it stays this much farther away from the mean.
+WIDENING = 1.25
+
+# The farthest quantile, in deviations below the mean.
+MAX_OFFSET = 8.0
+
+EvidenceStatistics = collections.namedtuple(
+    "EvidenceStatistics", ["mean", "variance", "offset", "count"]
+)
+EvidenceStatistics.__doc__ = """What is kept of the evidence of past batches.
+
+Args:
+    mean: Shape `(2,)`, of the near and of the far evidence.
+    variance: Shape `(2,)`.
+    offset: Shape `(2,)`, that of the quantile, in deviations, not positive.
+    count: Scalar, how many batches have been seen.
+"""
+
+
+def initial_offset(share):
+    """The offset of a quantile of a normal distribution.
+
+    Args:
+        share: Float in `[0, 0.5)`, the share of samples below the quantile.
+
+    Returns:
+        Float in `[-8, 0]`.
+
+    Example:
+
+    >>> round(initial_offset(0.01), 3)
+    -2.326
+    """
+    if share <= 0.0:
+        return -MAX_OFFSET
+    return max(statistics.NormalDist().inv_cdf(share), -MAX_OFFSET)
+
+
+def class_evidence(logits, squared_norm, temperature):
+    """Evidence for the best class against the near and the far background.
+
+    Formula:
+
+    ```python
+    near = max_k s_k
+    far = max_k s_k - gamma * |x|^2 / 2
+    ```
+
+    Args:
+        logits: Tensor `s` of shape `(N, K)`.
+        squared_norm: Tensor `|x|^2` of shape `(N, 1)`.
+        temperature: Tensor `gamma` of shape `(N, 1)` or a scalar.
+
+    Returns:
+        Tensor of shape `(N, 2)`.
+
+    Example:
+
+    >>> evidence = class_evidence(ops.array([[3.0, -6.0]]), ops.ones((1, 1)), 2.0)
+    >>> ops.convert_to_numpy(evidence).tolist()
+    [[3.0, 2.0]]
+    """
+    near = ops.max(logits, axis=-1, keepdims=True)
+    far = near - 0.5 * temperature * squared_norm
+    return ops.concatenate([near, far], axis=-1)
+
+
+def biases(state):
+    """Where running statistics place the two backgrounds.
+
+    Formula:
+
+    ```python
+    biases = mean + 1.25 * offset * sqrt(variance)
+    ```
+
+    Args:
+        state: `EvidenceStatistics`.
+
+    Returns:
+        Tensor of shape `(2,)`.
+
+    Example:
+
+    >>> one = ops.ones((2,))
+    >>> state = EvidenceStatistics(one, 4.0 * one, -2.0 * one, ops.array(9.0))
+    >>> ops.convert_to_numpy(biases(state)).tolist()
+    [-4.0, -4.0]
+    """
+    return state.mean + WIDENING * state.offset * ops.sqrt(state.variance)
+
+
+def updated(state, evidence, share, mask=None):
+    """Running statistics after one more batch.
+
+    Formula, with `n` samples in the batch and `step = max(1 / (count + 1),
+    0.03)`:
+
+    ```python
+    below = mean_i(evidence_i < mean + offset * sqrt(variance))
+    offset += share - min(below, share + max(0.1, 1 / n))
+    mean += step * (mean_i(evidence_i) - mean)
+    variance += step * (mean_i((evidence_i - mean) ** 2) - variance)
+    ```
+
+    Samples that are masked or not finite do not count, and a batch without any
+    other changes nothing.
+
+    Args:
+        state: `EvidenceStatistics`.
+        evidence: Tensor of shape `(N, 2)`.
+        share: Float in `[0, 0.5)`, the share of samples to be below each
+            quantile.
+        mask: Optional boolean tensor of shape `(N,)`.
+
+    Returns:
+        `EvidenceStatistics`.
+
+    Example:
+
+    >>> zero = ops.zeros((2,))
+    >>> state = EvidenceStatistics(zero, zero, zero - 2.0, ops.array(0.0))
+    >>> state = updated(state, ops.array([[1.0, 0.0], [3.0, 0.0]]), 0.01)
+    >>> ops.convert_to_numpy(state.mean).tolist()
+    [2.0, 0.0]
+    """
+    counted = ops.all(ops.isfinite(evidence), axis=-1)
+    if mask is not None:
+        counted = ops.logical_and(counted, mask)
+    counted = ops.expand_dims(counted, axis=-1)
+    number = ops.sum(ops.cast(counted, evidence.dtype))
+    some = number > 0.5
+    per_sample = 1.0 / ops.maximum(number, 1.0)
+
+    def average(values):
+        # Not a product with zero: that of NaN is NaN.
+        return ops.sum(ops.where(counted, values, 0.0), axis=0) * per_sample
+
+    quantile = state.mean + state.offset * ops.sqrt(state.variance)
+    below = average(ops.cast(evidence < quantile, evidence.dtype))
+    excess = below - share
+    excess = ops.minimum(excess, ops.maximum(per_sample, MAX_EXCESS))
+    # The first batch has no quantile to be compared with.
+    excess = ops.where(state.count > 0.5, excess, 0.0)
+    offset = ops.clip(state.offset - excess, -MAX_OFFSET, 0.0)
+    step = ops.maximum(1.0 / (state.count + 1.0), STEP)
+    mean = state.mean + step * (average(evidence) - state.mean)
+    deviation = evidence - mean
+    variance = state.variance + step * (
+        average(deviation * deviation) - state.variance
+    )
+    after = EvidenceStatistics(mean, variance, offset, state.count + 1.0)
+    return EvidenceStatistics(
+        *(
+            ops.where(some, new, old)
+            for new, old in zip(after, state, strict=True)
+        )
+    )

@@ -1,0 +1,53 @@
+import keras
+from keras import ops
+
+from keras_halo import fused, geometry
+from keras_halo.precision import computation_dtype
+
+
+@keras.saving.register_keras_serializable(package="keras_halo")
+class FeatureNormalization(keras.layers.Layer):
+    """Divides features by their mean magnitude, as `HALODense` does.
+
+    Stands before an embedding that has been taken out of a head, where
+    embeddings are needed by themselves.
+
+    Formula: that of `keras_halo.geometry.normalized_features`.
+
+    Args:
+        **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
+
+    Input shape:
+        N-D tensor of floats with shape `(batch_size, ..., features)`.
+
+    Output shape:
+        As the input. float32 whatever the dtype policy, float64 under a
+        float64 policy.
+
+    Example:
+
+    >>> layer = keras_halo.layers.FeatureNormalization()
+    >>> x = layer(np.array([[2.0, 0.0]], "float32"))
+    >>> round(float(x[0, 0]), 4)
+    1.1284
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.autocast = False
+        self.supports_masking = True
+
+    @property
+    def head_dtype(self):
+        """String, the dtype in which the layer computes and answers."""
+        return computation_dtype(self.compute_dtype)
+
+    def build(self, input_shape):
+        self.built = True
+
+    def call(self, inputs):
+        features = fused.saturated(ops.cast(inputs, self.head_dtype))
+        return geometry.normalized_features(features)
+
+    def compute_output_spec(self, inputs):
+        return keras.KerasTensor(inputs.shape, dtype=self.head_dtype)

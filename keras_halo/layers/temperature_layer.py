@@ -1,0 +1,121 @@
+import keras
+import numpy as np
+from keras import ops
+
+from keras_halo import geometry
+from keras_halo.precision import computation_dtype, exact_constant
+
+# What marks weights whose `raw_gamma` is zero at the start of training.
+_MARK = "raw_gamma_origin"
+
+
+class TemperatureLayer(keras.layers.Layer):
+    """Base of the layers that own the inverse temperature of the distances.
+
+    The weight is kept relative to where training starts: at zero the inverse
+    temperature is `geometry.initial_temperature`. So weight decay pulls it
+    towards its start and not towards one that depends on nothing.
+
+    Layers of keras_halo 0.1.0 kept the weight as it is. They load as they were:
+    their configuration lacks `"version"`, their weights lack a mark.
+
+    Formula:
+
+    ```python
+    gamma = softplus(raw_gamma + inverse_softplus(initial_temperature(D)))
+    ```
+
+    Args:
+        learn_gamma: Boolean, whether the inverse temperature is trained.
+        **kwargs: Base layer keyword arguments.
+    """
+
+    VERSION = 2
+
+    def __init__(self, learn_gamma=True, **kwargs):
+        super().__init__(**kwargs)
+        # Inputs and weights are cast in `call`, never down to 16 bits.
+        self.autocast = False
+        self.learn_gamma = learn_gamma
+        self._version = self.VERSION
+        self._gamma_origin = 0.0
+
+    @property
+    def head_dtype(self):
+        """String, the dtype in which the layer computes and answers."""
+        return computation_dtype(self.compute_dtype)
+
+    @property
+    def temperature(self):
+        """Scalar tensor, the current inverse temperature `gamma`."""
+        raw_gamma = ops.convert_to_tensor(self.raw_gamma, self.head_dtype)
+        return geometry.to_temperature(raw_gamma + self._gamma_origin)
+
+    def assign_temperature(self, value):
+        """Sets the inverse temperature.
+
+        Args:
+            value: Positive float.
+        """
+        raw_gamma = geometry.inverse_softplus(float(value))
+        self.raw_gamma.assign(raw_gamma - self._gamma_origin)
+
+    def _add_temperature(self, embedding_dim):
+        start = geometry.inverse_softplus(
+            geometry.initial_temperature(embedding_dim)
+        )
+        if self._version > 1:
+            self._gamma_origin = start
+        self.raw_gamma = self._add_head_weight(
+            name="raw_gamma",
+            shape=(),
+            initializer=exact_constant(start - self._gamma_origin),
+            trainable=self.learn_gamma,
+        )
+
+    def _add_head_weight(self, **kwargs):
+        return self.add_weight(dtype=self.head_dtype, autocast=False, **kwargs)
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        if self._gamma_origin:
+            store[_MARK] = np.array(self._gamma_origin)
+
+    def load_own_variables(self, store):
+        values = {key: store[key] for key in store.keys() if key != _MARK}
+        origin = float(np.array(store[_MARK])) if _MARK in store.keys() else 0.0
+        self._check_number_of_weights(values, _MARK not in store.keys())
+        super().load_own_variables(values)
+        if origin != self._gamma_origin:
+            raw_gamma = np.float64(ops.convert_to_numpy(self.raw_gamma))
+            self.raw_gamma.assign(raw_gamma + (origin - self._gamma_origin))
+
+    def _check_number_of_weights(self, values, are_old):
+        """Names the cure where the weights are those of another layer."""
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "learn_gamma": self.learn_gamma,
+            "version": self._version,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        version = config.pop("version", 1)
+        if version not in range(1, cls.VERSION + 1):
+            raise ValueError(
+                f"This keras_halo reads `{cls.__name__}` up to version "
+                f"{cls.VERSION}. Received: version={version!r}. Install a "
+                "newer keras-halo if a later one saved the layer."
+            )
+        if version == 1:
+            config = cls._config_of_version_1(config)
+        layer = super().from_config(config)
+        layer._version = version
+        return layer
+
+    @classmethod
+    def _config_of_version_1(cls, config):
+        return config

@@ -1,0 +1,115 @@
+"""Running quantiles settle, from any start, and nothing throws them off."""
+
+import numpy as np
+import pytest
+from helpers import to_numpy
+from keras import ops
+
+from keras_halo import evidence
+
+
+def state_at(mean=0.0, variance=0.0, share=0.01, count=0.0):
+    pair = np.ones(2, "float32")
+    return evidence.EvidenceStatistics(
+        *(
+            ops.convert_to_tensor(np.asarray(value, "float32"))
+            for value in (
+                mean * pair,
+                variance * pair,
+                evidence.initial_offset(share) * pair,
+                count,
+            )
+        )
+    )
+
+
+def follow(state, draw, share, batches, size=32):
+    for _ in range(batches):
+        batch = np.asarray(draw(size), "float32")
+        batch = ops.convert_to_tensor(np.stack([batch, 3.0 * batch], axis=-1))
+        state = evidence.updated(state, batch, share)
+    return state
+
+
+def quantiles_of(state):
+    mean, variance, offset, _ = map(to_numpy, state)
+    return mean + offset * np.sqrt(variance)
+
+
+SOURCES = {
+    "normal": lambda rng: lambda n: rng.normal(12.0, 3.0, n),
+    "skewed": lambda rng: lambda n: 12.0 - rng.exponential(3.0, n),
+    "two kinds": lambda rng: (
+        lambda n: np.where(rng.random(n) < 0.05, 0.0, 12.0) + rng.normal(size=n)
+    ),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("size", [1, 8, 64])
+def test_the_wanted_share_lies_below(source, size):
+    rng = np.random.default_rng(0)
+    draw = SOURCES[source](rng)
+    share = 0.03
+    state = follow(state_at(share=share), draw, share, 1500, size)
+    # The quantile moves with every batch: its average is what is right.
+    below = []
+    for _ in range(40):
+        state = follow(state, draw, share, 10, size)
+        near, far = quantiles_of(state)
+        sample = draw(2000)
+        below += [np.mean(sample < near), np.mean(3.0 * sample < far)]
+    assert np.mean(below) == pytest.approx(share, abs=0.012)
+
+
+@pytest.mark.parametrize("start", [-1e6, -100.0, 0.0, 100.0, 1e6])
+@pytest.mark.parametrize("count", [0.0, 1000.0])
+def test_it_settles_within_300_batches_from_any_start(start, count):
+    rng = np.random.default_rng(1)
+    draw = SOURCES["normal"](rng)
+    state = state_at(start, 1.0, 0.01, count)
+    near, _ = quantiles_of(follow(state, draw, 0.01, 300))
+    # One percent lies below 5; it is within the reach of the known by then.
+    assert np.mean(draw(100_000) < near) < 0.05
+    assert near > -25.0 or abs(start) > 100.0
+
+
+def test_rows_that_do_not_count_change_nothing():
+    rng = np.random.default_rng(2)
+    batch = rng.normal(size=(6, 2)).astype("float32")
+    expected = evidence.updated(
+        state_at(count=5.0, variance=1.0),
+        ops.convert_to_tensor(batch[:4]),
+        0.01,
+    )
+    batch[4] = np.nan
+    batch[5] = 1e30
+    mask = np.array([1, 1, 1, 1, 1, 0], bool)
+    result = evidence.updated(
+        state_at(count=5.0, variance=1.0),
+        ops.convert_to_tensor(batch),
+        0.01,
+        ops.convert_to_tensor(mask),
+    )
+    for a, b in zip(result, expected, strict=True):
+        np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_batch_without_rows_that_count_changes_nothing(rows):
+    state = state_at(2.0, 1.0, 0.01, 7.0)
+    batch = ops.convert_to_tensor(np.full((rows, 2), np.nan, "float32"))
+    result = evidence.updated(state, batch, 0.01)
+    for a, b in zip(result, state, strict=True):
+        np.testing.assert_array_equal(to_numpy(a), to_numpy(b))
+
+
+def test_evidence_is_written_out():
+    logits = np.array([[1.0, 4.0], [-3.0, -5.0]], "float32")
+    norm = np.array([[2.0], [0.5]], "float32")
+    result = evidence.class_evidence(
+        ops.convert_to_tensor(logits), ops.convert_to_tensor(norm), 3.0
+    )
+    np.testing.assert_allclose(
+        to_numpy(result), [[4.0, 1.0], [-3.0, -3.75]], rtol=1e-6
+    )
