@@ -295,7 +295,6 @@ def test_a_head_on_all_blocks_of_a_trained_network(tmp_path):
     model = keras_halo.convert_head(
         keras.Model(inputs, keras.layers.Dense(5)(features)),
         *train,
-        label_smoothing=0.003,
     )
     loss = keras_halo.HALOLoss(label_smoothing=0.003, distill=False)
     model.compile(keras.optimizers.Adam(5e-3), loss=loss, metrics=["accuracy"])

@@ -347,7 +347,7 @@ def test_a_model_of_models_that_comes_from_a_file_fits(tmp_path):
         rtol=1e-5,
     )
     converted = keras_halo.convert_head(model, x, y)
-    assert converted.predict(x[:5], verbose=0).shape == (5, 7)
+    assert converted.predict(x[:5], verbose=0).shape == (5, 9)
 
 
 def test_token_heads_get_a_score_a_token():

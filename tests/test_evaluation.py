@@ -40,10 +40,9 @@ X, Y, UNKNOWN = make_data()
 def head(gamma=4.0):
     layer = keras_halo.HALODense.reference(NUM_CLASSES)
     layer.build((None, DIM))
-    raw_gamma = keras_halo.geometry.inverse_softplus(gamma)
-    layer.set_weights(
-        [CENTROIDS.astype("float32"), np.float32(raw_gamma), np.float32(BIAS)]
-    )
+    layer.centroids.assign(CENTROIDS)
+    layer.assign_temperature(gamma)
+    layer.abstain_bias.assign(BIAS)
     return layer
 
 

@@ -44,7 +44,7 @@ for name in [n for n in sys.modules if n.split(".")[0] in HIDDEN]:
     del sys.modules[name]
 sys.meta_path.insert(0, Hide())
 import keras_halo, numpy as np
-scores = keras_halo.HALODense(3)(np.zeros((2, 4), "float32"))
+scores = keras_halo.HALODense.reference(3)(np.zeros((2, 4), "float32"))
 print(keras_halo.decode_predictions(scores).labels.tolist())
 """
     done = subprocess.run(

@@ -412,7 +412,7 @@ def test_packed_scores_are_judged_by_the_method_of_the_rule(method):
 
 def test_decisions_on_packed_scores():
     scores, labels = known_data()
-    rule = CoverageRule(0.9).fit(scores, labels)
+    rule = CoverageRule(0.9, "joint").fit(scores, labels)
     far = packed(np.full((2, 8), 40.0), CENTROIDS)
     decisions = rule.predict(np.concatenate([scores[:5], far]))
     np.testing.assert_array_equal(decisions.accepted, [True] * 5 + [False] * 2)
@@ -442,7 +442,7 @@ def test_batches_of_any_length_get_the_scores_of_the_whole():
 
 def test_every_position_counts_and_decisions_keep_their_shape(new_rule):
     scores, labels = known_data(600)
-    maps, label_maps = scores.reshape(6, 10, 10, 7), labels.reshape(6, 10, 10)
+    maps, label_maps = scores.reshape(6, 10, 10, 9), labels.reshape(6, 10, 10)
     flat = fit(new_rule(), scores, labels)
     rule = fit(new_rule(), maps, label_maps)
     assert rule.threshold == flat.threshold
@@ -509,8 +509,8 @@ def test_summary_tells_promise_and_numbers_achieved():
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [(name, "joint") for name in RULES if name != "conformal-fdr"]
-    + [("coverage", method) for method in OOD_METHODS if method != "joint"],
+    [(name, "abstain") for name in RULES if name != "conformal-fdr"]
+    + [("coverage", method) for method in OOD_METHODS if method != "abstain"],
 )
 def test_as_a_layer_a_rule_gives_the_same_labels(name, method):
     rule = type(RULES[name])(**RULES[name].get_config() | {"method": method})
@@ -522,7 +522,7 @@ def test_as_a_layer_a_rule_gives_the_same_labels(name, method):
     for scores in (
         known_data()[0],
         known_data(1000, seed=1, spread=4.0)[0],
-        known_data(1000, seed=2)[0].reshape(10, 100, 7),
+        known_data(1000, seed=2)[0].reshape(10, 100, 9),
     ):
         expected = rule.predict(scores).labels
         np.testing.assert_array_equal(to_numpy(layer(scores)), expected)
