@@ -312,6 +312,9 @@ def head_tensors(model):
 def embedding_of(head, features, model):
     """The symbolic embeddings that a head makes of its input.
 
+    They come from layers with copies of the weights of the head: a layer cannot
+    be part of another one and stand by itself in the file of one model.
+
     Args:
         head: `HALODense`, built.
         features: Symbolic tensor of shape `(batch_size, ..., features)`, the
@@ -321,14 +324,23 @@ def embedding_of(head, features, model):
     Returns:
         Symbolic tensor of shape `(batch_size, ..., D)`.
     """
-    if head.embedding is None:
+    if head.embedding_dim is None:
         return features
     if head.normalize:
         features = FeatureNormalization(
             name=free_name(model, "feature_normalization"),
             dtype=head.head_dtype,
         )(features)
-    return head.embedding(features)
+    embedding = keras.layers.Dense(
+        head.centroids.shape[-1],
+        name=free_name(model, "embedding"),
+        dtype=head.head_dtype,
+    )
+    embeddings = embedding(features)
+    # As NumPy arrays: JAX would give away the buffers of shared ones.
+    weights = (head.kernel, head.bias)
+    embedding.set_weights([np.array(ops.convert_to_numpy(w)) for w in weights])
+    return embeddings
 
 
 def free_name(model, name):

@@ -41,7 +41,7 @@ _NUM_NEUTRAL = NUM_EXTRA_COLUMNS - 1
 _LAYOUT = 0.25
 
 # Abstain logit and three neutral columns, as keras_halo 0.1.0 had them.
-_OLD_EXTRA_COLUMNS = 4
+OLD_EXTRA_COLUMNS = 4
 
 # The smallest packed scores: two classes.
 MIN_COLUMNS = 2 + NUM_EXTRA_COLUMNS
@@ -370,7 +370,7 @@ def check_packed(scores, argument="scores"):
     if _are_old(scores):
         raise ValueError(
             f"`{argument}` are packed scores of keras_halo 0.1.0, which had "
-            f"{_OLD_EXTRA_COLUMNS} columns beside those of the classes. "
+            f"{OLD_EXTRA_COLUMNS} columns beside those of the classes. "
             f"Received: shape={shape}. Predict again with the loaded model, "
             "or convert them with `keras_halo.packing.upgrade_scores`."
         )
@@ -411,7 +411,7 @@ def _is_geometry(squared_norm, temperature, embedding_dim):
 def _are_old(scores):
     """Whether an array holds packed scores of keras_halo 0.1.0."""
     shape = scores.shape
-    if not shape or shape[-1] < 2 + _OLD_EXTRA_COLUMNS or not scores.size:
+    if not shape or shape[-1] < 2 + OLD_EXTRA_COLUMNS or not scores.size:
         return False
     columns = np.asarray(scores[..., -3:], "float64")
     geometry = (_from_neutral(columns[..., column]) for column in range(3))
@@ -441,7 +441,7 @@ def upgrade_scores(scores):
     if not _are_old(scores):
         raise ValueError(
             "Expected packed scores of keras_halo 0.1.0, an array of shape "
-            f"(..., num_classes + {_OLD_EXTRA_COLUMNS}). Received: "
+            f"(..., num_classes + {OLD_EXTRA_COLUMNS}). Received: "
             f"shape={scores.shape}. Scores of later versions need no "
             "conversion."
         )

@@ -212,7 +212,7 @@ def test_the_same_decisions_on_a_thousand_inputs(export, deployed, tmp_path):
     assert (packed[:, -5:] < -(2.0**40)).all()
     decoded = keras_halo.decode_predictions(packed)
     np.testing.assert_array_equal(decoded.labels, expected["own"])
-    assert decoded.embedding_dim == 16
+    assert decoded.embedding_dim == 128
     # Any number of inputs.
     for n in (1, 7):
         few = {name: value[:n] for name, value in expected.items()}
@@ -274,7 +274,7 @@ def test_a_mixed_precision_model_keeps_its_float32_head(
     np.testing.assert_allclose(
         decoded.temperature, reference.temperature, rtol=1e-6
     )
-    assert decoded.embedding_dim == 16
+    assert decoded.embedding_dim == 128
 
 
 def test_quantizing_the_backbone_leaves_the_head_alone(tmp_path):

@@ -276,13 +276,13 @@ def test_the_size_of_the_embedding_follows_the_number_of_classes(units, dim):
 def test_the_head_embeds_normalizes_and_measures_by_the_book(normalize):
     layer = _head(5, 6, normalize=normalize)
     x = np.random.default_rng(0).normal(size=(7, 6)).astype("float32")
-    layer.embedding.bias.assign(np.linspace(-1.0, 1.0, 8))
+    layer.bias.assign(np.linspace(-1.0, 1.0, 8))
     layer.abstain_bias.assign(0.5)
     layer.far_bias.assign(-6.0)
     features = x
     if normalize:
         features = x / (np.sqrt(np.pi) * np.abs(x).mean(-1, keepdims=True))
-    embedded = features @ to_numpy(layer.embedding.kernel)
+    embedded = features @ to_numpy(layer.kernel)
     embedded += np.linspace(-1.0, 1.0, 8)
     gamma = geometry.initial_temperature(8)
     expected = packed(embedded, to_numpy(layer.centroids), gamma)

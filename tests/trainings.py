@@ -41,7 +41,7 @@ def build(num_classes=NUM_CLASSES):
             keras.layers.Input((12,)),
             keras.layers.Dense(16, activation="tanh"),
             keras.layers.Dense(EMBEDDING_DIM),
-            HALODense(num_classes, name="halo_dense"),
+            HALODense(num_classes, embedding_dim=None, name="halo_dense"),
         ]
     )
     start_from_the_same_weights(model)
@@ -554,7 +554,8 @@ def main(folder, *ways):
         np.savez(
             folder / f"{way}.npz",
             np.asarray(losses, "float64"),
-            *[ops.convert_to_numpy(v) for v in model.variables],
+            # Running statistics see other batches where these are divided.
+            *[ops.convert_to_numpy(v) for v in model.trainable_variables],
         )
         (folder / f"{way}.json").write_text(json.dumps(told))
 

@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_halo import geometry, ood, packing
-from keras_halo.precision import computation_dtype
+from keras_halo.layers.score_layer import ScoreLayer
 from keras_halo.statistics import class_statistics
 from keras_halo.validation import check_units
 
@@ -59,7 +59,7 @@ def gaussian_nll(embeddings, means, whitenings, log_normalizers):
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
-class ClassGaussians(keras.layers.Layer):
+class ClassGaussians(ScoreLayer):
     """Out-of-distribution score from a Gaussian fitted to every class.
 
     HALO trains the embeddings of a class towards a ball around its centroid;
@@ -120,8 +120,6 @@ class ClassGaussians(keras.layers.Layer):
     def __init__(self, units, **kwargs):
         check_units(units)
         super().__init__(**kwargs)
-        # Packed scores do not survive a cast to 16 bits.
-        self.autocast = False
         self.units = units
         self.supports_masking = True
 
@@ -166,11 +164,6 @@ class ClassGaussians(keras.layers.Layer):
                 f"{tuple(scores_shape)}. Pass the input and the output of the "
                 "`HALODense` head, in this order."
             )
-
-    @property
-    def head_dtype(self):
-        """String, the dtype in which the layer computes and answers."""
-        return computation_dtype(self.compute_dtype)
 
     def adapt(self, embeddings, labels):
         """Fits the Gaussians to embeddings of training data, all at once.

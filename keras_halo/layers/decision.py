@@ -6,12 +6,13 @@ import numpy as np
 from keras import ops
 
 from keras_halo import ood, packing
+from keras_halo.layers.score_layer import ScoreLayer
 from keras_halo.precision import computation_dtype
 from keras_halo.predictions import ABSTAINED
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
-class Decision(keras.layers.Layer):
+class Decision(ScoreLayer):
     """Turns packed scores into labels, with -1 for "I don't know".
 
     Append it to a trained model to deploy the decision with the model, in
@@ -83,8 +84,6 @@ class Decision(keras.layers.Layer):
                 "out for the model's own decision."
             )
         super().__init__(**kwargs)
-        # Packed scores do not survive a cast to 16 bits.
-        self.autocast = False
         self.threshold = None if threshold is None else float(threshold)
         self.method = method
         self.supports_masking = True

@@ -169,6 +169,8 @@ class HALODense(TemperatureLayer):
                 "before the head instead."
             )
         super().__init__(learn_gamma=learn_gamma, **kwargs)
+        # Running statistics could not leave the trace of a rematerialized call.
+        self._remat_mode = None
         self.units = units
         self.embedding_dim = embedding_dim
         self.abstain_rate = abstain_rate
@@ -183,7 +185,6 @@ class HALODense(TemperatureLayer):
         self.centroid_initializer = initializers.get(centroid_initializer)
         self.centroid_regularizer = regularizers.get(centroid_regularizer)
         self.centroid_constraint = constraints.get(centroid_constraint)
-        self.embedding = None
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
 
@@ -239,14 +240,15 @@ class HALODense(TemperatureLayer):
             )
         dim = self._embedding_size(num_features)
         if self.embedding_dim is not None:
-            self.embedding = keras.layers.Dense(
-                dim,
-                kernel_initializer=self.kernel_initializer,
-                kernel_regularizer=self.kernel_regularizer,
-                name="embedding",
-                dtype=self.head_dtype,
+            self.kernel = self._add_head_weight(
+                name="kernel",
+                shape=(num_features, dim),
+                initializer=self.kernel_initializer,
+                regularizer=self.kernel_regularizer,
             )
-            self.embedding.build((None, num_features))
+            self.bias = self._add_head_weight(
+                name="bias", shape=(dim,), initializer="zeros"
+            )
         self.centroids = self._add_head_weight(
             name="centroids",
             shape=(self.units, dim),
@@ -332,7 +334,7 @@ class HALODense(TemperatureLayer):
             abstain_bias,
             far_bias,
         )
-        if training and self.trainable and self.abstain_rate is not None:
+        if self._follows_evidence(training):
             self._update_statistics(scores, temperature, mask)
         if len(inputs.shape) > 2:
             shape = self.compute_output_shape(ops.shape(inputs))
@@ -340,11 +342,29 @@ class HALODense(TemperatureLayer):
         return scores
 
     def _embed(self, features):
-        if self.embedding is None:
+        if self.embedding_dim is None:
             return features
+        features = fused.saturated(features)
         if self.normalize:
-            features = geometry.normalized_features(fused.saturated(features))
-        return self.embedding(features)
+            features = geometry.normalized_features(features)
+        kernel = ops.convert_to_tensor(self.kernel, self.head_dtype)
+        # As an operator: `ops.matmul` computes float64 in float32 on PyTorch.
+        return features @ kernel + ops.convert_to_tensor(self.bias)
+
+    def _follows_evidence(self, training):
+        if self.abstain_rate is None or not self.trainable:
+            return False
+        if training is not None and not isinstance(training, (bool, int)):
+            warnings.warn(
+                "The running statistics of `HALODense` stand still where "
+                "`training` is a tensor, as under a `keras.RematScope` around "
+                "the whole model on JAX. Expected a Python boolean. Make the "
+                "model outside of the scope, or place the biases afterwards "
+                "with `keras_halo.calibrate`.",
+                stacklevel=2,
+            )
+            return False
+        return bool(training)
 
     def assign_evidence(self, samples):
         """Places the abstain biases by evidence that was measured elsewhere.

@@ -2,11 +2,11 @@ import keras
 from keras import ops
 
 from keras_halo import packing
-from keras_halo.precision import computation_dtype
+from keras_halo.layers.score_layer import ScoreLayer
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
-class HALOSoftmax(keras.layers.Layer):
+class HALOSoftmax(ScoreLayer):
     """Turns the packed scores of a HALO head into plain probabilities.
 
     Append it to a trained model for deployment, or wherever code expects
@@ -48,8 +48,6 @@ class HALOSoftmax(keras.layers.Layer):
 
     def __init__(self, abstain=True, **kwargs):
         super().__init__(**kwargs)
-        # Packed scores do not survive a cast to 16 bits.
-        self.autocast = False
         self.abstain = abstain
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
@@ -60,11 +58,6 @@ class HALOSoftmax(keras.layers.Layer):
             min_ndim=2, axes={-1: input_shape[-1]}
         )
         self.built = True
-
-    @property
-    def head_dtype(self):
-        """String, the dtype in which the layer computes and answers."""
-        return computation_dtype(self.compute_dtype)
 
     def call(self, inputs):
         logits = packing.answer_logits(ops.cast(inputs, self.head_dtype))

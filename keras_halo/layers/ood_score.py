@@ -2,11 +2,11 @@ import keras
 from keras import ops
 
 from keras_halo import ood, packing
-from keras_halo.precision import computation_dtype
+from keras_halo.layers.score_layer import ScoreLayer
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
-class OODScore(keras.layers.Layer):
+class OODScore(ScoreLayer):
     """Turns packed scores into one out-of-distribution score an input.
 
     Append it to a trained model to deploy the score with the model: in a
@@ -40,8 +40,6 @@ class OODScore(keras.layers.Layer):
     def __init__(self, method="abstain", **kwargs):
         ood.check_method(method)
         super().__init__(**kwargs)
-        # Packed scores do not survive a cast to 16 bits.
-        self.autocast = False
         self.method = method
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
@@ -52,11 +50,6 @@ class OODScore(keras.layers.Layer):
             min_ndim=2, axes={-1: input_shape[-1]}
         )
         self.built = True
-
-    @property
-    def head_dtype(self):
-        """String, the dtype in which the layer computes and answers."""
-        return computation_dtype(self.compute_dtype)
 
     def call(self, inputs):
         return ood.ood_score(ops.cast(inputs, self.head_dtype), self.method)

@@ -1,0 +1,430 @@
+"""
+Title: The swap with its defaults, on data of any kind
+Description: Dense + cross-entropy against HALODense + HALOLoss, nothing tuned.
+
+Every method trains the same network with the same settings from the same seeds;
+only the last layer and the loss differ. Scores that are read from logits or
+packed scores alone are compared on classes that were held out, on unknown
+inputs that the file brings, and on noise.
+
+    python benchmarks/default_swap.py --data letters.npz --hold-out 6
+    python benchmarks/default_swap.py --data clinc150.json.gz
+    python benchmarks/default_swap.py --data images.npz --unknown digits.npz
+
+A file of arrays (`.npz`) holds `x_train`, `y_train`, `x_test` and `y_test`, or
+`x` and `y`, of which a fifth is kept for testing. Arrays called `unknown_NAME`
+are inputs of no known class. A file of texts (`.json`, `.json.gz`) holds lists
+`train`, `test` and, optionally, `oos_test` of pairs of a text and its label.
+
+Every run is a file in the output folder, there as a whole or not at all: the
+same command again makes what is missing. `KERAS_BACKEND` says which backend
+runs it. Needs `keras-halo[tools]`.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+from keras import layers
+from networks import convnet
+
+import keras_halo
+from keras_halo import metrics
+
+# How text becomes numbers.
+NUM_TEXT_FEATURES = 300
+
+# Raised whenever a run comes out otherwise.
+VERSION = 1
+
+ABSTAIN = "abstain"
+
+
+def read_arrays(path):
+    """Train and test parts, and unknown inputs, of an npz file."""
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file}
+    if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
+        parts = [arrays[n] for n in ("x_train", "y_train", "x_test", "y_test")]
+    elif {"x", "y"} <= arrays.keys():
+        x, y = arrays["x"], arrays["y"]
+        order = np.random.default_rng(0).permutation(len(x))
+        num_test = len(x) // 5
+        test, train = order[:num_test], order[num_test:]
+        parts = [x[train], y[train], x[test], y[test]]
+    else:
+        raise ValueError(
+            f"{path} must hold x_train, y_train, x_test and y_test, or x and "
+            f"y. Received: {sorted(arrays)}."
+        )
+    unknown = {
+        name.removeprefix("unknown_"): values
+        for name, values in arrays.items()
+        if name.startswith("unknown_")
+    }
+    return parts, unknown
+
+
+def read_texts(path):
+    """The same of a file of texts, as features that need no network."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import make_pipeline, make_union
+
+    opener = gzip.open if str(path).endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        lists = json.load(file)
+    if not {"train", "test"} <= lists.keys():
+        raise ValueError(
+            f"{path} must hold the lists train and test. Received: "
+            f"{sorted(lists)}."
+        )
+    features = make_pipeline(
+        make_union(
+            TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True),
+            TfidfVectorizer(
+                analyzer="char_wb",
+                ngram_range=(2, 5),
+                min_df=3,
+                sublinear_tf=True,
+            ),
+        ),
+        TruncatedSVD(NUM_TEXT_FEATURES, random_state=0),
+    )
+    features.fit([text for text, _ in lists["train"]])
+
+    def numbers(name):
+        # Components of unit vectors are small; the networks expect about one.
+        scaled = 10.0 * features.transform([text for text, _ in lists[name]])
+        return scaled.astype("float32")
+
+    def labels(name):
+        return np.array([label for _, label in lists[name]])
+
+    parts = [numbers("train"), labels("train"), numbers("test"), labels("test")]
+    unknown = {}
+    if lists.get("oos_test"):
+        unknown["out of scope"] = numbers("oos_test")
+    return parts, unknown
+
+
+class Data:
+    """Known inputs and sets of unknown ones, ready for a network.
+
+    Args:
+        path: Path of the file.
+        more: Dictionary of name to path of npz files with an array `x` or
+            `x_test` of unknown inputs.
+        num_held_out: Integer, how many classes are held out.
+        draw: Integer, which random draw of them.
+    """
+
+    def __init__(self, path, more, num_held_out, draw):
+        is_text = str(path).endswith((".json", ".json.gz"))
+        parts, unknown = (read_texts if is_text else read_arrays)(path)
+        x, y, x_test, y_test = parts
+        y, y_test = np.ravel(y), np.ravel(y_test)
+        classes = np.unique(y)
+        if not 0 <= num_held_out <= len(classes) - 2:
+            raise ValueError(
+                f"{path} has {len(classes)} classes, of which two have to be "
+                f"left. Received: --hold-out {num_held_out}."
+            )
+        rng = np.random.default_rng(draw)
+        held_out = rng.choice(classes, num_held_out, replace=False)
+        classes = np.setdiff1d(classes, held_out)
+        for name, file in more.items():
+            with np.load(file) as arrays:
+                key = "x_test" if "x_test" in arrays else "x"
+                unknown[name] = arrays[key]
+        seen, asked = np.isin(y, classes), np.isin(y_test, classes)
+        if num_held_out:
+            unknown = {"held out": x_test[~asked], **unknown}
+        self.num_classes = len(classes)
+        self.kind = (
+            "text" if is_text else "images" if x.ndim > 2 else "table"
+        )
+        prepare = self._preparation(x[seen])
+        self.x, self.y = prepare(x[seen]), np.searchsorted(classes, y[seen])
+        self.x_test = prepare(x_test[asked])
+        self.y_test = np.searchsorted(classes, y_test[asked])
+        self.unknown = {name: prepare(x) for name, x in unknown.items()}
+        self._add_noise(np.random.default_rng(1))
+
+    def _preparation(self, x):
+        if self.kind == "images":
+
+            def prepare(x):
+                x = (x / 255.0).astype("float32")
+                return x[..., None] if x.ndim == 3 else x
+
+            return prepare
+        if self.kind == "text":
+            return lambda x: x
+        mean, deviation = x.mean(axis=0), x.std(axis=0)
+        scale = 1.0 / np.where(deviation > 0.0, deviation, 1.0)
+        return lambda x: ((x - mean) * scale).astype("float32")
+
+    def _add_noise(self, rng):
+        mean, deviation = self.x.mean(axis=0), self.x.std(axis=0)
+        for name, factor in (("noise", 1.0), ("far noise", 10.0)):
+            noise = rng.normal(size=(1000, *self.x.shape[1:]))
+            noise = mean + factor * deviation * noise
+            self.unknown[name] = noise.astype("float32")
+
+
+def features_of(data):
+    """The network of the kind of data, and how many epochs it trains."""
+    shape = data.x.shape[1:]
+    if data.kind == "images":
+        return convnet(shape), 15
+    x = inputs = keras.Input(shape)
+    if data.kind == "text":
+        x = layers.Dropout(0.5)(layers.Dense(512, activation="relu")(x))
+        return keras.Model(inputs, x), 25
+    for _ in range(2):
+        x = layers.Dense(256, activation="relu")(x)
+    return keras.Model(inputs, x), 30
+
+
+def cross_entropy(label_smoothing=0.0):
+    def loss(y_true, y_pred):
+        labels = keras.ops.one_hot(
+            keras.ops.cast(keras.ops.reshape(y_true, (-1,)), "int32"),
+            y_pred.shape[-1],
+        )
+        return keras.losses.categorical_crossentropy(
+            labels, y_pred, from_logits=True, label_smoothing=label_smoothing
+        )
+
+    return loss
+
+
+# The last layer and the loss: all that is swapped.
+METHODS = {
+    "cross-entropy": lambda k: (layers.Dense(k), cross_entropy()),
+    "label smoothing": lambda k: (layers.Dense(k), cross_entropy(0.1)),
+    "HALO": lambda k: (keras_halo.HALODense(k), keras_halo.HALOLoss()),
+    "HALO, published": lambda k: (
+        keras_halo.HALODense.reference(k),
+        keras_halo.HALOLoss(),
+    ),
+}
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def scores_of_logits(logits):
+    p = softmax(logits.astype("float64"))
+    top = logits.max(axis=-1)
+    log_sum = np.log(np.exp(logits - top[:, None]).sum(axis=-1)) + top
+    return {
+        "max softmax": -p.max(axis=-1),
+        "energy": -log_sum,
+        "gen": np.sum((p * (1.0 - p)) ** 0.1, axis=-1),
+        "max_logit": -top,
+    }
+
+
+def scores_of_packed(packed):
+    names = (ABSTAIN, "gap", "gen", "max_logit", "max_probability", "joint")
+    return {name: keras_halo.ood_score(packed, name) for name in names}
+
+
+def train_and_measure(data, method, seed):
+    """Trains one network; returns a dictionary of figures in percent."""
+    keras.utils.set_random_seed(seed)
+    network, epochs = features_of(data)
+    head, loss = METHODS[method](data.num_classes)
+    model = keras.Model(network.input, head(network.output))
+    steps = epochs * -(-len(data.x) // 128)
+    rate = keras.optimizers.schedules.CosineDecay(2e-3, steps)
+    model.compile(keras.optimizers.Adam(rate), loss)
+    start = time.perf_counter()
+    model.fit(data.x, data.y, batch_size=128, epochs=epochs, verbose=0)
+    seconds = time.perf_counter() - start
+
+    def predict(x):
+        return model.predict(x, batch_size=500, verbose=0)
+
+    is_halo = isinstance(head, keras_halo.HALODense)
+    score = scores_of_packed if is_halo else scores_of_logits
+    outputs = predict(data.x_test)
+    logits = outputs[:, : data.num_classes]
+    known = score(outputs)
+    right = logits.argmax(axis=-1) == data.y_test
+    figures = {
+        "accuracy": 100.0 * right.mean(),
+        "ECE": 100.0
+        * metrics.expected_calibration_error(data.y_test, softmax(logits)),
+        "seconds": seconds,
+    }
+    if is_halo:
+        answered = ~keras_halo.decode_predictions(outputs).abstained
+        figures["accuracy, abstaining wrong"] = 100.0 * np.mean(
+            right & answered
+        )
+        figures["known answered"] = 100.0 * answered.mean()
+    for name, x in data.unknown.items():
+        outputs = predict(x)
+        for detector, values in score(outputs).items():
+            area = metrics.auroc(known[detector], values)
+            figures[f"AUROC {name}|{detector}"] = 100.0 * area
+        if is_halo:
+            abstained = keras_halo.decode_predictions(outputs).abstained
+            figures[f"refused {name}"] = 100.0 * abstained.mean()
+    return {name: float(value) for name, value in figures.items()}
+
+
+def run(folder, arguments, data, method, seed, draw):
+    """The figures of one run, from its file where there is one."""
+    settings = {
+        "data": arguments.digest,
+        "hold_out": arguments.hold_out,
+        "unknown": sorted(arguments.unknown_digests.items()),
+        "method": method,
+        "seed": seed,
+        "draw": draw,
+        "backend": keras.backend.backend(),
+        "version": VERSION,
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    path = folder / f"{key.hexdigest()[:16]}.json"
+    if not path.exists():
+        figures = train_and_measure(data, method, seed)
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(
+            json.dumps({"settings": settings, "figures": figures}, indent=1)
+        )
+        os.replace(unfinished, path)
+    return json.loads(path.read_text())["figures"]
+
+
+def table(results):
+    """Markdown: means and standard deviations over draws and seeds."""
+    names = [
+        name
+        for name in dict.fromkeys(n for rows in results.values() for r in rows for n in r)
+        if "|" not in name
+    ]
+    sets = list(
+        dict.fromkeys(
+            n.partition("|")[0]
+            for rows in results.values()
+            for r in rows
+            for n in r
+            if "|" in n
+        )
+    )
+    lines = [
+        "| % | " + " | ".join(results) + " |",
+        "|---" * (1 + len(results)) + "|",
+    ]
+
+    def cell(values):
+        if not values:
+            return ""
+        mean = f"{np.mean(values):.2f}"
+        spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+        return mean + spread
+
+    for name in names:
+        cells = [
+            cell([row[name] for row in rows if name in row])
+            for rows in results.values()
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name in sets:
+        cells = []
+        for rows in results.values():
+            detectors = dict.fromkeys(
+                n for row in rows for n in row if n.startswith(name + "|")
+            )
+            cells.append(
+                "<br>".join(
+                    f"{d.partition('|')[2]} {cell([row[d] for row in rows])}"
+                    for d in detectors
+                )
+            )
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def named_path(text):
+    name, _, path = text.rpartition("=")
+    return name or pathlib.Path(path).stem, path
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="the file, see above")
+    parser.add_argument(
+        "--unknown",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="npz files with more unknown inputs, `x` or `x_test`",
+    )
+    parser.add_argument(
+        "--hold-out", type=int, default=0, help="how many classes"
+    )
+    parser.add_argument(
+        "--draws", type=int, default=3, help="random draws of these, default 3"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="default 3")
+    parser.add_argument(
+        "--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS)
+    )
+    parser.add_argument("--output", default="swap_results", help="folder")
+    parsed = parser.parse_args(arguments)
+    more = dict(map(named_path, parsed.unknown))
+    try:
+        parsed.digest = digest(parsed.data)
+        parsed.unknown_digests = {n: digest(path) for n, path in more.items()}
+    except OSError as error:
+        sys.exit(f"default_swap.py: {error}")
+    folder = pathlib.Path(parsed.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {method: [] for method in parsed.methods}
+    draws = range(parsed.draws if parsed.hold_out else 1)
+    for draw in draws:
+        try:
+            data = Data(parsed.data, more, parsed.hold_out, draw)
+        except (OSError, KeyError, ValueError) as error:
+            sys.exit(f"default_swap.py: {error}")
+        for seed in range(parsed.seeds):
+            for method in parsed.methods:
+                figures = run(folder, parsed, data, method, seed, draw)
+                results[method].append(figures)
+                print(
+                    f"draw {draw}, seed {seed}, {method}: accuracy "
+                    f"{figures['accuracy']:.2f}, ECE {figures['ECE']:.2f}",
+                    flush=True,
+                )
+    text = table(results)
+    (folder / "table.md").write_text(text + "\n", "utf-8")
+    print(f"\n{text}\n\nThe table is in {folder / 'table.md'}.")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+import keras
+
+from keras_halo.packing import NUM_EXTRA_COLUMNS, OLD_EXTRA_COLUMNS
+from keras_halo.precision import computation_dtype
+
+_MARK = "packed_columns"
+
+
+class ScoreLayer(keras.layers.Layer):
+    """Base of the layers that read packed scores.
+
+    Packed scores do not survive a cast to 16 bits, so that such a layer casts
+    them by itself, to the dtype of the head.
+
+    Files of keras_halo 0.1.0 say that the layer was built for packed scores with
+    two columns fewer. They are built for what their head emits now.
+
+    Args:
+        **kwargs: Base layer keyword arguments.
+    """
+
+    # The names under which Keras may keep the shape of packed scores.
+    _SHAPES = ("input_shape", "scores_shape")
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.autocast = False
+
+    @property
+    def head_dtype(self):
+        """String, the dtype in which the layer computes and answers."""
+        return computation_dtype(self.compute_dtype)
+
+    def get_build_config(self):
+        config = super().get_build_config()
+        return config and {**config, _MARK: NUM_EXTRA_COLUMNS}
+
+    def build_from_config(self, config):
+        config = dict(config)
+        if config.pop(_MARK, None) is None:
+            config = _with_all_columns(config, self._SHAPES)
+        super().build_from_config(config)
+
+
+def _with_all_columns(config, names):
+    """A build configuration of 0.1.0 for packed scores of today."""
+    more = NUM_EXTRA_COLUMNS - OLD_EXTRA_COLUMNS
+    changed = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            value = _with_all_columns(value, names)
+        elif key in names and value and value[-1] is not None:
+            value = [*value[:-1], value[-1] + more]
+        changed[key] = value
+    return changed
