@@ -59,7 +59,7 @@ def train(x, y, embedding_dim, epochs, distill):
     """The small convnet with an embedding and a HALO head."""
     backbone = convnet(x.shape[1:])
     embeddings = layers.Dense(embedding_dim)(backbone.output)
-    scores = keras_halo.HALODense(NUM_CLASSES)(embeddings)
+    scores = keras_halo.HALODense.reference(NUM_CLASSES)(embeddings)
     model = keras.Model(backbone.input, scores)
     batch_size = 128
     steps = epochs * -(-len(x) // batch_size)

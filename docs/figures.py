@@ -40,7 +40,7 @@ def train_on_digits(dim, num_classes):
             keras.layers.Dense(128, activation="relu"),
             keras.layers.Dense(128, activation="relu"),
             keras.layers.Dense(dim),
-            HALODense(num_classes),
+            HALODense.reference(num_classes),
         ]
     )
     model.compile(keras.optimizers.Adam(2e-3), HALOLoss(distill=False))
@@ -102,13 +102,13 @@ def plane(half_width, count=220):
 def where_abstain_lives():
     """P(abstain) and the joint score over an embedding of two numbers."""
     centroids = np.array([[0, 2.6], [2.3, -1.3], [-2.3, -1.3]], "float32")
-    head = HALODense(3)
+    head = HALODense.reference(3)
     head.build((None, 2))
     head.centroids.assign(centroids)
     points, shape = plane(9)
     scores = ops.convert_to_numpy(head(points))
     abstain = decode_predictions(scores).abstain_probability.reshape(shape)
-    joint = keras_halo.ood_score(scores).reshape(shape)
+    joint = keras_halo.ood_score(scores, "joint").reshape(shape)
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.2))
     titles = ("probability of “I don’t know”", "joint score")
     values = (abstain, np.minimum(joint, 40))

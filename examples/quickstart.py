@@ -2,7 +2,7 @@
 Title: A digit classifier that can say "I don't know"
 Author: The keras_halo authors
 Date created: 2026/11/23
-Last modified: 2026/11/23
+Last modified: 2026/11/28
 Description: Two lines turn a cross-entropy classifier into one that abstains.
 Accelerator: None
 """
@@ -70,28 +70,32 @@ def load_data(seed):
 """
 ## Build a model
 
-The two lines that differ. `distill=False` chooses even label smoothing: on
-little data it separates unknown inputs better than the default, which lets the
-network find its own soft targets and is better calibrated.
+The two lines that differ: the last layer and the loss. The head makes an
+embedding of its own. For the picture at the end both networks get one of two
+dimensions instead, which can be drawn.
 """
 
 
-def build_model(kind, embedding_dim):
-    backbone = [
-        keras.layers.Input((8, 8, 1)),
-        keras.layers.Conv2D(32, 3, padding="same", activation="relu"),
-        keras.layers.MaxPooling2D(),
-        keras.layers.Conv2D(64, 3, padding="same", activation="relu"),
-        keras.layers.Flatten(),
-        keras.layers.Dense(embedding_dim, name="embedding"),
-    ]
+def build_model(kind, in_a_plane):
+    model = keras.Sequential(
+        [
+            keras.layers.Input((8, 8, 1)),
+            keras.layers.Conv2D(32, 3, padding="same", activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Conv2D(64, 3, padding="same", activation="relu"),
+            keras.layers.Flatten(),
+        ]
+    )
+    if in_a_plane:
+        model.add(keras.layers.Dense(2))
     if kind == HALO:
-        head = HALODense(NUM_KNOWN)
-        loss = HALOLoss(distill=False)
+        # `None`: the input of the head is the embedding.
+        size = {"embedding_dim": None} if in_a_plane else {}
+        model.add(HALODense(NUM_KNOWN, **size))
+        loss = HALOLoss()
     else:
-        head = keras.layers.Dense(NUM_KNOWN)
+        model.add(keras.layers.Dense(NUM_KNOWN))
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model = keras.Sequential([*backbone, head])
     model.compile(keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"])
     return model
 
@@ -101,10 +105,10 @@ def build_model(kind, embedding_dim):
 """
 
 
-def train(kind, embedding_dim, seed, data):
+def train(kind, seed, data, in_a_plane=False):
     keras.utils.set_random_seed(seed)
-    model = build_model(kind, embedding_dim)
-    title = f"{kind}, embedding of size {embedding_dim}, seed {seed}"
+    model = build_model(kind, in_a_plane)
+    title = f"{kind}{', in a plane' if in_a_plane else ''}, seed {seed}"
 
     def report(epoch, logs):
         if (epoch + 1) % 10 == 0:
@@ -128,8 +132,8 @@ def train(kind, embedding_dim, seed, data):
 ## Evaluate
 
 A score that is larger for outliers comes with each model: one minus the
-largest probability for cross-entropy, the joint score of distance and
-abstention for HALO. AUROC is the chance that an unknown input scores above a
+largest probability for cross-entropy, the log-odds of "I don't know" for HALO.
+AUROC is the chance that an unknown input scores above a
 known one; FPR@95 is the share of unknown inputs that slip through when 95 % of
 the known ones are let through. HALO also answers without any threshold: it
 abstains where that is the most probable answer.
@@ -170,7 +174,7 @@ figures = {CROSS_ENTROPY: [], HALO: []}
 for seed in SEEDS:
     data = load_data(seed)
     for kind, runs in figures.items():
-        runs.append(evaluate(kind, train(kind, 16, seed, data), data))
+        runs.append(evaluate(kind, train(kind, seed, data), data))
 
 print(f"\n{'%, mean ± std of ' + str(len(SEEDS)) + ' seeds':28}", end="")
 print("".join(f"{kind:>16}" for kind in figures))
@@ -189,11 +193,10 @@ print(
 """
 ## See the difference
 
-With an embedding of two numbers nothing is lost in drawing it: the plane below
-is all that the last layer sees. It is white where the model is sure of a digit
-and grey where it doubts. Cross-entropy is sure almost everywhere, and ever
-more so away from the origin. HALO keeps the origin free, and what it does not
-know falls there.
+An embedding of two dimensions can be drawn as it is: the plane below is all that
+the last layer sees. It is white where the model is sure of a digit and grey
+where it doubts. Cross-entropy is sure almost everywhere, and ever more so away
+from the origin. HALO doubts at the origin and far out.
 """
 
 
@@ -258,10 +261,10 @@ figure, axes = plt.subplots(1, 2, figsize=(12, 7))
 data = load_data(SEEDS[0])
 titles = {
     CROSS_ENTROPY: "Cross-entropy: sure almost everywhere",
-    HALO: "HALO: “I don’t know” has a place, the origin",
+    HALO: "HALO: in doubt at the origin, and far out",
 }
 for ax, (kind, title) in zip(axes, titles.items(), strict=True):
-    draw_map(ax, kind, train(kind, 2, SEEDS[0], data), data)
+    draw_map(ax, kind, train(kind, SEEDS[0], data, in_a_plane=True), data)
     ax.set_title(title, fontsize=14, pad=10)
 
 handles = [

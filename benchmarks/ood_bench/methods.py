@@ -296,7 +296,7 @@ def roundness(labels, embeddings, centroids):
 
 @dataclasses.dataclass(frozen=True)
 class HALO(_OnePhase):
-    """The HALO head and loss.
+    """The published HALO head, and the loss.
 
     Args:
         embedding_dim: Integer, the size `D` of the embedding; 0 for `D = K`.
@@ -322,8 +322,8 @@ class HALO(_OnePhase):
         x = layers.Dense(dim, use_bias=not self.normalize)(backbone.output)
         if self.normalize:
             x = layers.BatchNormalization(momentum=0.9, scale=False)(x)
-        return keras_halo.HALODense(
-            num_classes, self.label_smoothing, self.learn_gamma
+        return keras_halo.HALODense.reference(
+            num_classes, self.label_smoothing, learn_gamma=self.learn_gamma
         )(x)
 
     def training(self, model):
@@ -378,6 +378,14 @@ class HALO(_OnePhase):
         return Reader(read, storage)
 
 
+class DefaultHALO(HALO):
+    """The two lines swapped: a head with an embedding of its own."""
+
+    def head(self, backbone, num_classes):
+        return keras_halo.HALODense(num_classes)(backbone.output)
+
+
+
 @dataclasses.dataclass(frozen=True)
 class VariedHALO(HALO):
     """What HALO leaves open: targets, the radial term, margin, centroids.
@@ -401,10 +409,10 @@ class VariedHALO(HALO):
     def head(self, backbone, num_classes):
         x = layers.Dense(self.embedding_dim or num_classes)(backbone.output)
         margin = self.margin_smoothing
-        return keras_halo.HALODense(
+        return keras_halo.HALODense.reference(
             num_classes,
             self.label_smoothing if margin < 0.0 else margin,
-            self.learn_gamma,
+            learn_gamma=self.learn_gamma,
             centroid_regularizer=keras.regularizers.L2(self.decay),
         )(x)
 
@@ -491,6 +499,7 @@ class _Converted:
             *images.train,
             batch_size=_BATCH_SIZE,
             label_smoothing=self.label_smoothing,
+            abstain_rate=None,
         )
         turned, halo_head = converted.layers[-2:]
         embedding.set_weights(turned.get_weights())
@@ -523,8 +532,8 @@ class ConvertedHALO(_Converted, HALO):
     rate: float = 1.0
 
     def head(self, backbone, num_classes):
-        return keras_halo.HALODense(
-            num_classes, self.label_smoothing, self.learn_gamma
+        return keras_halo.HALODense.reference(
+            num_classes, self.label_smoothing, learn_gamma=self.learn_gamma
         )(self.turned(backbone))
 
     def weights_like(self, halo_head):
@@ -552,12 +561,11 @@ class ConvertedCrossEntropy(_Converted, CrossEntropy):
         return layers.Dense(num_classes, name="logits")(self.turned(backbone))
 
     def weights_like(self, halo_head):
-        centroids, raw_gamma = (
+        centroids, gamma = (
             ops.convert_to_numpy(weight)
-            for weight in (halo_head.centroids, halo_head.raw_gamma)
+            for weight in (halo_head.centroids, halo_head.temperature)
         )
         # s = gamma * (2 * dot(x, c) / D - mean(c ** 2)), as HALO has it.
-        gamma = np.log1p(np.exp(raw_gamma))
         c = centroids - centroids.mean(axis=0)
         return [
             gamma * 2.0 / c.shape[-1] * c.T,
@@ -587,8 +595,10 @@ class TurnedHALO(ConvertedHALO):
 
     def first_training(self, model, images):
         first = HALO(embedding_dim=self.first_dim)
-        head = keras_halo.HALODense(
-            images.num_classes, first.label_smoothing, first.learn_gamma
+        head = keras_halo.HALODense.reference(
+            images.num_classes,
+            first.label_smoothing,
+            learn_gamma=first.learn_gamma,
         )
         scores = head(model.get_layer("embedding").output)
         classifier = keras.Model(model.input, scores)
@@ -639,6 +649,7 @@ METHODS = {
     "label-smoothing": CrossEntropy(label_smoothing=0.1),
     "LogitNorm": LogitNorm(),
     "IsoMax+": IsoMaxPlus(),
+    "HALO-default": DefaultHALO(),
     "HALO": HALO(),
     "HALO-plain": HALO(distill=False),
     "HALO-fixed-gamma": HALO(learn_gamma=False),
