@@ -150,9 +150,7 @@ class Data:
         if num_held_out:
             unknown = {"held out": x_test[~asked], **unknown}
         self.num_classes = len(classes)
-        self.kind = (
-            "text" if is_text else "images" if x.ndim > 2 else "table"
-        )
+        self.kind = "text" if is_text else "images" if x.ndim > 2 else "table"
         prepare = self._preparation(x[seen])
         self.x, self.y = prepare(x[seen]), np.searchsorted(classes, y[seen])
         self.x_test = prepare(x_test[asked])
@@ -316,7 +314,9 @@ def table(results):
     """Markdown: means and standard deviations over draws and seeds."""
     names = [
         name
-        for name in dict.fromkeys(n for rows in results.values() for r in rows for n in r)
+        for name in dict.fromkeys(
+            n for rows in results.values() for r in rows for n in r
+        )
         if "|" not in name
     ]
     sets = list(

@@ -132,7 +132,8 @@ def train(kind, seed, data, in_a_plane=False):
 ## Evaluate
 
 A score that is larger for outliers comes with each model: one minus the
-largest probability for cross-entropy, the log-odds of "I don't know" for HALO.
+largest probability for cross-entropy, the log-odds of "I don't know" for
+HALO.
 AUROC is the chance that an unknown input scores above a
 known one; FPR@95 is the share of unknown inputs that slip through when 95 % of
 the known ones are let through. HALO also answers without any threshold: it
@@ -193,10 +194,10 @@ print(
 """
 ## See the difference
 
-An embedding of two dimensions can be drawn as it is: the plane below is all that
-the last layer sees. It is white where the model is sure of a digit and grey
-where it doubts. Cross-entropy is sure almost everywhere, and ever more so away
-from the origin. HALO doubts at the origin and far out.
+An embedding of two dimensions can be drawn as it is: the plane below is all
+that the last layer sees. It is white where the model is sure of a digit and
+grey where it doubts. Cross-entropy is sure almost everywhere, and ever more so
+away from the origin. HALO doubts at the origin and far out.
 """
 
 

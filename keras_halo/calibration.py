@@ -191,8 +191,9 @@ def calibrate(
 
     if bias == "margin" and head.abstain_rate is not None:
         raise ValueError(
-            'bias="margin" is for a head with the fixed margin of the published '
-            f"method. Received: a head with abstain_rate={head.abstain_rate}, "
+            'bias="margin" is for a head with the fixed margin of the '
+            "published method. Received: a head with abstain_rate="
+            f"{head.abstain_rate}, "
             'which places its biases by the evidence. Use bias="mistakes" or '
             'bias="keep".'
         )
@@ -214,9 +215,7 @@ def calibrate(
     wrong = distances.argmax(axis=-1) != labels
     old = _Biases(
         float(head.abstain_bias.numpy()),
-        None
-        if head.abstain_rate is None
-        else float(head.far_bias.numpy()),
+        None if head.abstain_rate is None else float(head.far_bias.numpy()),
     )
     # A head that follows the evidence follows the temperature likewise: no
     # decision changes with it.
@@ -237,9 +236,7 @@ def calibrate(
         new = new.shifted(_best_shift(odds, num_mistakes, optimize, special))
     elif bias == "margin":
         dim = head.centroids.shape[-1]
-        at_start = geometry.abstain_bias(
-            dim, head.units, head.margin_smoothing
-        )
+        at_start = geometry.abstain_bias(dim, head.units, head.margin_smoothing)
         change = gamma - geometry.initial_temperature(dim)
         new = _Biases(at_start + change * (1.0 - geometry.shell(dim)), None)
 

@@ -58,9 +58,10 @@ def convert_head(
     A head for two classes with one unit becomes `HALODense(2)`.
 
     **A model that has a HALO head** gets another one. The radial term gives the
-    residuals of a class their length and leaves their directions free; whitened,
-    they vary alike in every direction, which is what squared radii go by. Temperature and margin start anew, those of the old head
-    are left behind.
+    residuals of a class their length and leaves their directions free;
+    whitened, they vary alike in every direction, which is what squared radii go
+    by. Temperature and biases start anew, those of the old head are left
+    behind.
 
     **Back to plain probabilities.** Put `HALOSoftmax` on top, with
     `abstain=False` for as many columns as before; a binary classifier with one

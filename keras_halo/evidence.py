@@ -25,6 +25,8 @@ import statistics
 
 from keras import ops
 
+from keras_halo import geometry
+
 # The weight of a batch in the running mean and variance.
 STEP = 0.03
 
@@ -33,8 +35,8 @@ STEP = 0.03
 MAX_EXCESS = 0.1
 
 # New inputs are recognized less surely than training samples. A background
-# that reaches into the training samples by the wanted share would reject several
-# times as many new inputs, so it stays this much farther away from the mean.
+# that reaches into the training samples by the wanted share would reject
+# several times as many new inputs, so it stays this much farther away.
 WIDENING = 1.25
 
 # The farthest quantile, in deviations below the mean.
@@ -92,11 +94,11 @@ def class_evidence(logits, squared_norm, temperature):
 
     Example:
 
-    >>> evidence = class_evidence(ops.array([[3.0, -6.0]]), ops.ones((1, 1)), 2.0)
-    >>> ops.convert_to_numpy(evidence).tolist()
+    >>> logits, norm = ops.array([[3.0, -6.0]]), ops.ones((1, 1))
+    >>> ops.convert_to_numpy(class_evidence(logits, norm, 2.0)).tolist()
     [[3.0, 2.0]]
     """
-    near = ops.max(logits, axis=-1, keepdims=True)
+    near = geometry.max_of_rows(logits)
     far = near - 0.5 * temperature * squared_norm
     return ops.concatenate([near, far], axis=-1)
 

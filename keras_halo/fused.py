@@ -487,7 +487,7 @@ def normalizer(logits, bias):
     Returns:
         Tuple of two tensors of shape `(N, 1)`.
     """
-    top = ops.max(logits, axis=-1, keepdims=True)
+    top = geometry.max_of_rows(logits)
     top = ops.stop_gradient(ops.where(bias > top, bias, top))
     total = sum_columns(ops.exp(logits - top)) + ops.exp(bias - top)
     return top, ops.log(total)

@@ -542,6 +542,32 @@ def class_nearness(logits, squared_norm, temperature, label_smoothing):
     return ops.exp(distances)
 
 
+def max_of_rows(matrix):
+    """The largest entry of each row; nothing for no rows.
+
+    Formula:
+
+    ```python
+    max(matrix, axis=-1)
+    ```
+
+    Args:
+        matrix: Tensor of shape `(N, K)`.
+
+    Returns:
+        Tensor of shape `(N, 1)`.
+
+    Example:
+
+    >>> ops.convert_to_numpy(max_of_rows(ops.array([[1.0, 3.0]]))).tolist()
+    [[3.0]]
+    """
+    if matrix.shape[0] == 0:
+        # Keras refuses this maximum on PyTorch.
+        return matrix[:, :1]
+    return ops.max(matrix, axis=-1, keepdims=True)
+
+
 def bounded(x, lower, upper):
     """A new tensor of the numbers of `x`, none outside of `[lower, upper]`.
 

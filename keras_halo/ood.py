@@ -303,7 +303,7 @@ def ood_score(scores, method="abstain"):
     ```python
     abstain          log(P(abstain) / (1 - P(abstain)))
     gap              -(max_k s_k - mean_k s_k) / (gamma * |x|)
-    gen              sum_k (p_k * (1 - p_k)) ** 0.1,  p = softmax([s_1, ..., s_K])
+    gen              sum_k (p_k * (1 - p_k)) ** 0.1,  p = softmax([s_1 ... s_K])
     max_logit        -max_k s_k
     joint            -log(1 - P(abstain)) + D * min_k R(r_k^2)
     radius           -log(2 * min(F, 1 - F)),  F = chi2_D.cdf(D * min_k r_k^2)

@@ -37,7 +37,9 @@ def trained_classifier():
             keras.layers.Input((4,)),
             keras.layers.Dense(6, activation="relu"),
             keras.layers.BatchNormalization(),
-            HALODense.reference(3, label_smoothing=0.05, centroid_regularizer="l2"),
+            HALODense.reference(
+                3, label_smoothing=0.05, centroid_regularizer="l2"
+            ),
         ]
     )
     model.compile("adam", HALOLoss(label_smoothing=0.05), metrics=["accuracy"])

@@ -353,7 +353,9 @@ def test_a_model_of_models_that_comes_from_a_file_fits(tmp_path):
 def test_token_heads_get_a_score_a_token():
     x, y = clusters(n=300)
     x, y = x.reshape(100, 3, 4), y.reshape(100, 3)
-    model = keras.Sequential([keras.Input((3, 4)), keras_halo.HALODense.reference(3)])
+    model = keras.Sequential(
+        [keras.Input((3, 4)), keras_halo.HALODense.reference(3)]
+    )
     fitted = fit_class_gaussians(model, x, y, verbose=0)
     assert fitted.predict(x[:5], verbose=0)["ood"].shape == (5, 3)
     flat = fit_class_gaussians(
@@ -377,7 +379,9 @@ def test_head_is_found_in_every_kind_of_graph():
     softmaxed = keras.Model(
         plain.inputs[0], keras_halo.HALOSoftmax()(plain.outputs[0])
     )
-    late = keras.Sequential([keras.layers.Dense(4), keras_halo.HALODense.reference(3)])
+    late = keras.Sequential(
+        [keras.layers.Dense(4), keras_halo.HALODense.reference(3)]
+    )
     late.build((None, 4))
     for model in (plain, wrapped, softmaxed, late):
         embeddings, scores = keras.Model(

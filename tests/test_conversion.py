@@ -105,7 +105,9 @@ def test_a_halo_head_gives_way_to_one_whose_residuals_are_round(digits):
     test = slice(NUM_TRAINING, None)
     keras.utils.set_random_seed(0)
     model = _network(
-        keras.layers.Dense(16), HALODense(10, name="head"), loss=HALOLoss()
+        keras.layers.Dense(16),
+        HALODense(10, embedding_dim=None, name="head"),
+        loss=HALOLoss(),
     )
     model.fit(x, y, epochs=8, verbose=0)
     before = model.predict(digits[0][test], verbose=0)
@@ -131,6 +133,37 @@ def test_a_halo_head_gives_way_to_one_whose_residuals_are_round(digits):
     )
     converted.compile(keras.optimizers.Adam(1e-3), HALOLoss())
     assert np.isfinite(converted.train_on_batch(x[:32], y[:32]))
+
+
+def test_a_head_with_an_embedding_of_its_own_is_converted(digits):
+    x, y = (part[:NUM_TRAINING] for part in digits)
+    keras.utils.set_random_seed(0)
+    model = _network(HALODense(10, embedding_dim=24), loss=HALOLoss())
+    model.fit(x, y, epochs=8, verbose=0)
+    weights = model.get_weights()
+    converted = convert_head(model, x, y)
+    assert converted.layers[-1].centroids.shape[-1] == 24
+    assert _accuracy(converted, x, y) >= _accuracy(model, x, y) - 0.03
+    converted.compile(keras.optimizers.Adam(1e-2), HALOLoss())
+    converted.train_on_batch(x[:32], y[:32])
+    # The embedding was copied: the given model stays as it is.
+    for before, after in zip(
+        weights[-2:], model.get_weights()[-2:], strict=True
+    ):
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("abstain_rate", [0.01, 0.2])
+def test_the_biases_of_a_converted_head_are_those_of_its_data(
+    digits, trained, abstain_rate
+):
+    x, y = (part[:NUM_TRAINING] for part in digits)
+    converted = convert_head(trained, x, y, abstain_rate=abstain_rate)
+    answers = converted.predict(x, verbose=0)[:, :11].argmax(axis=-1)
+    assert np.mean(answers == 10) <= abstain_rate
+    far = 30.0 * np.random.default_rng(0).normal(size=(200, *x.shape[1:]))
+    answers = converted.predict(far, verbose=0)[:, :11].argmax(axis=-1)
+    assert np.mean(answers == 10) > 0.95
 
 
 def test_decisions_are_those_of_discriminant_analysis(digits, trained):

@@ -462,7 +462,9 @@ def test_the_statistics_are_saved_and_go_on(tmp_path):
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
     for a, b in zip(
-        _statistics(model.layers[-1]), _statistics(again.layers[-1]), strict=True
+        _statistics(model.layers[-1]),
+        _statistics(again.layers[-1]),
+        strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
@@ -486,7 +488,9 @@ def test_a_configuration_of_0_1_0_is_the_published_head():
     assert layer.abstain_rate is None
     assert layer.label_smoothing == 0.05
     # Saved again it stays what it is.
-    assert HALODense.from_config(layer.get_config()).get_config()["version"] == 1
+    assert (
+        HALODense.from_config(layer.get_config()).get_config()["version"] == 1
+    )
 
 
 def test_old_weights_in_a_new_head_name_the_cure(tmp_path):

@@ -385,7 +385,6 @@ class DefaultHALO(HALO):
         return keras_halo.HALODense(num_classes)(backbone.output)
 
 
-
 @dataclasses.dataclass(frozen=True)
 class VariedHALO(HALO):
     """What HALO leaves open: targets, the radial term, margin, centroids.

@@ -106,9 +106,7 @@ def build(kind, dim, normalized):
     if normalized:
         x = layers.BatchNormalization(scale=False, momentum=0.9)(x)
     if kind == HALO:
-        head = HALODense.reference(
-            NUM_CLASSES, LABEL_SMOOTHING, name="head"
-        )
+        head = HALODense.reference(NUM_CLASSES, LABEL_SMOOTHING, name="head")
     else:
         head = layers.Dense(NUM_CLASSES, name="head")
     return keras.Model(inputs, head(x))

@@ -33,8 +33,8 @@ class HALODense(TemperatureLayer):
     narrow one at the origin, onto which the centroids are centred, and a wide
     one around it, which wins far out.
 
-    The output is one tensor of *packed scores* with `units + 6` columns. It can
-    be treated as logits of the `units` classes followed by the logit of
+    The output is one tensor of *packed scores* with `units + 6` columns. It
+    can be treated as logits of the `units` classes followed by the logit of
     abstaining: the remaining five columns, from which `HALOLoss` and the
     functions of this package read the geometry, are so negative that `softmax`
     gives them probability zero and `argmax` and top-k never choose them. So
@@ -46,8 +46,8 @@ class HALODense(TemperatureLayer):
     and finds the quantiles below which `abstain_rate / 2` of the training
     samples lie, once for either background. The backgrounds begin a quarter
     farther away from the mean, because new inputs are recognized less surely
-    than training samples. No label and no gradient is involved, and the loss does
-    not see the result: it trains against the fixed margin of the published
+    than training samples. No label and no gradient is involved, and the loss
+    does not see the result: it trains against the fixed margin of the published
     method. The statistics stand still with `training=False`, with
     `trainable=False` and for masked positions. The layer cannot see
     `sample_weight` or `ignore_class`; mask what must not count.
@@ -259,9 +259,9 @@ class HALODense(TemperatureLayer):
         self._add_temperature(dim)
         # Weights, so that calibration can move them and `save` keeps them.
         self.abstain_bias = self._add_statistic(
-            "abstain_bias", (), geometry.abstain_bias(
-                dim, self.units, self.margin_smoothing
-            )
+            "abstain_bias",
+            (),
+            geometry.abstain_bias(dim, self.units, self.margin_smoothing),
         )
         if self.abstain_rate is not None:
             self.far_bias = self._add_statistic(

@@ -124,7 +124,8 @@ class HALOSimilarity(TemperatureLayer):
     c = keys - mean(keys, axis=0)
     gamma = softplus(raw_gamma)
     s = gamma * (2 * dot(queries, transpose(c)) / D - mean(c ** 2, axis=-1))
-    outputs = [s | abstain_bias(D, K) | neutral(|queries|^2, gamma, D, 0, layout)]
+    outputs = [s | b | neutral(|queries|^2, gamma, D, 0, layout)]
+    b = abstain_bias(D, K)
     ```
 
     Args:

@@ -12,8 +12,8 @@ class ScoreLayer(keras.layers.Layer):
     Packed scores do not survive a cast to 16 bits, so that such a layer casts
     them by itself, to the dtype of the head.
 
-    Files of keras_halo 0.1.0 say that the layer was built for packed scores with
-    two columns fewer. They are built for what their head emits now.
+    Files of keras_halo 0.1.0 say that the layer was built for packed scores
+    with two columns fewer. They are built for what their head emits now.
 
     Args:
         **kwargs: Base layer keyword arguments.

@@ -82,9 +82,12 @@ class TemperatureLayer(keras.layers.Layer):
             store[_MARK] = np.array(self._gamma_origin)
 
     def load_own_variables(self, store):
-        values = {key: store[key] for key in store.keys() if key != _MARK}
-        origin = float(np.array(store[_MARK])) if _MARK in store.keys() else 0.0
-        self._check_number_of_weights(values, _MARK not in store.keys())
+        # What Keras passes need not be a dictionary.
+        keys = list(store.keys())
+        values = {key: store[key] for key in keys if key != _MARK}
+        is_old = len(values) == len(keys)
+        origin = 0.0 if is_old else float(np.array(store[_MARK]))
+        self._check_number_of_weights(values, is_old)
         super().load_own_variables(values)
         if origin != self._gamma_origin:
             raw_gamma = np.float64(ops.convert_to_numpy(self.raw_gamma))

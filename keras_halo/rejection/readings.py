@@ -100,9 +100,7 @@ def read_scores(scores, method, argument="scores"):
             embedding_dim=int(_common(parts.embedding_dim, argument)),
             temperature=_common(parts.temperature, argument),
             abstain_logit=(
-                0.0
-                if far_radius
-                else _common(parts.abstain_logit, argument)
+                0.0 if far_radius else _common(parts.abstain_logit, argument)
             ),
             far_radius=far_radius,
         ),
@@ -230,8 +228,9 @@ def _common(column, argument):
     if not nearly_equal(low, high):
         raise ValueError(
             f"`{argument}` mix the outputs of several models: expected one "
-            "temperature, embedding size and pair of abstain biases. Received: values "
-            f"between {low:.7g} and {high:.7g}. Fit and use one rule a model."
+            "temperature, embedding size and pair of abstain biases. "
+            f"Received: values between {low:.7g} and {high:.7g}. Fit and use "
+            "one rule a model."
         )
     return low
 
