@@ -120,7 +120,6 @@ model = keras.Sequential(
         layers.Conv2D(32, 3, strides=2, padding="same", activation="relu"),
         layers.Conv2D(64, 3, strides=2, padding="same", activation="relu"),
         layers.Flatten(),
-        layers.Dense(16, name="embedding"),
         HALODense(len(KNOWN)),
     ]
 )

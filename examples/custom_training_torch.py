@@ -68,9 +68,6 @@ x_unknown = x[y >= NUM_KNOWN]
 `HALODense` is the last layer. It emits *packed scores*: a column for every
 class, one for "I don't know", and three more with the geometry that the loss
 needs. Nothing but the loss and the functions of `keras_halo` has to know.
-
-With `distill=False` the loss smooths labels evenly, which separates unknown
-inputs better when there is little data.
 """
 
 model = keras.Sequential(
@@ -81,11 +78,10 @@ model = keras.Sequential(
         keras.layers.Conv2D(64, 3, padding="same", activation="relu"),
         keras.layers.Flatten(),
         keras.layers.Dropout(0.2),
-        keras.layers.Dense(16),
         keras_halo.HALODense(NUM_KNOWN),
     ]
 )
-loss_fn = keras_halo.HALOLoss(distill=False)
+loss_fn = keras_halo.HALOLoss()
 
 accuracy = keras.metrics.SparseCategoricalAccuracy()
 abstention = keras_halo.metrics.AbstentionRate()

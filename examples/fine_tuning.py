@@ -133,7 +133,7 @@ fit(tuned, keras_halo.HALOLoss(distill=False), 3e-4, epochs=20)
 ## Evaluate
 
 A score that is larger for outliers comes with each model: one minus the largest
-probability for the softmax, the joint score of distance and abstention for
+probability for the softmax, the log-odds of abstaining for
 HALO. AUROC is the chance that an unknown digit scores above a known one; FPR@95
 the share of unknown digits that pass when 95 % of the known ones do.
 """

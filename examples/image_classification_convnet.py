@@ -82,9 +82,7 @@ print(len(x_train), "images to train with,", len(x_test), "to test with.")
 """
 ## Build a model
 
-Two lines differ from the usual convnet. The layer named `embedding` is the
-third change: HALO measures distances, and does so best where the network can
-place its images freely, not among the 1,600 features that leave `Dropout`.
+Two lines differ from the usual convnet: the last layer and the loss.
 """
 
 model = keras.Sequential(
@@ -96,7 +94,6 @@ model = keras.Sequential(
         layers.MaxPooling2D(),
         layers.Flatten(),
         layers.Dropout(0.5),
-        layers.Dense(64, name="embedding"),
         # was: layers.Dense(NUM_CLASSES, activation="softmax")
         keras_halo.HALODense(NUM_CLASSES),
     ]
@@ -134,9 +131,10 @@ print("Test accuracy:", score[1])
 
 """
 Now the unknown images. The model abstains where that is the most probable
-answer. It also has a score, larger the stranger an image is: `joint` reads it
-off a prediction alone; `fitted` has looked once more at the training images, to
-learn how far each class extends in which direction. AUROC is the chance that an
+answer. It also has a score, larger the stranger an image is: the log-odds of
+abstaining, read off a prediction alone. `fitted` has looked once more at the
+training images, to learn how far each class extends in which direction.
+AUROC is the chance that an
 unknown image scores above a known one: 50 % is guessing.
 """
 
@@ -152,16 +150,16 @@ reports = {
         batch_size=500,
         verbose=0,
     )
-    for method in ("joint", "fitted")
+    for method in ("abstain", "fitted")
 }
-known_result = reports["joint"].known
-print(f"{'%':12}{'abstained':>10}{'AUROC joint':>13}{'AUROC fitted':>14}")
+known_result = reports["abstain"].known
+print(f"{'%':12}{'abstained':>10}{'AUROC':>13}{'AUROC fitted':>14}")
 print(f"{'known':12}{100 * known_result.abstention_rate:10.1f}")
 for name in unknown:
-    joint, by_fit = (report[name] for report in reports.values())
+    odds, by_fit = (report[name] for report in reports.values())
     print(
-        f"{name:12}{100 * joint.abstention_rate:10.1f}"
-        f"{100 * joint.auroc:13.1f}{100 * by_fit.auroc:14.1f}"
+        f"{name:12}{100 * odds.abstention_rate:10.1f}"
+        f"{100 * odds.auroc:13.1f}{100 * by_fit.auroc:14.1f}"
     )
 
 """

@@ -89,7 +89,6 @@ model = keras.Sequential(
         layers.Dense(128, activation="relu"),
         layers.Dense(128, activation="relu"),
         layers.Dropout(0.3),
-        layers.Dense(32, name="embedding"),
         # was: layers.Dense(1, activation="sigmoid")
         keras_halo.HALODense(2),
     ]

@@ -78,7 +78,6 @@ def build_teacher():
             layers.MaxPooling2D(),
             layers.Conv2D(64, 3, padding="same", activation="relu"),
             layers.Flatten(),
-            layers.Dense(16),
             HALODense(NUM_KNOWN),
         ]
     )
@@ -132,7 +131,7 @@ def train(seed, data):
     )
     student = fit(
         "student, HALO",
-        build_student(layers.Dense(16), HALODense(NUM_KNOWN)),
+        build_student(HALODense(NUM_KNOWN)),
         HALOLoss(distill=False),
         x,
         y,

@@ -123,7 +123,6 @@ def build_model():
             layers.Conv2D(16, 5, strides=2, activation="relu"),
             layers.Conv2D(32, 5, strides=2, activation="relu"),
             layers.Flatten(),
-            layers.Dense(64, name="embedding"),
             # was: layers.Dense(NUM_CLASSES, activation="softmax")
             keras_halo.HALODense(NUM_CLASSES),
         ]

@@ -131,7 +131,7 @@ quarter = convolve(32, convolve(32, half, strides=2))
 x = convolve(24, merge(quarter, half))
 x = convolve(16, merge(x, full))
 embeddings = layers.Conv2D(16, 1, name="embedding")(x)
-model = keras.Model(inputs, HALODense(len(CLASSES))(embeddings))
+model = keras.Model(inputs, HALODense(len(CLASSES), None)(embeddings))
 
 model.compile(
     keras.optimizers.Adam(3e-3),
@@ -195,15 +195,15 @@ def read(x):
     outputs = fitted.predict(x, verbose=0)
     scores = outputs["scores"]
     probabilities = keras_halo.decode_predictions(scores).probabilities
-    joint = keras_halo.ood_score(scores)
-    return probabilities.argmax(axis=-1), joint, outputs["ood"]
+    odds = keras_halo.ood_score(scores)
+    return probabilities.argmax(axis=-1), odds, outputs["ood"]
 
 
 _, _, familiar = read(x_val)
 rule = keras_halo.rejection.CoverageRule(0.95, method=None)
 rule.fit(familiar[y_val != VOID])
 
-classes, joint, unfamiliar = read(x_test)
+classes, odds, unfamiliar = read(x_test)
 answers = np.where(rule.predict(unfamiliar).accepted, classes, -1)
 is_solar = y_test == SOLAR
 is_known = y_test < SOLAR
@@ -217,11 +217,14 @@ for number, name in enumerate((*CLASSES, "solar farm")):
 
 """
 AUROC, the chance that a pixel of a solar farm has a larger score than a pixel
-of another area, for the score of the Gaussians and for the joint score of the
+of another area, for the score of the Gaussians and for the log-odds of the
 head, which needs no pass over training data:
 """
 
-for name, score in (("Gaussians", unfamiliar), ("joint score", joint)):
+for name, score in (
+    ("Gaussians", unfamiliar),
+    ("log-odds", odds),
+):
     print(f"{name:12}{100 * auroc(score[is_known], score[is_solar]):5.1f} %")
 
 """

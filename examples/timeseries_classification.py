@@ -101,7 +101,6 @@ def build_model():
         x = layers.BatchNormalization()(x)
         x = layers.ReLU()(x)
     x = layers.GlobalAveragePooling1D()(x)
-    x = layers.Dense(16, name="embedding")(x)
     # was: outputs = layers.Dense(2, activation="softmax")(x)
     outputs = keras_halo.HALODense(2)(x)
     return keras.Model(inputs, outputs)

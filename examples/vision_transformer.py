@@ -120,7 +120,6 @@ def build_model():
         x += layers.Dense(WIDTH)(y)
     x = layers.LayerNormalization(epsilon=1e-6)(x)
     x = layers.GlobalAveragePooling1D()(x)
-    x = layers.Dense(WIDTH, name="embedding")(x)
     # was: outputs = layers.Dense(len(LETTERS))(x)
     outputs = keras_halo.HALODense(len(LETTERS))(x)
     return keras.Model(inputs, outputs)
