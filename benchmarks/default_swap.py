@@ -7,10 +7,12 @@ only the last layer and the loss differ. Scores that are read from logits or
 packed scores alone are compared on classes that were held out, on unknown
 inputs that the file brings, and on noise.
 
+    python benchmarks/default_swap.py --data digits --hold-out 2
     python benchmarks/default_swap.py --data letters.npz --hold-out 6
     python benchmarks/default_swap.py --data clinc150.json.gz
     python benchmarks/default_swap.py --data images.npz --unknown digits.npz
 
+`--data digits` are the 1,797 digits of 8 x 8 pixels that ship with scikit-learn.
 A file of arrays (`.npz`) holds `x_train`, `y_train`, `x_test` and `y_test`, or
 `x` and `y`, of which a fifth is kept for testing. Arrays called `unknown_NAME`
 are inputs of no known class. A file of texts (`.json`, `.json.gz`) holds lists
@@ -48,11 +50,20 @@ VERSION = 1
 
 ABSTAIN = "abstain"
 
+# What needs no file.
+DIGITS = "digits"
+
 
 def read_arrays(path):
     """Train and test parts, and unknown inputs, of an npz file."""
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file}
+    if path == DIGITS:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        arrays = {"x": digits.images / 16.0 * 255.0, "y": digits.target}
+    else:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file}
     if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
         parts = [arrays[n] for n in ("x_train", "y_train", "x_test", "y_test")]
     elif {"x", "y"} <= arrays.keys():
@@ -398,7 +409,8 @@ def main(arguments=None):
     parsed = parser.parse_args(arguments)
     more = dict(map(named_path, parsed.unknown))
     try:
-        parsed.digest = digest(parsed.data)
+        is_file = parsed.data != DIGITS
+        parsed.digest = digest(parsed.data) if is_file else DIGITS
         parsed.unknown_digests = {n: digest(path) for n, path in more.items()}
     except OSError as error:
         sys.exit(f"default_swap.py: {error}")

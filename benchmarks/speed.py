@@ -113,8 +113,8 @@ def head_and_loss(method, units, dtype="float32"):
     if method == PRODUCT:
         return Products(units), sum_of_scores
     if method == NAIVE:
-        return PairwiseHALODense(units), HALOLoss()
-    return HALODense(units, dtype=dtype), HALOLoss(
+        return PairwiseHALODense.reference(units), HALOLoss()
+    return HALODense.reference(units, dtype=dtype), HALOLoss(
         distill=method != PLAIN,
         block_size=BLOCK_SIZE if method == BLOCKS else None,
     )
@@ -303,7 +303,7 @@ def bench_inference(arguments):
         "predict + softmax": lambda: ops.convert_to_numpy(
             ops.softmax(scores(DENSE))
         ),
-        "predict + joint score": lambda: ood_score(scores(HALO)),
+        "predict + score": lambda: ood_score(scores(HALO)),
         "predict + decode": lambda: decode_predictions(scores(HALO)),
     }
     times = interleaved(functions, arguments.rounds, 0.3)
