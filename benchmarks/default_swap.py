@@ -12,8 +12,8 @@ inputs that the file brings, and on noise.
     python benchmarks/default_swap.py --data clinc150.json.gz
     python benchmarks/default_swap.py --data images.npz --unknown digits.npz
 
-`--data digits` are the 1,797 digits of 8 x 8 pixels that ship with scikit-learn.
-A file of arrays (`.npz`) holds `x_train`, `y_train`, `x_test` and `y_test`, or
+`--data digits` are the 1,797 digits of 8 x 8 pixels that scikit-learn brings. A
+file of arrays (`.npz`) holds `x_train`, `y_train`, `x_test` and `y_test`, or
 `x` and `y`, of which a fifth is kept for testing. Arrays called `unknown_NAME`
 are inputs of no known class. A file of texts (`.json`, `.json.gz`) holds lists
 `train`, `test` and, optionally, `oos_test` of pairs of a text and its label.

@@ -197,7 +197,7 @@ def _packed_scores_forward(
     squared_norm = geometry.mean_square(x)
     abstain_logit, far_radius = abstain_bias, 0.0
     if far:
-        abstain_logit = ops.logaddexp(
+        abstain_logit = geometry.log_add_exp(
             ops.ones_like(squared_norm) * abstain_bias,
             squared_norm * (0.5 * gamma) + far[0],
         )

@@ -542,6 +542,33 @@ def class_nearness(logits, squared_norm, temperature, label_smoothing):
     return ops.exp(distances)
 
 
+def log_add_exp(a, b):
+    """Logarithm of the sum of two exponentials.
+
+    Not `ops.logaddexp`, which rounds float64 to float32.
+
+    Formula:
+
+    ```python
+    log(exp(a) + exp(b))
+    ```
+
+    Args:
+        a: Tensor of any shape.
+        b: Tensor of the same shape.
+
+    Returns:
+        Tensor like `a`.
+
+    Example:
+
+    >>> round(float(log_add_exp(ops.array(0.0), ops.array(0.0))), 4)
+    0.6931
+    """
+    gap = ops.abs(a - b)
+    return ops.where(a > b, a, b) + ops.log(1.0 + ops.exp(-gap))
+
+
 def max_of_rows(matrix):
     """The largest entry of each row; nothing for no rows.
 

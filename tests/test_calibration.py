@@ -243,3 +243,77 @@ def test_failures_leave_the_weights_untouched():
     with pytest.raises(ValueError, match="packed"):
         calibrate(softmaxed, x, y, verbose=0)
     assert state(head) == before
+
+
+# A head whose biases follow the evidence -------------------------------------
+
+
+@pytest.fixture(scope="module")
+def following():
+    """A trained model with the default head, and new data with errors."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 900)
+    x = rng.normal(size=(900, 6)).astype("float32")
+    x[np.arange(900), y] += 2.0
+    model = keras.Sequential(
+        [keras.Input((6,)), keras_halo.HALODense(3, embedding_dim=16)]
+    )
+    model.compile(keras.optimizers.Adam(0.01), keras_halo.HALOLoss())
+    model.fit(x[:600], y[:600], epochs=10, verbose=0)
+    return model, x[600:], y[600:]
+
+
+def abstain_probability(model, x):
+    scores = model.predict(x, verbose=0)
+    return keras_halo.decode_predictions(scores).abstain_probability
+
+
+@pytest.mark.parametrize("with_unknown", [False, True])
+def test_biases_that_follow_the_evidence_move_together(following, with_unknown):
+    model, x, y = following
+    head = model.layers[-1]
+    before = [to_numpy(weight) for weight in head.weights]
+    unknown = 5.0 * np.random.default_rng(1).normal(size=(100, 6))
+    unknown = unknown.astype("float32") if with_unknown else None
+    calibration = calibrate(model, x, y, unknown, verbose=0)
+    mean = [abstain_probability(model, x)]
+    mistakes = calibration.error_rate * len(x)
+    if with_unknown:
+        mean.append(abstain_probability(model, unknown))
+        mistakes += len(unknown)
+    mean = np.concatenate(mean)
+    expected = (mistakes + 0.5) / (len(mean) + 1.0)
+    assert mean.mean() == pytest.approx(expected, rel=1e-3)
+    assert calibration.nll <= calibration.old_nll + 1e-9
+    calibration.undo()
+    for old, new in zip(before, head.weights, strict=True):
+        np.testing.assert_array_equal(old, to_numpy(new))
+
+
+def test_kept_biases_keep_every_decision(following):
+    model, x, y = following
+    answers = keras_halo.decode_predictions(model.predict(x, verbose=0)).labels
+    calibration = calibrate(model, x, y, bias="keep", verbose=0)
+    assert calibration.temperature != calibration.old_temperature
+    after = keras_halo.decode_predictions(model.predict(x, verbose=0)).labels
+    # Two backgrounds add up to a little more where they are equal.
+    assert np.mean(answers == after) > 0.99
+    calibration.undo()
+
+
+def test_a_margin_is_for_the_published_head(following):
+    model, x, y = following
+    with pytest.raises(ValueError, match="fixed margin.*abstain_rate=0.01"):
+        calibrate(model, x, y, bias="margin", verbose=0)
+
+
+def test_a_rule_notices_that_the_biases_have_moved(following):
+    model, x, y = following
+    rule = keras_halo.rejection.CoverageRule(0.9)
+    rule.fit(model.predict(x, verbose=0))
+    calibration = calibrate(model, x, y, verbose=0)
+    with pytest.raises(ValueError, match="another model"):
+        rule.predict(model.predict(x, verbose=0))
+    calibration.undo()
+    assert rule.predict(model.predict(x, verbose=0)).coverage >= 0.9

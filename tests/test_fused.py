@@ -117,6 +117,94 @@ def test_head_and_its_gradients_are_those_of_the_formulas(shape, dtype):
         )
 
 
+@pytest.mark.parametrize("far_bias", [-4.0, -1.0, 2.0])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_far_background_and_its_gradients_are_those_of_the_formulas(
+    far_bias, dtype
+):
+    rtol = 1e-11 if dtype == "float64" else 2e-5
+
+    def by_the_formula(x, centroids, gamma, bias):
+        norm = geometry.mean_square(x)
+        near = ops.exp(ops.ones_like(norm) * bias)
+        far = ops.exp(0.5 * gamma * norm + far_bias)
+        scores = plain_scores(x, centroids, gamma, ops.log(near + far))
+        # Where it begins is a constant, which no gradient has to reach.
+        return scores
+
+    def fused_scores(x, centroids, gamma, bias):
+        far = ops.cast(ops.convert_to_tensor(far_bias), x.dtype)
+        return fused.packed_scores(x, centroids, gamma, bias, far)
+
+    with precision(dtype):
+        inputs = arrays((5, 3, 4), dtype)
+        factors = weights((5, 3), dtype)
+        factors[:, -2:] = 0.0
+        factors = ops.convert_to_tensor(factors)
+        results = [
+            value_and_gradients(
+                lambda *a, f=function: ops.sum(f(*a) * factors), *inputs
+            )
+            for function in (fused_scores, by_the_formula)
+        ]
+        parts = packing.unpack(
+            fused_scores(*map(ops.convert_to_tensor, inputs))
+        )
+    (value, gradients), (expected, plain) = results
+    np.testing.assert_allclose(value, expected, rtol=rtol, atol=10 * rtol)
+    for gradient, formula in zip(gradients, plain, strict=True):
+        np.testing.assert_allclose(
+            gradient, formula, rtol=rtol, atol=rtol * np.abs(formula).max()
+        )
+    np.testing.assert_allclose(
+        # The column holds one more than that.
+        1.0 + to_numpy(parts.far_radius),
+        1.0 + max(-far_bias / GAMMA, 1e-3),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("block_size", [None, 2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("form", ["integers", "one-hot"])
+def test_the_loss_of_a_far_background_keeps_to_the_published_margin(
+    form, smoothing, block_size
+):
+    if form == "one-hot" and block_size:
+        pytest.skip("blocks take integer labels")
+    num_classes, dim = 5, 3
+    x, centroids, gamma, _ = arrays((33, num_classes, dim), "float32")
+    labels = np.arange(33) % num_classes
+    y_true = labels if form == "integers" else np.eye(num_classes)[labels]
+    margin = geometry.abstain_bias(dim, num_classes, smoothing)
+
+    def loss(bias, far_bias=None):
+        def total(x):
+            scores = fused.packed_scores(
+                x,
+                ops.convert_to_tensor(centroids),
+                ops.convert_to_tensor(gamma),
+                ops.convert_to_tensor(np.float32(bias)),
+                far_bias and ops.convert_to_tensor(np.float32(far_bias)),
+            )
+            losses = halo_loss(
+                ops.convert_to_tensor(y_true),
+                scores,
+                label_smoothing=smoothing,
+                block_size=block_size,
+            )
+            return ops.sum(losses)
+
+        return value_and_gradients(total, x)
+
+    expected, (slope,) = loss(margin)
+    # Whatever the head decides by, the loss is the same, and so is its slope.
+    for near, far in ((0.0, -5.0), (30.0, 4.0), (-40.0, -0.1)):
+        value, (gradient,) = loss(near, far)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("smoothing, distill, radial_weight", LOSSES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_loss_and_its_gradient_are_those_of_the_formulas(

@@ -150,3 +150,34 @@ def test_check_packed_refuses_impossible_geometry(column, value):
     scores[3, column] = -(2.0**40) * (1.0 + value)
     with pytest.raises(ValueError, match="no packed geometry in 1 of 6 rows"):
         packing.check_packed(scores)
+
+
+# What keras_halo 0.1.0 predicted ----------------------------------------------
+
+
+def _old_scores():
+    """As 0.1.0 packed them: neither a far background nor a layout."""
+    return np.delete(_scores(), [-2, -1], axis=-1)
+
+
+def test_old_scores_are_refused_by_name_and_converted():
+    old = _old_scores()
+    with pytest.raises(ValueError, match=r"0\.1\.0.*upgrade_scores"):
+        packing.check_packed(old)
+    upgraded = packing.upgrade_scores(old)
+    np.testing.assert_array_equal(upgraded, _scores())
+    assert upgraded.dtype == old.dtype
+    packing.check_packed(upgraded)
+
+
+@pytest.mark.parametrize("other", [np.zeros((3, 9)), np.ones(3), np.ones(())])
+def test_nothing_but_old_scores_is_converted(other):
+    for scores in (other, _scores()):
+        with pytest.raises(ValueError, match=r"Expected packed scores of"):
+            packing.upgrade_scores(scores)
+
+
+def test_old_scores_in_a_graph_hold_no_packed_scores():
+    # Two classes fewer would be read, if nothing told the layouts apart.
+    parts = packing.unpack(ops.convert_to_tensor(_old_scores()))
+    np.testing.assert_array_equal(to_numpy(parts.embedding_dim), 0.0)
