@@ -66,7 +66,7 @@ x_unknown = x[y >= NUM_KNOWN]
 ## Build a model
 
 `HALODense` is the last layer. It emits *packed scores*: a column for every
-class, one for "I don't know", and three more with the geometry that the loss
+class, one for "I don't know", and five more with the geometry that the loss
 needs. Nothing but the loss and the functions of `keras_halo` has to know.
 """
 

@@ -42,6 +42,14 @@ WIDENING = 1.25
 # The farthest quantile, in deviations below the mean.
 MAX_OFFSET = 8.0
 
+# Samples farther from the mean than so many deviations count as that far: one
+# corrupted input must not throw the statistics off. Where half of a batch is
+# farther away, the statistics are of another network: they start anew.
+REACH = 30.0
+
+# Squares of evidence beyond this would overflow float32.
+MAX_EVIDENCE = 1e15
+
 EvidenceStatistics = collections.namedtuple(
     "EvidenceStatistics", ["mean", "variance", "offset", "count"]
 )
@@ -142,7 +150,10 @@ def updated(state, evidence, share, mask=None):
     ```
 
     Samples that are masked or not finite do not count, and a batch without any
-    other changes nothing.
+    other changes nothing. Samples farther than `30 * (1 + sqrt(variance))` from
+    the mean count as that far; where half of a batch is, it counts as the first
+    one. In the first one, samples count as far as from
+    `sinh(mean_i(arcsinh(evidence_i)))`.
 
     Args:
         state: `EvidenceStatistics`.
@@ -174,23 +185,44 @@ def updated(state, evidence, share, mask=None):
         # Not a product with zero: that of NaN is NaN.
         return ops.sum(ops.where(counted, values, 0.0), axis=0) * per_sample
 
-    quantile = state.mean + state.offset * ops.sqrt(state.variance)
+    evidence = ops.clip(evidence, -MAX_EVIDENCE, MAX_EVIDENCE)
+    deviation = ops.sqrt(state.variance)
+    reach = REACH * (1.0 + deviation)
+    shift = average(_within(evidence - state.mean, reach))
+    is_another = ops.any(ops.abs(shift) > 0.5 * reach)
+    count = ops.where(is_another, 0.0, state.count)
+    is_first = count < 0.5
+    # The first batch is compared with a mean of its own that outliers hardly
+    # move.
+    center = ops.sinh(average(ops.arcsinh(evidence)))
+    center = ops.where(is_first, center, state.mean)
+    reach = ops.where(is_first, REACH * (1.0 + ops.abs(center)), reach)
+    evidence = center + _within(evidence - center, reach)
+
+    quantile = state.mean + state.offset * deviation
     below = average(ops.cast(evidence < quantile, evidence.dtype))
     excess = below - share
     excess = ops.minimum(excess, ops.maximum(per_sample, MAX_EXCESS))
     # The first batch has no quantile to be compared with.
-    excess = ops.where(state.count > 0.5, excess, 0.0)
+    excess = ops.where(is_first, 0.0, excess)
     offset = ops.clip(state.offset - excess, -MAX_OFFSET, 0.0)
-    step = ops.maximum(1.0 / (state.count + 1.0), STEP)
+    step = ops.maximum(1.0 / (count + 1.0), STEP)
     mean = state.mean + step * (average(evidence) - state.mean)
-    deviation = evidence - mean
+    residual = evidence - mean
     variance = state.variance + step * (
-        average(deviation * deviation) - state.variance
+        average(residual * residual) - state.variance
     )
-    after = EvidenceStatistics(mean, variance, offset, state.count + 1.0)
+    after = EvidenceStatistics(mean, variance, offset, count + 1.0)
     return EvidenceStatistics(
         *(
             ops.where(some, new, old)
             for new, old in zip(after, state, strict=True)
         )
+    )
+
+
+def _within(distance, reach):
+    """Distances that end at a reach, which differs by column."""
+    return ops.where(
+        ops.abs(distance) > reach, ops.sign(distance) * reach, distance
     )

@@ -462,7 +462,8 @@ def training_bias(parts, label_smoothing, num_classes):
     Returns:
         Tensor of shape `(..., 1)`.
     """
-    # `geometry.abstain_bias` of an embedding size that is a tensor.
+    # `geometry.abstain_bias`, in a form that is finite also where the embedding
+    # size is unknown, and zero.
     margin = 40.0 / (parts.embedding_dim + 2.0)
     margin -= geometry.target_log_odds(num_classes, label_smoothing)
     return ops.where(parts.far_radius > 0.0, margin, parts.abstain_logit)

@@ -189,10 +189,7 @@ def abstain_bias(embedding_dim, num_classes, label_smoothing):
     Formula:
 
     ```python
-    bias = initial_temperature * (1 - shell) - log(p_hi / p_lo)
-    p_hi = 1 - label_smoothing + label_smoothing / num_classes
-    p_lo = label_smoothing / num_classes
-    # without smoothing: p_hi = 0.99, p_lo = 0.01 / num_classes
+    bias = initial_temperature * (1 - shell) - target_log_odds
     ```
 
     Args:
