@@ -1,8 +1,10 @@
 """Running quantiles settle, from any start, and nothing throws them off."""
 
+import functools
+
 import numpy as np
 import pytest
-from helpers import to_numpy
+from helpers import jit, to_numpy
 from keras import ops
 
 from keras_halo import evidence
@@ -23,12 +25,24 @@ def state_at(mean=0.0, variance=0.0, share=0.01, count=0.0):
     )
 
 
+@functools.lru_cache
+def compiled_update(share):
+    """One update as a compiled function: thousands of them are made here."""
+
+    def update(mean, variance, offset, count, batch):
+        state = evidence.EvidenceStatistics(mean, variance, offset, count)
+        return tuple(evidence.updated(state, batch, share))
+
+    return jit(update)
+
+
 def follow(state, draw, share, batches, size=32):
+    update = compiled_update(share)
     for _ in range(batches):
         batch = np.asarray(draw(size), "float32")
         batch = ops.convert_to_tensor(np.stack([batch, 3.0 * batch], axis=-1))
-        state = evidence.updated(state, batch, share)
-    return state
+        state = update(*state, batch)
+    return evidence.EvidenceStatistics(*state)
 
 
 def quantiles_of(state):
