@@ -82,8 +82,9 @@ class HALODense(TemperatureLayer):
             published method, without a far background. Defaults to `0.01`.
         normalize: Boolean, whether the input is divided by its mean magnitude
             before it is embedded, which dropout leaves as it is on average.
-            Without an embedding of its own the head never does. Defaults to
-            `True`.
+            Small features then get large gradients: for SGD in large steps,
+            such as a rate of 0.1 with momentum, switch it off. Without an
+            embedding of its own the head never normalizes. Defaults to `True`.
         label_smoothing: Float in `[0, 1)`, from which a head with
             `abstain_rate=None` takes its margin: give `HALOLoss` the same.
             Other heads refuse it, there it is the loss that smooths. Defaults
