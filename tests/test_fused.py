@@ -128,9 +128,7 @@ def test_a_far_background_and_its_gradients_are_those_of_the_formulas(
         norm = geometry.mean_square(x)
         near = ops.exp(ops.ones_like(norm) * bias)
         far = ops.exp(0.5 * gamma * norm + far_bias)
-        scores = plain_scores(x, centroids, gamma, ops.log(near + far))
-        # Where it begins is a constant, which no gradient has to reach.
-        return scores
+        return plain_scores(x, centroids, gamma, ops.log(near + far))
 
     def fused_scores(x, centroids, gamma, bias):
         far = ops.cast(ops.convert_to_tensor(far_bias), x.dtype)
@@ -139,6 +137,7 @@ def test_a_far_background_and_its_gradients_are_those_of_the_formulas(
     with precision(dtype):
         inputs = arrays((5, 3, 4), dtype)
         factors = weights((5, 3), dtype)
+        # Where the background begins, and the layout, are constants.
         factors[:, -2:] = 0.0
         factors = ops.convert_to_tensor(factors)
         results = [
