@@ -38,9 +38,10 @@ from networks import convnet
 from sklearn.metrics import roc_auc_score
 
 import keras_halo
-from keras_halo.fitting import fit_class_gaussians, head_tensors
-from keras_halo.ood import ood_score
-from keras_halo.statistics import class_statistics
+from keras_halo.ops.class_statistics import class_statistics
+from keras_halo.ops.ood_scores import ood_score
+from keras_halo.workflows.fit_class_gaussians import fit_class_gaussians
+from keras_halo.workflows.graph import head_tensors
 
 NUM_CLASSES = 10
 
@@ -113,7 +114,7 @@ def candidates(embeddings, scores, means, covariances):
         )
         determinant = 0.5 * np.linalg.slogdet(covariance)[1]
         radial = dim * keras.ops.convert_to_numpy(
-            keras_halo.geometry.radial_nll(
+            keras_halo.ops.geometry.radial_nll(
                 keras.ops.convert_to_tensor(squares / dim), dim
             )
         )

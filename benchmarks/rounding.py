@@ -19,8 +19,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_halo import geometry, packing
 from keras_halo.losses import halo_loss
+from keras_halo.ops import geometry, packing
 
 MANTISSAS = {"float32": 23, "TF32": 10, "bfloat16": 7}
 NUM_CLASSES = 100

@@ -32,13 +32,8 @@ import numpy as np
 from keras import layers, ops
 from networks import convnet, resnet18
 
-from keras_halo import (
-    HALODense,
-    HALOLoss,
-    decode_predictions,
-    ood_score,
-    packing,
-)
+from keras_halo import HALODense, HALOLoss, decode_predictions, ood_score
+from keras_halo.ops import packing
 
 BACKEND = keras.backend.backend()
 SIZES = ((256, 10, 10), (256, 512, 1000), (64, 768, 50_000))

@@ -15,7 +15,8 @@ from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 
 import keras_halo
-from keras_halo import HALODense, HALOLoss, decode_predictions, geometry
+from keras_halo import HALODense, HALOLoss, decode_predictions
+from keras_halo.ops import geometry
 
 IMAGES = pathlib.Path(__file__).parent / "images"
 SCHEMES = {

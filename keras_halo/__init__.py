@@ -2,29 +2,31 @@
 
 from keras_halo import (
     callbacks,
-    geometry,
     layers,
     losses,
     metrics,
-    packing,
+    ops,
     plots,
     rejection,
+    workflows,
 )
-from keras_halo.calibration import Calibration, calibrate
 from keras_halo.callbacks import OODMonitor
-from keras_halo.conversion import convert_head
-from keras_halo.evaluation import OODReport, evaluate_ood
-from keras_halo.fitting import fit_class_gaussians
-from keras_halo.labels import matches
 from keras_halo.layers import HALODense, HALOSimilarity, HALOSoftmax
 from keras_halo.losses import HALOContrastiveLoss, HALOLoss
-from keras_halo.ood import OOD_METHODS, ood_score
-from keras_halo.predictions import (
+from keras_halo.ops.labels import matches
+from keras_halo.ops.ood_scores import OOD_METHODS, ood_score
+from keras_halo.version import __version__
+from keras_halo.workflows import (
+    Calibration,
+    OODReport,
     Predictions,
+    calibrate,
+    convert_head,
     decode_predictions,
+    evaluate_ood,
+    fit_class_gaussians,
     pair_log_odds,
 )
-from keras_halo.version import __version__
 
 __all__ = [
     "OOD_METHODS",
@@ -44,14 +46,18 @@ __all__ = [
     "decode_predictions",
     "evaluate_ood",
     "fit_class_gaussians",
-    "geometry",
     "layers",
     "losses",
     "matches",
     "metrics",
     "ood_score",
-    "packing",
+    "ops",
     "pair_log_odds",
     "plots",
     "rejection",
+    "workflows",
 ]
+
+
+def __dir__():
+    return sorted(__all__)

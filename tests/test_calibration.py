@@ -6,9 +6,9 @@ import pytest
 from helpers import to_numpy
 
 import keras_halo
-from keras_halo import geometry
-from keras_halo.calibration import calibrate
-from keras_halo.fitting import fit_class_gaussians
+from keras_halo.ops import geometry
+from keras_halo.workflows.calibrate import calibrate
+from keras_halo.workflows.fit_class_gaussians import fit_class_gaussians
 
 special = pytest.importorskip("scipy.special")
 

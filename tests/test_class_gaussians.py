@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from keras import ops
 
 import keras_halo
-from keras_halo.fitting import find_head, fit_class_gaussians, head_tensors
-from keras_halo.labels import class_indices
 from keras_halo.layers import ClassGaussians
 from keras_halo.layers.class_gaussians import gaussian_nll
-from keras_halo.ood import ood_score
-from keras_halo.statistics import class_statistics
+from keras_halo.ops.class_statistics import class_statistics
+from keras_halo.ops.labels import class_indices
+from keras_halo.ops.ood_scores import ood_score
+from keras_halo.workflows.fit_class_gaussians import fit_class_gaussians
+from keras_halo.workflows.graph import find_head, head_tensors
 
 stats = pytest.importorskip("scipy.stats")
 covariance = pytest.importorskip("sklearn.covariance")

@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 
 import keras_halo
 from keras_halo import HALODense, HALOLoss, HALOSoftmax, convert_head
-from keras_halo.conversion import ClassMoments, oracle_shrinkage, whitening
+from keras_halo.workflows.convert_head import (
+    ClassMoments,
+    oracle_shrinkage,
+    whitening,
+)
 
 NUM_TRAINING = 1200
 

@@ -10,7 +10,7 @@ from keras.src import testing
 import keras_halo
 from keras_halo.layers import ClassGaussians, Decision, OODScore
 from keras_halo.layers.decision import rounded_down
-from keras_halo.ood import OOD_METHODS, ood_score
+from keras_halo.ops.ood_scores import OOD_METHODS, ood_score
 
 POLICIES = {
     "float32": "float32",

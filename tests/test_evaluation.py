@@ -10,7 +10,7 @@ import pytest
 from helpers import naive_softmax, packed
 
 import keras_halo
-from keras_halo.evaluation import OODReport, evaluate_ood
+from keras_halo.workflows import OODReport, evaluate_ood
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 
@@ -118,7 +118,7 @@ def test_report_equals_numbers_computed_by_hand(model):
         for key, value in values.items():
             found = getattr(known, f"{key}_{name}")
             assert found == pytest.approx(value, rel=1e-4), (key, name)
-    ood = keras_halo.ood.ood_score(scores)
+    ood = keras_halo.ops.ood_scores.ood_score(scores)
     np.testing.assert_allclose(known.scores, ood, rtol=1e-4, atol=1e-4)
     errors = (best != Y)[np.argsort(known.scores)]
     risk = np.cumsum(errors) / np.arange(1, 193)
@@ -128,7 +128,7 @@ def test_report_equals_numbers_computed_by_hand(model):
 
     for name, x in UNKNOWN.items():
         scores = model.predict(x, verbose=0)
-        other = keras_halo.ood.ood_score(scores)
+        other = keras_halo.ops.ood_scores.ood_score(scores)
         result = report[name]
         assert result.count == len(x)
         assert result.auroc == pytest.approx(by_hand_auroc(ood, other))
@@ -359,7 +359,7 @@ def test_method_by_name_and_by_function(model, reference):
     assert named["near"].auroc != reference["near"].auroc
 
     def my_score(scores):
-        return keras_halo.ood.ood_score(scores, "nearest")
+        return keras_halo.ops.ood_scores.ood_score(scores, "nearest")
 
     own = evaluate_ood(model, (X, Y), UNKNOWN, method=my_score, verbose=0)
     assert own.method == "my_score"

@@ -7,7 +7,7 @@ import pytest
 from helpers import jit, to_numpy
 from keras import ops
 
-from keras_halo import evidence
+from keras_halo.ops import evidence
 
 
 def state_at(mean=0.0, variance=0.0, share=0.01, count=0.0):

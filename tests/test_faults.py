@@ -299,7 +299,9 @@ def test_what_any_backend_saved_in_an_earlier_release_still_works(
         pytest.skip(f"Keras loads no files of a later Keras, here {saved_by}")
     with np.load(DATA / f"predictions-{name}.npz") as arrays:
         expected = dict(arrays)
-    expected["scores"] = keras_halo.packing.upgrade_scores(expected["scores"])
+    expected["scores"] = keras_halo.ops.packing.upgrade_scores(
+        expected["scores"]
+    )
     rng = np.random.default_rng(0)
     x = rng.normal(size=(48, 4)).astype("float32")
     y = np.argmax(x[:, :3], axis=-1)

@@ -14,15 +14,9 @@ from helpers import (
 )
 from keras import ops
 
-from keras_halo import (
-    HALODense,
-    HALOLoss,
-    blockwise,
-    fused,
-    geometry,
-    packing,
-)
+from keras_halo import HALODense, HALOLoss
 from keras_halo.losses import halo_loss
+from keras_halo.ops import blockwise, fused, geometry, packing
 
 GAMMA, BIAS = 3.0, -0.7
 SHAPES = [(1, 2, 2), (5, 3, 4), (4, 17, 6), (33, 4, 3)]

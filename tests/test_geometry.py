@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_halo import geometry
+from keras_halo.ops import geometry
 
 SIZES = {
     "batch": st.integers(1, 5),

@@ -10,8 +10,8 @@ import pytest
 from helpers import float64, jit, to_numpy, value_and_gradients
 from keras import ops
 
-from keras_halo import geometry, packing
 from keras_halo.losses import halo_loss
+from keras_halo.ops import geometry, packing
 
 CASES = json.loads(
     (pathlib.Path(__file__).parent / "data" / "golden.json").read_text()

@@ -7,7 +7,8 @@ from helpers import float64, packed, to_numpy, value_and_gradients
 from keras import ops
 from keras.src import testing
 
-from keras_halo import HALODense, HALOLoss, geometry, packing
+from keras_halo import HALODense, HALOLoss
+from keras_halo.ops import geometry, packing
 
 POLICIES = {
     "float32": "float32",

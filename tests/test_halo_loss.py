@@ -334,10 +334,12 @@ def test_an_embedding_on_its_centroid_is_pushed_off_it():
     c = np.zeros((2, D), "float32")
 
     def radial_only(x):
-        scores = keras_halo.packing.pack(
-            keras_halo.geometry.class_logits(x, ops.convert_to_tensor(c), 5.0),
+        scores = keras_halo.ops.packing.pack(
+            keras_halo.ops.geometry.class_logits(
+                x, ops.convert_to_tensor(c), 5.0
+            ),
             0.0,
-            keras_halo.geometry.mean_square(x),
+            keras_halo.ops.geometry.mean_square(x),
             5.0,
             D,
         )

@@ -16,14 +16,9 @@ from hypothesis import strategies as st
 from keras import ops
 
 import keras_halo
-from keras_halo import (
-    HALOContrastiveLoss,
-    HALOLoss,
-    HALOSimilarity,
-    geometry,
-    packing,
-)
+from keras_halo import HALOContrastiveLoss, HALOLoss, HALOSimilarity
 from keras_halo.layers.halo_similarity import similarity_scores
+from keras_halo.ops import geometry, packing
 
 D = 6
 POLICIES = {

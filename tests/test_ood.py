@@ -15,7 +15,7 @@ from keras import ops
 
 import keras_halo
 from keras_halo.layers import OODScore
-from keras_halo.ood import OOD_METHODS, ood_score, radial_tail
+from keras_halo.ops.ood_scores import OOD_METHODS, ood_score, radial_tail
 
 stats = pytest.importorskip("scipy.stats")
 

@@ -10,7 +10,7 @@ import pytest
 
 import keras_halo
 from keras_halo.callbacks import OODMonitor
-from keras_halo.evaluation import evaluate_ood
+from keras_halo.workflows import evaluate_ood
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 

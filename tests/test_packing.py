@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_halo import packing
+from keras_halo.ops import packing
 
 
 def _scores(batch=6, num_classes=10, embedding_dim=8, scale=1.0, seed=0):

@@ -513,7 +513,7 @@ def test_missing_matplotlib_says_what_to_install(monkeypatch):
 def test_the_package_imports_without_matplotlib():
     code = (
         "import sys; sys.modules['matplotlib'] = None; "
-        "import keras_halo.plots, keras_halo.evaluation, keras_halo.callbacks"
+        "import keras_halo.plots, keras_halo.workflows, keras_halo.callbacks"
     )
     subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
 

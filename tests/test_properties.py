@@ -24,10 +24,9 @@ from keras_halo import (
     HALOLoss,
     HALOSimilarity,
     HALOSoftmax,
-    geometry,
-    packing,
 )
 from keras_halo.losses import halo_loss
+from keras_halo.ops import geometry, packing
 
 # Samples, classes, embedding size.
 SHAPES = [(1, 2, 2), (7, 5, 4)]

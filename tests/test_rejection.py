@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_halo
-from keras_halo.ood import OOD_METHODS, ood_score
+from keras_halo.ops.ood_scores import OOD_METHODS, ood_score
 from keras_halo.rejection import (
     ConformalRule,
     CoverageRule,

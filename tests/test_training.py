@@ -7,7 +7,8 @@ from helpers import float64, naive_softmax, to_numpy
 from keras import ops
 
 import keras_halo
-from keras_halo import HALODense, HALOLoss, HALOSoftmax, geometry
+from keras_halo import HALODense, HALOLoss, HALOSoftmax
+from keras_halo.ops import geometry
 
 
 def _sigmoid(x):

@@ -27,7 +27,7 @@ from keras import layers, ops
 from networks import block_outputs
 
 import keras_halo
-from keras_halo import packing
+from keras_halo.ops import packing
 from ood_bench import posthoc
 
 _BATCH_SIZE = 250
@@ -285,7 +285,9 @@ def roundness(labels, embeddings, centroids):
     Returns:
         Scalar tensor.
     """
-    centroids = keras_halo.geometry.centered(ops.convert_to_tensor(centroids))
+    centroids = keras_halo.ops.geometry.centered(
+        ops.convert_to_tensor(centroids)
+    )
     labels = ops.cast(ops.reshape(labels, (-1,)), "int32")
     residuals = embeddings - ops.take(centroids, labels, axis=0)
     dim = embeddings.shape[-1]

@@ -32,7 +32,7 @@ from scipy.special import log_softmax, logsumexp, softmax
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.neighbors import NearestNeighbors
 
-from keras_halo.statistics import class_statistics
+from keras_halo.ops.class_statistics import class_statistics
 
 # Queries that the search for neighbours answers at a time.
 _CHUNK = 2000

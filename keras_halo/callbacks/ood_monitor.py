@@ -2,8 +2,8 @@ import keras
 import numpy as np
 
 from keras_halo import metrics
-from keras_halo.evaluation.batches import check_readable
-from keras_halo.evaluation.predicting import (
+from keras_halo.utils.batches import check_readable
+from keras_halo.workflows.predicting import (
     check_score_method,
     check_sets,
     predict_answers,

@@ -4,10 +4,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_halo import geometry
-from keras_halo.precision import computation_dtype
-from keras_halo.shapes import axis_length
-from keras_halo.validation import check_floating
+from keras_halo.ops import geometry
+from keras_halo.utils.checks import check_floating
+from keras_halo.utils.precision import computation_dtype
+from keras_halo.utils.shapes import axis_length
 
 # Squared lengths below this count as it: the logarithm of zero has no value,
 # and its slope nearby no bound.

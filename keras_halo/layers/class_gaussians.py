@@ -4,10 +4,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_halo import geometry, ood, packing
 from keras_halo.layers.score_layer import ScoreLayer
-from keras_halo.statistics import class_statistics
-from keras_halo.validation import check_units
+from keras_halo.ops import geometry, ood_scores, packing
+from keras_halo.ops.class_statistics import class_statistics
+from keras_halo.utils.checks import check_units
 
 
 def gaussian_nll(embeddings, means, whitenings, log_normalizers):
@@ -174,8 +174,9 @@ class ClassGaussians(ScoreLayer):
                 shape `(..., units)`.
 
         Raises:
-            ValueError: As `keras_halo.statistics.class_statistics` does. The
-                layer is left as it was.
+            ValueError: As `class_statistics` of
+                `keras_halo.ops.class_statistics` does. The layer is left as it
+                was.
             ImportError: If scikit-learn is missing.
         """
         means, covariances = class_statistics(embeddings, labels, self.units)
@@ -208,7 +209,7 @@ class ClassGaussians(ScoreLayer):
             ops.convert_to_tensor(self.whitenings, self.head_dtype),
             ops.convert_to_tensor(self.log_normalizers, self.head_dtype),
         )
-        odds = ood.abstain_log_odds(ops.cast(scores, self.head_dtype))
+        odds = ood_scores.abstain_log_odds(ops.cast(scores, self.head_dtype))
         return ops.min(densities, axis=-1) + ops.squeeze(odds, axis=-1)
 
     def compute_output_shape(self, embeddings_shape, scores_shape):

@@ -5,10 +5,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_halo import ood, packing
 from keras_halo.layers.score_layer import ScoreLayer
-from keras_halo.precision import computation_dtype
-from keras_halo.predictions import ABSTAINED
+from keras_halo.ops import ood_scores, packing
+from keras_halo.ops.labels import ABSTAINED
+from keras_halo.utils.precision import computation_dtype
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -76,7 +76,7 @@ class Decision(ScoreLayer):
     def __init__(self, threshold=None, method="abstain", **kwargs):
         _check_threshold(threshold)
         if method is not None:
-            ood.check_method(method)
+            ood_scores.check_method(method)
         elif threshold is None:
             raise ValueError(
                 "`method=None` compares scores that are passed in with a "
@@ -135,7 +135,7 @@ class Decision(ScoreLayer):
     def _judged(self, scores, given):
         if self.method is None:
             return ops.cast(given, self.head_dtype)
-        return ood.ood_score(scores, self.method)
+        return ood_scores.ood_score(scores, self.method)
 
     def compute_output_shape(self, scores_shape, ood_shape=None):
         return tuple(scores_shape[:-1])

@@ -1,8 +1,8 @@
 import keras
 from keras import ops
 
-from keras_halo import fused, geometry
-from keras_halo.precision import computation_dtype
+from keras_halo.ops import fused, geometry
+from keras_halo.utils.precision import computation_dtype
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -12,7 +12,7 @@ class FeatureNormalization(keras.layers.Layer):
     Stands before an embedding that has been taken out of a head, where
     embeddings are needed by themselves.
 
-    Formula: that of `keras_halo.geometry.normalized_features`.
+    Formula: that of `keras_halo.ops.geometry.normalized_features`.
 
     Args:
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.

@@ -4,16 +4,16 @@ import keras
 import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
-from keras_halo import evidence, fused, geometry, packing
 from keras_halo.layers.temperature_layer import TemperatureLayer
-from keras_halo.precision import exact_constant
-from keras_halo.validation import (
+from keras_halo.ops import evidence, fused, geometry, packing
+from keras_halo.utils.checks import (
     check_abstain_rate,
     check_embedding_dim,
     check_floating,
     check_label_smoothing,
     check_units,
 )
+from keras_halo.utils.precision import exact_constant
 
 # Centroids start close together, so that class logits start near zero: a head
 # whose centroids start on their shells abstains from everything at first.
@@ -374,7 +374,7 @@ class HALODense(TemperatureLayer):
 
         Args:
             samples: Array of shape `(N, 2)`, what
-                `keras_halo.evidence.class_evidence` gives for known inputs.
+                `keras_halo.ops.evidence.class_evidence` gives for known inputs.
         """
         samples = np.asarray(samples, "float64")
         mean, deviation = samples.mean(axis=0), samples.std(axis=0)

@@ -1,11 +1,11 @@
 import keras
 from keras import ops
 
-from keras_halo import fused, geometry, packing
 from keras_halo.layers.halo_dense import HALODense
 from keras_halo.layers.temperature_layer import TemperatureLayer
-from keras_halo.shapes import axis_length
-from keras_halo.validation import check_floating, check_label_smoothing
+from keras_halo.ops import fused, geometry, packing
+from keras_halo.utils.checks import check_floating, check_label_smoothing
+from keras_halo.utils.shapes import axis_length
 
 
 def similarity_scores(queries, keys, temperature, label_smoothing):
@@ -19,8 +19,8 @@ def similarity_scores(queries, keys, temperature, label_smoothing):
     packed = [s | b | neutral(|queries|^2, gamma, D, 0, layout)]
     ```
 
-    with `b` the `keras_halo.geometry.abstain_bias` of as many classes as there
-    are keys.
+    with `b` the `abstain_bias` of `keras_halo.ops.geometry` of as many classes
+    as there are keys.
 
     Args:
         queries: Tensor of shape `(B, D)`.

@@ -1,8 +1,8 @@
 import keras
 from keras import ops
 
-from keras_halo import packing
 from keras_halo.layers.score_layer import ScoreLayer
+from keras_halo.ops import packing
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")

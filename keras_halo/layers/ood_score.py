@@ -1,8 +1,8 @@
 import keras
 from keras import ops
 
-from keras_halo import ood, packing
 from keras_halo.layers.score_layer import ScoreLayer
+from keras_halo.ops import ood_scores, packing
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -38,7 +38,7 @@ class OODScore(ScoreLayer):
     """
 
     def __init__(self, method="abstain", **kwargs):
-        ood.check_method(method)
+        ood_scores.check_method(method)
         super().__init__(**kwargs)
         self.method = method
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
@@ -52,7 +52,9 @@ class OODScore(ScoreLayer):
         self.built = True
 
     def call(self, inputs):
-        return ood.ood_score(ops.cast(inputs, self.head_dtype), self.method)
+        return ood_scores.ood_score(
+            ops.cast(inputs, self.head_dtype), self.method
+        )
 
     def compute_output_shape(self, input_shape):
         return tuple(input_shape[:-1])

@@ -1,7 +1,7 @@
 import keras
 
-from keras_halo.packing import NUM_EXTRA_COLUMNS, OLD_EXTRA_COLUMNS
-from keras_halo.precision import computation_dtype
+from keras_halo.ops.packing import NUM_EXTRA_COLUMNS, OLD_EXTRA_COLUMNS
+from keras_halo.utils.precision import computation_dtype
 
 _MARK = "packed_columns"
 

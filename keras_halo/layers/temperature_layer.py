@@ -2,8 +2,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_halo import geometry
-from keras_halo.precision import computation_dtype, exact_constant
+from keras_halo.ops import geometry
+from keras_halo.utils.precision import computation_dtype, exact_constant
 
 # What marks weights whose `raw_gamma` is zero at the start of training.
 _MARK = "raw_gamma_origin"

@@ -1,9 +1,9 @@
 import keras
 from keras import ops
 
-from keras_halo import packing
-from keras_halo.labels import matches
 from keras_halo.losses.halo_loss import HALOLoss
+from keras_halo.ops import packing
+from keras_halo.ops.labels import matches
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")

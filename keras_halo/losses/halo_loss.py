@@ -3,11 +3,11 @@ import numpy as np
 from keras import ops
 from keras.src import backend
 
-from keras_halo import blockwise, fused, geometry, packing
-from keras_halo.labels import are_integer_labels
-from keras_halo.precision import computation_dtype
-from keras_halo.shapes import axis_length
-from keras_halo.validation import check_block_size, check_label_smoothing
+from keras_halo.ops import blockwise, fused, geometry, packing
+from keras_halo.ops.labels import are_integer_labels
+from keras_halo.utils.checks import check_block_size, check_label_smoothing
+from keras_halo.utils.precision import computation_dtype
+from keras_halo.utils.shapes import axis_length
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")

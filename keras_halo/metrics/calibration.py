@@ -11,7 +11,7 @@ import collections
 
 import numpy as np
 
-from keras_halo.metrics.checks import check_finite, to_array
+from keras_halo.utils.checks import check_finite, to_array
 
 # The smallest normal float32: about what a float32 model can output at all.
 PROBABILITY_FLOOR = float(np.finfo("float32").tiny)

@@ -8,7 +8,7 @@ from keras_halo.metrics.samples import (
     one_hot,
     to_samples,
 )
-from keras_halo.precision import computation_dtype
+from keras_halo.utils.precision import computation_dtype
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")

@@ -2,7 +2,7 @@ import keras
 from keras import ops
 
 from keras_halo.metrics.samples import check_labels_given, to_samples
-from keras_halo.precision import computation_dtype
+from keras_halo.utils.precision import computation_dtype
 
 
 def compensated_add(total, correction, increment):

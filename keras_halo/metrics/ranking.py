@@ -7,8 +7,8 @@ them, so that distances of thousands stay apart.
 
 import numpy as np
 
-from keras_halo.extras import require
-from keras_halo.metrics.checks import finite_vector
+from keras_halo.utils.checks import finite_vector
+from keras_halo.utils.extras import require
 
 SIDES = ("known", "unknown")
 

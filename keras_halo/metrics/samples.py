@@ -10,8 +10,8 @@ import numpy as np
 from keras import ops
 from keras.src import backend
 
-from keras_halo import packing
-from keras_halo.labels import are_integer_labels
+from keras_halo.ops import packing
+from keras_halo.ops.labels import are_integer_labels
 
 Samples = collections.namedtuple(
     "Samples", ["logits", "labels", "weights", "packed"]

@@ -9,7 +9,7 @@ import collections
 
 import numpy as np
 
-from keras_halo.metrics.checks import finite_vector
+from keras_halo.utils.checks import finite_vector
 
 RiskCoverageCurve = collections.namedtuple(
     "RiskCoverageCurve", ["coverage", "risk", "threshold"]

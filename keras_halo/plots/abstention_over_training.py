@@ -2,8 +2,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from keras_halo.metrics.checks import finite_vector
 from keras_halo.plots import drawing
+from keras_halo.utils.checks import finite_vector
 
 _SUFFIX = "_abstention_rate"
 

@@ -1,6 +1,6 @@
 """What the plots share: the import of matplotlib, colours."""
 
-from keras_halo.extras import require
+from keras_halo.utils.extras import require
 
 # Ten colours that stay apart with every common form of colour blindness
 # (Matthew A. Petroff, Accessible Color Sequences for Data Visualization,

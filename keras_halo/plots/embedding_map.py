@@ -1,8 +1,8 @@
 import numpy as np
 
-from keras_halo.metrics.checks import check_finite, finite_vector, to_array
 from keras_halo.plots import drawing
 from keras_halo.plots.projection import principal_plane, shell_radius
+from keras_halo.utils.checks import check_finite, finite_vector, to_array
 
 # More classes than this get a colour bar instead of labels at their centroids.
 _MAX_LABELLED = 20

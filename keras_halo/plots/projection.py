@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_halo import geometry
+from keras_halo.ops import geometry
 
 
 def shell_radius(embedding_dim, mass=0.95):

@@ -1,8 +1,8 @@
 import numpy as np
 
 from keras_halo.metrics import aurc, risk_coverage_curve
-from keras_halo.metrics.checks import to_array
 from keras_halo.plots import drawing
+from keras_halo.utils.checks import to_array
 
 _GID = "keras_halo_risk_coverage"
 

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from keras_halo.extras import require
+from keras_halo.utils.extras import require
 
 # Doubles that should be an integer, such as 0.07 * 100, may miss it by this.
 _ROUNDING = 1e-12

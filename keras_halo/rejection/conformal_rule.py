@@ -1,10 +1,10 @@
 import numpy as np
 
-from keras_halo.extras import require
 from keras_halo.rejection import bounds
 from keras_halo.rejection.readings import check_fraction
 from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.wording import percent
+from keras_halo.utils.extras import require
 
 
 class ConformalRule(RejectionRule):

@@ -6,10 +6,10 @@ import numbers
 import numpy as np
 from keras import ops
 
-from keras_halo import ood, packing
-from keras_halo.labels import class_indices
-from keras_halo.precision import as_array
+from keras_halo.ops import ood_scores, packing
+from keras_halo.ops.labels import class_indices
 from keras_halo.rejection.fitted import Fingerprint, nearly_equal
+from keras_halo.utils.precision import as_array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ def _ood_scores(array, method):
     rows = array.reshape(-1, array.shape[-1])
     filling = (1 << (len(rows) - 1).bit_length()) - len(rows)
     filled = np.pad(rows, ((0, filling), (0, 0)), mode="edge")
-    scores = ood.ood_score(filled, method)[: len(rows)]
+    scores = ood_scores.ood_score(filled, method)[: len(rows)]
     return scores.reshape(array.shape[:-1]).astype("float64")
 
 

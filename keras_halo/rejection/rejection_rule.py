@@ -1,8 +1,8 @@
 import numpy as np
 
-from keras_halo import ood
 from keras_halo.layers.decision import Decision
-from keras_halo.predictions import ABSTAINED
+from keras_halo.ops import ood_scores
+from keras_halo.ops.labels import ABSTAINED
 from keras_halo.rejection import storage
 from keras_halo.rejection.decisions import Decisions
 from keras_halo.rejection.fitted import Calibration, Fitted
@@ -56,7 +56,7 @@ class RejectionRule:
 
     def __init__(self, method):
         if method is not None:
-            ood.check_method(method)
+            ood_scores.check_method(method)
         self.method = method
         self._fitted = None
 

@@ -1,7 +1,7 @@
 """Head and loss as one operation each, with gradients derived by hand.
 
-The formulas are those of `keras_halo.geometry`; what is here computes the same
-numbers in as few passes over memory as they need:
+The formulas are those of `keras_halo.ops.geometry`; what is here computes the
+same numbers in as few passes over memory as they need:
 
 - The centring acts on products instead of on the centroids, so that no second
   array of their size is made: `dot(x, c_k) = dot(x, C_k) - dot(x, m)` and
@@ -24,7 +24,7 @@ account for them.
 import keras
 from keras import ops
 
-from keras_halo import geometry, packing
+from keras_halo.ops import geometry, packing
 
 _NARROW = ("bool", "int8", "uint8", "int16", "uint16")
 

@@ -1,6 +1,6 @@
 """The loss of integer labels in blocks of classes, for very many classes.
 
-The same numbers as `keras_halo.fused.integer_label_losses`, from arrays of
+The same numbers as `keras_halo.ops.fused.integer_label_losses`, from arrays of
 `block_size` columns: beside the scores and their gradient no array of the size
 of the scores is made. The loop over the blocks is a loop of the graph: were it
 unrolled, XLA would work on many blocks at a time and hold them all.
@@ -11,8 +11,8 @@ import math
 import keras
 from keras import ops
 
-from keras_halo import geometry, packing
-from keras_halo.fused import (
+from keras_halo.ops import geometry, packing
+from keras_halo.ops.fused import (
     abstain_slope,
     at_labels,
     is_known,

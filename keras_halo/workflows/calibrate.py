@@ -4,11 +4,12 @@ import dataclasses
 
 import numpy as np
 
-from keras_halo import geometry, packing
-from keras_halo.extras import require
-from keras_halo.fitting import counted, find_head
-from keras_halo.labels import class_indices
 from keras_halo.metrics import expected_calibration_error
+from keras_halo.ops import geometry, packing
+from keras_halo.ops.labels import class_indices
+from keras_halo.utils.batches import counted
+from keras_halo.utils.extras import require
+from keras_halo.workflows.graph import find_head
 
 BIAS_METHODS = ("mistakes", "margin", "keep")
 

@@ -3,9 +3,8 @@ import dataclasses
 import numpy as np
 from keras import ops
 
-from keras_halo import geometry, packing
-
-ABSTAINED = -1
+from keras_halo.ops import geometry, packing
+from keras_halo.ops.labels import ABSTAINED
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

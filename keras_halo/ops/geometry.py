@@ -23,7 +23,7 @@ import math
 
 from keras import backend, ops
 
-from keras_halo.shapes import axis_length
+from keras_halo.utils.shapes import axis_length
 
 # Below this squared radius the logarithm of the radial term continues as its
 # tangent, which bounds the push off a centroid that an embedding sits on.

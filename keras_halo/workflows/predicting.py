@@ -7,9 +7,13 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
-from keras_halo import packing
-from keras_halo.evaluation.batches import counted_positions, read_batches
-from keras_halo.ood import OOD_METHODS, check_method, ood_score
+from keras_halo.ops import packing
+from keras_halo.ops.ood_scores import OOD_METHODS, check_method, ood_score
+from keras_halo.utils.batches import (
+    counted,
+    counted_positions,
+    read_batches,
+)
 
 FITTED = "fitted"
 
@@ -287,3 +291,30 @@ def _score(packed, fitted, method, where):
             f"or infinite, from method={name_of_method(method)!r}."
         )
     return score.astype("float64")
+
+
+def embedded_batches(embedder, data, batch_size):
+    """Embeddings and labels of what counts, batch by batch; to be closed.
+
+    Args:
+        embedder: Keras model from inputs to embeddings.
+        data: Arrays or a dataset with labels, see `read_batches`.
+        batch_size: Optional integer, for arrays.
+
+    Yields:
+        Pairs of NumPy arrays, see `counted`.
+
+    Raises:
+        ValueError: If labels are missing, or they or weights do not fit.
+    """
+    with (
+        inference_mode(embedder),
+        contextlib.closing(read_batches(data, batch_size)) as batches,
+    ):
+        for batch, labels, weights in batches:
+            if labels is None:
+                raise ValueError(
+                    "Labels are missing. Received: `x` without labels and "
+                    "y=None. Pass `y`, or a dataset of batches `(x, y)`."
+                )
+            yield counted(embedder.predict_on_batch(batch), labels, weights)

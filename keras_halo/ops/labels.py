@@ -3,7 +3,10 @@
 import numpy as np
 from keras import ops
 
-from keras_halo import packing
+from keras_halo.ops import packing
+
+# The label of an input on which a model or a rule abstains.
+ABSTAINED = -1
 
 
 def are_integer_labels(y_true_shape, y_pred_shape):

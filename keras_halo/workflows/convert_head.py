@@ -6,17 +6,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_halo import evidence, packing
-from keras_halo.evaluation.batches import check_readable
-from keras_halo.fitting import (
-    check_weights_have_labels,
-    embedded_batches,
-    embedding_of,
-    free_name,
-    input_structure,
-)
-from keras_halo.labels import class_indices
 from keras_halo.layers.halo_dense import HALODense
+from keras_halo.ops import evidence, packing
+from keras_halo.ops.labels import class_indices
+from keras_halo.utils.batches import check_readable, check_weights_have_labels
+from keras_halo.workflows.graph import embedding_of, free_name, input_structure
+from keras_halo.workflows.predicting import embedded_batches
 
 # What a classifier may do to its logits before it emits them.
 _ACTIVATIONS = ("linear", "softmax", "sigmoid")

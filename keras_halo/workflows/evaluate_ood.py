@@ -1,20 +1,20 @@
 import numpy as np
 
 from keras_halo import metrics
-from keras_halo.evaluation.batches import check_readable, count_batches
-from keras_halo.evaluation.ood_report import (
+from keras_halo.utils.batches import check_readable, count_batches
+from keras_halo.utils.progress import Progress
+from keras_halo.workflows.ood_report import (
     KnownResult,
     OODReport,
     UnknownResult,
 )
-from keras_halo.evaluation.predicting import (
+from keras_halo.workflows.predicting import (
     check_score_method,
     check_sets,
     name_of_method,
     predict_answers,
 )
-from keras_halo.evaluation.progress import Progress
-from keras_halo.predictions import decode_predictions
+from keras_halo.workflows.predictions import decode_predictions
 
 
 def evaluate_ood(

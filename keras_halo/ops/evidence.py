@@ -25,7 +25,7 @@ import statistics
 
 from keras import ops
 
-from keras_halo import geometry
+from keras_halo.ops import geometry
 
 # The weight of a batch in the running mean and variance.
 STEP = 0.03

@@ -29,7 +29,7 @@ import collections
 import numpy as np
 from keras import ops
 
-from keras_halo.shapes import axis_length
+from keras_halo.utils.shapes import axis_length
 
 # Abstain logit and the five neutral columns.
 NUM_EXTRA_COLUMNS = 6
@@ -372,7 +372,7 @@ def check_packed(scores, argument="scores"):
             f"`{argument}` are packed scores of keras_halo 0.1.0, which had "
             f"{OLD_EXTRA_COLUMNS} columns beside those of the classes. "
             f"Received: shape={shape}. Predict again with the loaded model, "
-            "or convert them with `keras_halo.packing.upgrade_scores`."
+            "or convert them with `keras_halo.ops.packing.upgrade_scores`."
         )
     count_classes(shape)
     finite = np.isfinite(scores)

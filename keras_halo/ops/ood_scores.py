@@ -15,8 +15,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_halo import geometry, packing
-from keras_halo.precision import as_array, computation_dtype
+from keras_halo.ops import geometry, packing
+from keras_halo.utils.precision import as_array, computation_dtype
 
 # Coefficients of Numerical Recipes' `erfcc`, whose relative error is below
 # 1.2e-7 everywhere: a logarithm of it is exact to float32 in the far tail too.
@@ -313,7 +313,7 @@ def ood_score(scores, method="abstain"):
     ```
 
     `R(r^2) = r^2 / 2 - (1 / 2 - 1 / D) * log(r^2)` is
-    `keras_halo.geometry.radial_nll`.
+    `keras_halo.ops.geometry.radial_nll`.
 
     What each of them sees, and what it misses:
 

@@ -3,8 +3,8 @@
 import numpy as np
 from keras import ops
 
-from keras_halo.extras import require
-from keras_halo.labels import class_indices
+from keras_halo.ops.labels import class_indices
+from keras_halo.utils.extras import require
 
 # Directions in which a class does not vary at all still get this share of the
 # mean variance, so that every covariance can be inverted in float32.

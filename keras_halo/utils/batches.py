@@ -4,6 +4,7 @@ import types
 
 import keras
 import numpy as np
+from keras import ops
 from keras.src.trainers import data_adapters
 
 
@@ -159,3 +160,46 @@ def _torch_batches(loader):
         yield keras.tree.map_structure(
             lambda t: np.asarray(t.cpu() if hasattr(t, "cpu") else t), batch
         )
+
+
+def check_weights_have_labels(sample_weight, y):
+    """Raises `ValueError` for weights beside a dataset, which has its own."""
+    if sample_weight is not None and y is None:
+        raise ValueError(
+            "`sample_weight` belongs to arrays `x` and `y`. Received: y=None. "
+            "Let the dataset yield batches `(x, y, sample_weight)`."
+        )
+
+
+def counted(values, labels, sample_weight):
+    """Leaves out what has a weight of zero, such as padding.
+
+    Args:
+        values: Array of shape `(B, ..., D)`.
+        labels: Array of shape `(B, ...)`, `(B, ..., 1)` or `(B, ..., K)`.
+        sample_weight: Weights of shape `(B,)` or `(B, ...)`, or `None`.
+
+    Returns:
+        Values and labels, as they are where there are no weights, otherwise
+        with a single axis in place of `(B, ...)`.
+
+    Raises:
+        ValueError: If weights or labels do not fit.
+
+    Example:
+
+    >>> counted(np.eye(2), np.array([0, -1]), [1.0, 0.0])
+    (array([[1., 0.]]), array([0]))
+    """
+    if sample_weight is None:
+        return values, labels
+    kept = counted_positions(
+        ops.convert_to_numpy(sample_weight), values.shape[:-1], "x"
+    )
+    labels = np.asarray(ops.convert_to_numpy(labels))
+    if labels.shape[: kept.ndim] != kept.shape:
+        raise ValueError(
+            "Expected one label for every sample or position, of shape "
+            f"{kept.shape}. Received: labels of shape {labels.shape}."
+        )
+    return values[kept], labels[kept]

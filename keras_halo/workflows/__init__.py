@@ -1,0 +1,30 @@
+"""What is done with a whole model."""
+
+from keras_halo.workflows.calibrate import Calibration, calibrate
+from keras_halo.workflows.convert_head import convert_head
+from keras_halo.workflows.evaluate_ood import evaluate_ood
+from keras_halo.workflows.fit_class_gaussians import fit_class_gaussians
+from keras_halo.workflows.ood_report import (
+    KnownResult,
+    OODReport,
+    UnknownResult,
+)
+from keras_halo.workflows.predictions import (
+    Predictions,
+    decode_predictions,
+    pair_log_odds,
+)
+
+__all__ = [
+    "Calibration",
+    "KnownResult",
+    "OODReport",
+    "Predictions",
+    "UnknownResult",
+    "calibrate",
+    "convert_head",
+    "decode_predictions",
+    "evaluate_ood",
+    "fit_class_gaussians",
+    "pair_log_odds",
+]
