@@ -106,7 +106,15 @@ def test_every_public_name_has_its_place_in_the_api():
     for page in (DOCS / "api").glob("*.md"):
         shown |= set(re.findall(r"^::: (\S+)$", page.read_text(), re.M))
     places = {name.rsplit(".", 1)[-1] for name in shown}
-    modules = ("layers", "losses", "metrics", "plots", "rejection")
+    modules = (
+        "layers",
+        "losses",
+        "metrics",
+        "ops",
+        "plots",
+        "rejection",
+        "workflows",
+    )
     public = {
         name
         for module in (keras_halo, *(getattr(keras_halo, m) for m in modules))

@@ -142,3 +142,20 @@ def test_evidence_is_written_out():
     np.testing.assert_allclose(
         to_numpy(result), [[4.0, 1.0], [-3.0, -3.75]], rtol=1e-6
     )
+
+
+def test_the_unit_of_the_far_evidence_is_a_ratio_of_margins():
+    def scale(offset, variance):
+        state = state_at()._replace(
+            offset=ops.convert_to_tensor(np.float32(offset)),
+            variance=ops.convert_to_tensor(np.float32(variance)),
+        )
+        return float(evidence.far_scale(state))
+
+    assert scale([-2.0, -3.0], [9.0, 4.0]) == pytest.approx(1.0)
+    assert scale([-3.0, -3.0], [9.0, 4.0]) == pytest.approx(1.5)
+    assert scale([-3.0, -3.0], [9.0, 1e4]) == pytest.approx(0.25)
+    assert scale([-3.0, -3.0], [9.0, 1e-4]) == pytest.approx(4.0)
+    # Evidence that does not vary has no unit.
+    assert scale([-3.0, -3.0], [9.0, 0.0]) == 1.0
+    assert scale([0.0, 0.0], [0.0, 0.0]) == 1.0

@@ -111,22 +111,31 @@ def test_head_and_its_gradients_are_those_of_the_formulas(shape, dtype):
         )
 
 
+@pytest.mark.parametrize("far_scale", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("far_bias", [-4.0, -1.0, 2.0])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_far_background_and_its_gradients_are_those_of_the_formulas(
-    far_bias, dtype
+    far_bias, far_scale, dtype
 ):
     rtol = 1e-11 if dtype == "float64" else 2e-5
 
     def by_the_formula(x, centroids, gamma, bias):
         norm = geometry.mean_square(x)
+        logits = plain_scores(x, centroids, gamma, bias)[..., :3]
+        top = ops.max(logits, axis=-1, keepdims=True)
         near = ops.exp(ops.ones_like(norm) * bias)
-        far = ops.exp(0.5 * gamma * norm + far_bias)
+        far = ops.exp(
+            (1 - far_scale) * top + far_scale * (0.5 * gamma * norm + far_bias)
+        )
         return plain_scores(x, centroids, gamma, ops.log(near + far))
 
     def fused_scores(x, centroids, gamma, bias):
-        far = ops.cast(ops.convert_to_tensor(far_bias), x.dtype)
-        return fused.packed_scores(x, centroids, gamma, bias, far)
+        far = [
+            ops.cast(ops.convert_to_tensor(value), x.dtype)
+            for value in (far_bias, far_scale)
+        ]
+        scores = fused.packed_scores(x, centroids, gamma, bias)
+        return fused.with_far_background(scores, *far)
 
     with precision(dtype):
         inputs = arrays((5, 3, 4), dtype)
@@ -178,8 +187,11 @@ def test_the_loss_of_a_far_background_keeps_to_the_published_margin(
                 ops.convert_to_tensor(centroids),
                 ops.convert_to_tensor(gamma),
                 ops.convert_to_tensor(np.float32(bias)),
-                far_bias and ops.convert_to_tensor(np.float32(far_bias)),
             )
+            if far_bias is not None:
+                far = ops.convert_to_tensor(np.float32(far_bias))
+                scale = ops.convert_to_tensor(np.float32(1.5))
+                scores = fused.with_far_background(scores, far, scale)
             losses = halo_loss(
                 ops.convert_to_tensor(y_true),
                 scores,

@@ -260,3 +260,40 @@ def test_rotation_and_shift_change_nothing():
     shifted = to_numpy(_logits(x, c + 3.0, 5.0))
     np.testing.assert_allclose(rotated, logits, atol=1e-4)
     np.testing.assert_allclose(shifted, logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_features", [3, 256, 1024, 1600])
+def test_normalized_features_have_a_bounded_length(num_features):
+    rng = np.random.default_rng(num_features)
+    x = np.maximum(rng.normal(size=(50, num_features)), 0.0).astype("float32")
+    x[:, 0] = 1.0
+    normalized = to_numpy(
+        geometry.normalized_features(ops.convert_to_tensor(x))
+    )
+    factor = max(num_features / 256, 1.0) ** 0.5
+    expected = x / np.abs(x).mean(-1, keepdims=True) / np.sqrt(np.pi) / factor
+    np.testing.assert_allclose(normalized, expected, rtol=1e-5)
+    if num_features >= 256:
+        squared = np.square(normalized).sum(axis=-1).mean()
+        assert squared == pytest.approx(256.0, rel=0.1)
+
+
+@pytest.mark.parametrize("magnitude", [1e-4, 0.1, 0.5, 3.0])
+def test_gradients_of_small_features_are_bounded(magnitude):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 7))
+    x *= magnitude / np.abs(x).mean(axis=-1, keepdims=True)
+    factors = rng.normal(size=(4, 7))
+
+    def total(x):
+        normalized = geometry.normalized_features(x)
+        return ops.sum(normalized * ops.convert_to_tensor(factors))
+
+    with float64():
+        _, (gradient,) = value_and_gradients(total, x)
+    # By the quotient rule, row by row.
+    mean = np.abs(x).mean(axis=-1, keepdims=True)
+    along = (factors * x).sum(axis=-1, keepdims=True)
+    slope = (factors - along * np.sign(x) / (7 * mean)) / mean / np.sqrt(np.pi)
+    expected = slope * min(2.0 * magnitude, 1.0)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-12)

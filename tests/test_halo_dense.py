@@ -44,7 +44,7 @@ class HALODenseLayerTest(testing.TestCase):
                             expected_output_shape=(*input_shape[:-1], 11),
                             expected_output_dtype=dtype,
                             expected_num_trainable_weights=4,
-                            expected_num_non_trainable_weights=6,
+                            expected_num_non_trainable_weights=7,
                             expected_num_losses=int(dtype != "float64"),
                             supports_masking=True,
                         )
@@ -280,6 +280,7 @@ def test_the_head_embeds_normalizes_and_measures_by_the_book(normalize):
     layer.bias.assign(np.linspace(-1.0, 1.0, 8))
     layer.abstain_bias.assign(0.5)
     layer.far_bias.assign(-6.0)
+    layer.far_scale.assign(1.5)
     features = x
     if normalize:
         features = x / (np.sqrt(np.pi) * np.abs(x).mean(-1, keepdims=True))
@@ -288,7 +289,9 @@ def test_the_head_embeds_normalizes_and_measures_by_the_book(normalize):
     gamma = geometry.initial_temperature(8)
     expected = packed(embedded, to_numpy(layer.centroids), gamma)
     norm = np.square(embedded).mean(axis=-1)
-    expected[:, 5] = np.logaddexp(0.5, gamma * norm / 2 - 6.0)
+    top = expected[:, :5].max(axis=-1)
+    far = top + 1.5 * (gamma * norm / 2 - 6.0 - top)
+    expected[:, 5] = np.logaddexp(0.5, far)
     expected[:, -2] = -(2.0**40) * (1.0 + 6.0 / gamma)
     np.testing.assert_allclose(
         to_numpy(layer(x)), expected, rtol=1e-5, atol=1e-4

@@ -298,3 +298,20 @@ def test_token_head_with_masks_and_pixel_head_with_ignored_labels():
     model.fit(pixels, classes, epochs=40, verbose=0)
     answers = model.predict(pixels, verbose=0).argmax(axis=-1)
     assert np.mean(answers[:, 1:] == classes[:, 1:]) > 0.8
+
+
+@pytest.mark.parametrize("num_features", [64, 4096])
+def test_sgd_in_large_steps_learns(digits, num_features):
+    x, y = digits
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.layers.Input((64,)),
+            keras.layers.Dense(num_features, activation="relu"),
+            HALODense(10),
+        ]
+    )
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), HALOLoss())
+    model.fit(x[:1500], y[:1500], batch_size=64, epochs=6, verbose=0)
+    scores = model.predict(x[1500:], verbose=0)
+    assert (scores[:, :10].argmax(axis=-1) == y[1500:]).mean() > 0.85

@@ -62,11 +62,15 @@ class HALODense(TemperatureLayer):
     Formula:
 
     ```python
-    features = inputs / (sqrt(pi) * mean(abs(inputs), axis=-1))
+    features = inputs / (
+        sqrt(pi) * mean(abs(inputs), axis=-1) * sqrt(max(n / 256, 1))
+    )
     x = dot(features, kernel) + bias
     c = centroids - mean(centroids, axis=0)
     s = gamma * (2 * dot(x, transpose(c)) / D - mean(c ** 2, axis=-1))
-    a = logaddexp(abstain_bias, gamma * mean(x ** 2, axis=-1) / 2 + far_bias)
+    top = max_k s_k
+    far = gamma * mean(x ** 2, axis=-1) / 2 + far_bias
+    a = logaddexp(abstain_bias, top + far_scale * (far - top))
     outputs = [s | a | neutral(|x|^2, gamma, D, far_radius, layout)]
     far_radius = max(-far_bias / gamma, 1e-3)
     ```
@@ -82,9 +86,8 @@ class HALODense(TemperatureLayer):
             published method, without a far background. Defaults to `0.01`.
         normalize: Boolean, whether the input is divided by its mean magnitude
             before it is embedded, which dropout leaves as it is on average.
-            Small features then get large gradients: for SGD in large steps,
-            such as a rate of 0.1 with momentum, switch it off. Without an
-            embedding of its own the head never normalizes. Defaults to `True`.
+            Without an embedding of its own the head never normalizes. Defaults
+            to `True`.
         label_smoothing: Float in `[0, 1)`, from which a head with
             `abstain_rate=None` takes its margin: give `HALOLoss` the same.
             Other heads refuse it, there it is the loss that smooths. Defaults
@@ -92,7 +95,8 @@ class HALODense(TemperatureLayer):
         learn_gamma: Boolean, whether the inverse temperature is trained.
             Defaults to `True`.
         kernel_initializer: Initializer for the `kernel` of the embedding.
-            Defaults to `"glorot_uniform"`.
+            `None`, the default, means `"glorot_uniform"`, times the factor by
+            which `normalize` shortens many features.
         kernel_regularizer: Regularizer function applied to this `kernel`.
         centroid_initializer: Initializer for the `centroids` weights matrix.
             `None`, the default, means a normal distribution with standard
@@ -140,7 +144,7 @@ class HALODense(TemperatureLayer):
         normalize=True,
         label_smoothing=None,
         learn_gamma=True,
-        kernel_initializer="glorot_uniform",
+        kernel_initializer=None,
         kernel_regularizer=None,
         centroid_initializer=None,
         centroid_regularizer=None,
@@ -244,7 +248,7 @@ class HALODense(TemperatureLayer):
             self.kernel = self._add_head_weight(
                 name="kernel",
                 shape=(num_features, dim),
-                initializer=self.kernel_initializer,
+                initializer=self._kernel_initializer(num_features, dim),
                 regularizer=self.kernel_regularizer,
             )
             self.bias = self._add_head_weight(
@@ -270,6 +274,7 @@ class HALODense(TemperatureLayer):
                 (),
                 -_INITIAL_FAR_RADIUS * geometry.initial_temperature(dim),
             )
+            self.far_scale = self._add_statistic("far_scale", (), 1.0)
             self.evidence_mean = self._add_statistic("evidence_mean", (2,), 0.0)
             self.evidence_variance = self._add_statistic(
                 "evidence_variance", (2,), 0.0
@@ -284,6 +289,16 @@ class HALODense(TemperatureLayer):
             min_ndim=2, axes={-1: num_features}
         )
         self.built = True
+
+    def _kernel_initializer(self, num_features, dim):
+        if self.kernel_initializer is not None:
+            return self.kernel_initializer
+        factor = 1.0
+        if self.normalize:
+            factor = geometry.length_factor(num_features)
+        return initializers.VarianceScaling(
+            factor**2, mode="fan_avg", distribution="uniform"
+        )
 
     def _embedding_size(self, num_features):
         if self.embedding_dim is None:
@@ -324,17 +339,19 @@ class HALODense(TemperatureLayer):
                 mask = ops.reshape(mask, (-1,))
         # Copies: what the gradient reads must not move with the statistics.
         abstain_bias = ops.convert_to_tensor(self.abstain_bias) + 0.0
-        far_bias = None
-        if self.abstain_rate is not None:
-            far_bias = ops.convert_to_tensor(self.far_bias) + 0.0
         temperature = self.temperature
         scores = fused.packed_scores(
             embeddings,
             ops.convert_to_tensor(self.centroids, self.head_dtype),
             temperature,
             abstain_bias,
-            far_bias,
         )
+        if self.abstain_rate is not None:
+            scores = fused.with_far_background(
+                scores,
+                ops.convert_to_tensor(self.far_bias) + 0.0,
+                ops.convert_to_tensor(self.far_scale) + 0.0,
+            )
         if self._follows_evidence(training):
             self._update_statistics(scores, temperature, mask)
         if len(inputs.shape) > 2:
@@ -385,9 +402,13 @@ class HALODense(TemperatureLayer):
         self.evidence_variance.assign(deviation**2)
         self.evidence_offset.assign(offset)
         self.evidence_count.assign(1.0 / evidence.STEP)
-        near, far = mean + evidence.WIDENING * offset * deviation
+        state = evidence.EvidenceStatistics(
+            *map(ops.convert_to_tensor, (mean, deviation**2, offset)), None
+        )
+        near, far = ops.unstack(evidence.biases(state), 2)
         self.abstain_bias.assign(near)
         self.far_bias.assign(far)
+        self.far_scale.assign(evidence.far_scale(state))
 
     def _update_statistics(self, scores, temperature, mask):
         parts = packing.unpack(ops.stop_gradient(scores))
@@ -406,13 +427,14 @@ class HALODense(TemperatureLayer):
             mask,
         )
         near, far = ops.unstack(evidence.biases(state), 2)
+        scale = evidence.far_scale(state)
         seen = state.count > 0.5
-        self.abstain_bias.assign(
-            ops.where(seen, near, ops.convert_to_tensor(self.abstain_bias))
-        )
-        self.far_bias.assign(
-            ops.where(seen, far, ops.convert_to_tensor(self.far_bias))
-        )
+        for weight, value in (
+            (self.abstain_bias, near),
+            (self.far_bias, far),
+            (self.far_scale, scale),
+        ):
+            weight.assign(ops.where(seen, value, ops.convert_to_tensor(weight)))
         self.evidence_mean.assign(state.mean)
         self.evidence_variance.assign(state.variance)
         self.evidence_offset.assign(state.offset)

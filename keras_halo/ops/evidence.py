@@ -39,6 +39,9 @@ MAX_EXCESS = 0.1
 # several times as many new inputs, so it stays this much farther away.
 WIDENING = 1.25
 
+# The largest ratio of the units of either kind of evidence.
+MAX_SCALE = 4.0
+
 # The farthest quantile, in deviations below the mean.
 MAX_OFFSET = 8.0
 
@@ -134,6 +137,39 @@ def biases(state):
     [-4.0, -4.0]
     """
     return state.mean + WIDENING * state.offset * ops.sqrt(state.variance)
+
+
+def far_scale(state):
+    """The unit of the far evidence, as a multiple of that of the near one.
+
+    Either kind of evidence lies above its bias by so much on average; what a
+    head lacks of it counts in this unit.
+
+    Formula:
+
+    ```python
+    margin = -1.25 * offset * sqrt(variance)
+    far_scale = clip(margin[0] / margin[1], 1 / 4, 4)
+    ```
+
+    Args:
+        state: `EvidenceStatistics`.
+
+    Returns:
+        Scalar tensor; one where the far evidence does not vary.
+
+    Example:
+
+    >>> offset, variance = ops.array([-2.0, -2.0]), ops.array([9.0, 4.0])
+    >>> state = EvidenceStatistics(offset, variance, offset, ops.array(9.0))
+    >>> float(far_scale(state))
+    1.5
+    """
+    margin = -state.offset * ops.sqrt(state.variance)
+    near, far = ops.unstack(margin, 2)
+    varies = far > 1e-6
+    ratio = near / ops.where(varies, far, 1.0)
+    return ops.where(varies, ops.clip(ratio, 1.0 / MAX_SCALE, MAX_SCALE), 1.0)
 
 
 def updated(state, evidence, share, mask=None):

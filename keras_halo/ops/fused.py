@@ -99,9 +99,7 @@ def _minus_scaled_rows(total, factors, rows, offset):
     return total
 
 
-def packed_scores(
-    embeddings, centroids, temperature, abstain_bias, far_bias=None
-):
+def packed_scores(embeddings, centroids, temperature, abstain_bias):
     """Packed scores of embeddings around raw centroids.
 
     Formula:
@@ -109,9 +107,7 @@ def packed_scores(
     ```python
     c = centroids - mean(centroids, axis=0)
     s = gamma * (2 * dot(x, c) / D - |c|^2)
-    a = logaddexp(abstain_bias, gamma * |x|^2 / 2 + far_bias)
-    packed = [s | a | neutral(|x|^2, gamma, D, kappa, layout)]
-    kappa = max(-far_bias / gamma, 1e-3)
+    packed = [s | abstain_bias | neutral(|x|^2, gamma, D, 0, layout)]
     ```
 
     Args:
@@ -120,8 +116,6 @@ def packed_scores(
         centroids: Tensor of raw centroids of shape `(K, D)`.
         temperature: Tensor `gamma`, a scalar.
         abstain_bias: Tensor, a scalar.
-        far_bias: Optional tensor, a scalar, a constant for gradients.
-            Defaults to `None`, no far background: `a = abstain_bias`.
 
     Returns:
         Tensor of shape `(N, K + 6)`.
@@ -137,7 +131,6 @@ def packed_scores(
         # A gradient of one's own takes tensors, not variables.
         centroids = ops.reshape(centroids, centroids.shape)
         abstain_bias = ops.reshape(abstain_bias, ())
-    far = () if far_bias is None else (far_bias,)
     return _packed_scores(
         embeddings,
         centroids,
@@ -146,7 +139,6 @@ def packed_scores(
         _saturated(embeddings),
         _mean_row(centroids),
         _squared_norms(centroids),
-        *far,
     )
 
 
@@ -180,7 +172,7 @@ def saturated(x):
 
 
 def _packed_scores_forward(
-    _, centroids, gamma, abstain_bias, x, mean, squared_norms, *far
+    _, centroids, gamma, abstain_bias, x, mean, squared_norms
 ):
     dim = centroids.shape[-1]
     scale = gamma * (2.0 / dim)
@@ -194,28 +186,17 @@ def _packed_scores_forward(
     # Not as products: the converter to OpenVINO does not know the rank of the
     # mean, and so cannot transpose it.
     logits -= sum_columns(rows * mean) - sum_columns(mean * mean) * half
-    squared_norm = geometry.mean_square(x)
-    abstain_logit, far_radius = abstain_bias, 0.0
-    if far:
-        abstain_logit = geometry.log_add_exp(
-            ops.ones_like(squared_norm) * abstain_bias,
-            squared_norm * (0.5 * gamma) + far[0],
-        )
-        far_radius = ops.where(
-            far[0] < -_MIN_FAR_RADIUS * gamma, far[0] / -gamma, _MIN_FAR_RADIUS
-        )
     return packing.pack(
         logits=logits,
-        abstain_logit=abstain_logit,
-        squared_norm=squared_norm,
+        abstain_logit=abstain_bias,
+        squared_norm=geometry.mean_square(x),
         temperature=gamma,
         embedding_dim=dim,
-        far_radius=far_radius,
     )
 
 
 def _packed_scores_backward(inputs, upstream):
-    _, centroids, gamma, abstain_bias, x, mean, squared_norms, *far = inputs
+    _, centroids, gamma, _, x, mean, squared_norms = inputs
     num_classes, dim = centroids.shape
     upstream = packing.unpack_gradient(upstream)
     g = upstream.logits
@@ -230,22 +211,8 @@ def _packed_scores_backward(inputs, upstream):
     of_raw = of_centered + ops.sum(of_class) * mean
     drift = ops.transpose(of_sample) @ x - of_centered
 
-    of_near, of_norm, of_gamma = (
-        upstream.abstain_logit,
-        upstream.squared_norm,
-        upstream.temperature,
-    )
-    if far:
-        half_norm = 0.5 * geometry.mean_square(x)
-        of_far = of_near * ops.sigmoid(
-            half_norm * gamma + far[0] - abstain_bias
-        )
-        of_near = of_near - of_far
-        of_norm = of_norm + of_far * (0.5 * gamma)
-        of_gamma = of_gamma + of_far * half_norm
-
     dx = pulls * scale
-    dx += x * (of_norm * (2.0 / dim))
+    dx += x * (upstream.squared_norm * (2.0 / dim))
     # sum_n g_nk (x_n - c_k) for every class, less the mean of these.
     rows = x + mean
     rows *= scale
@@ -260,13 +227,96 @@ def _packed_scores_backward(inputs, upstream):
         (of_raw + of_centered) * mean
     )
     dgamma = (2.0 * ops.sum(x * pulls) - spread) * (1.0 / dim) + ops.sum(
-        of_gamma
+        upstream.temperature
     )
-    constants = [None] * len(inputs[4:])
-    return dx, dcentroids, dgamma, ops.sum(of_near), *constants
+    dbias = ops.sum(upstream.abstain_logit)
+    return dx, dcentroids, dgamma, dbias, None, None, None
 
 
 _packed_scores = with_gradient(_packed_scores_forward, _packed_scores_backward)
+
+
+def with_far_background(scores, far_bias, far_scale):
+    """Packed scores that abstain far from the origin as well.
+
+    The abstain logit of the given scores, which stands for the narrow
+    background at the origin, is joined by that of a wide one. The evidence for
+    the best class against the wide background is measured in its own unit,
+    because it scatters otherwise than that against the narrow one.
+
+    Formula:
+
+    ```python
+    top = max_k s_k
+    far = top + far_scale * (gamma * |x|^2 / 2 + far_bias - top)
+    a = logaddexp(a, far)
+    kappa = max(-far_bias / gamma, 1e-3)
+    ```
+
+    Args:
+        scores: Packed scores, a tensor of shape `(N, K + 6)`.
+        far_bias: Tensor, a scalar, a constant for gradients.
+        far_scale: Tensor, a positive scalar, a constant for gradients.
+
+    Returns:
+        Tensor of shape `(N, K + 6)`.
+
+    Example:
+
+    >>> logits, norm = ops.array([[2.0, -6.0]]), ops.array([[8.0]])
+    >>> scores = packing.pack(logits, -9.0, norm, 1.0, 2)
+    >>> scores = with_far_background(scores, ops.array(-1.0), ops.array(1.0))
+    >>> round(float(scores[0, 2]), 3)
+    3.0
+    """
+    return _with_far_background(scores, far_bias, far_scale)
+
+
+def _far_logit(parts, top, far_bias, far_scale):
+    far = 0.5 * parts.temperature * parts.squared_norm + far_bias
+    return top + far_scale * (far - top)
+
+
+def _with_far_forward(scores, far_bias, far_scale):
+    parts = packing.unpack(scores)
+    gamma = parts.temperature
+    far = _far_logit(
+        parts, geometry.max_of_rows(parts.logits), far_bias, far_scale
+    )
+    return packing.with_abstaining(
+        scores,
+        abstain_logit=geometry.log_add_exp(parts.abstain_logit, far),
+        far_radius=ops.where(
+            far_bias < -_MIN_FAR_RADIUS * gamma,
+            far_bias / -gamma,
+            _MIN_FAR_RADIUS,
+        ),
+    )
+
+
+def _with_far_backward(inputs, upstream):
+    scores, far_bias, far_scale = inputs
+    parts = packing.unpack(scores)
+    upstream = packing.unpack_gradient(upstream)
+    winner = ops.expand_dims(ops.argmax(parts.logits, axis=-1), axis=-1)
+    winner = ops.cast(winner, "int32")
+    far = _far_logit(
+        parts, at_labels(parts.logits, winner), far_bias, far_scale
+    )
+    of_far = upstream.abstain_logit * ops.sigmoid(far - parts.abstain_logit)
+    of_exponent = of_far * far_scale
+    gradient = packing.pack_gradient(
+        logits=upstream.logits,
+        abstain_logit=upstream.abstain_logit - of_far,
+        squared_norm=upstream.squared_norm
+        + of_exponent * (0.5 * parts.temperature),
+        temperature=upstream.temperature
+        + of_exponent * (0.5 * parts.squared_norm),
+    )
+    return plus_at_labels(gradient, winner, of_far - of_exponent), None, None
+
+
+_with_far_background = with_gradient(_with_far_forward, _with_far_backward)
 
 
 def integer_label_losses(

@@ -38,6 +38,10 @@ MAX_EXPONENT = 60.0
 # Features of a smaller mean magnitude have no direction worth a name.
 MIN_MAGNITUDE = 1e-6
 
+# More rectified Gaussian features than these are made shorter, so that no step
+# of SGD is too long for the layer behind them.
+MAX_SQUARED_LENGTH = 256
+
 # Components beyond this are saturated: their squares, times the scale of the
 # packed columns, are the largest that float32 holds.
 MAX_COMPONENT = 1e12
@@ -123,13 +127,19 @@ def normalized_features(features):
 
     Not of one root mean square: dropout raises that, and the features of
     training would be scaled otherwise than those of a prediction. The mean
-    magnitude stays the same on average. The factor gives rectified Gaussian
-    features a root mean square of one.
+    magnitude stays the same on average. The factor gives up to 256 rectified
+    Gaussian features a root mean square of one. More of them get a length of
+    16 together: what a gradient step does to the layer behind grows with the
+    squared length of its input, and at a usual learning rate of SGD training
+    would diverge.
+
+    The gradient is that of the formula, times `min(2 * mean(abs(features)),
+    1)`: that of small features would grow with their inverse.
 
     Formula:
 
     ```python
-    features / (sqrt(pi) * mean(abs(features), axis=-1))
+    features / (sqrt(pi) * mean(abs(features), axis=-1) * sqrt(max(n / 256, 1)))
     ```
 
     Args:
@@ -149,8 +159,29 @@ def normalized_features(features):
     mean = total / features.shape[-1]
     enough = mean > MIN_MAGNITUDE
     # The branch that is not taken divides by one, so that no gradient is NaN.
-    scale = math.pi**-0.5 / ops.where(enough, mean, 1.0)
-    return features * ops.where(enough, scale, 0.0)
+    scale = 1.0 / (math.sqrt(math.pi) * length_factor(features.shape[-1]))
+    scale = scale / ops.where(enough, mean, 1.0)
+    normalized = features * ops.where(enough, scale, 0.0)
+    constant = ops.stop_gradient(normalized)
+    damping = ops.stop_gradient(ops.where(mean < 0.5, 2.0 * mean, 1.0))
+    return constant + damping * (normalized - constant)
+
+
+def length_factor(num_features):
+    """By how much features are too long, `sqrt(max(n / 256, 1))`.
+
+    Args:
+        num_features: Integer `n`.
+
+    Returns:
+        Float, at least one.
+
+    Example:
+
+    >>> length_factor(100), length_factor(1024)
+    (1.0, 2.0)
+    """
+    return math.sqrt(max(num_features / MAX_SQUARED_LENGTH, 1.0))
 
 
 def inverse_softplus(value):

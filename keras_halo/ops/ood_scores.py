@@ -54,7 +54,8 @@ def abstain_log_odds(scores):
 
     ```python
     log(P(abstain) / (1 - P(abstain))) = a - logsumexp([s_1, ..., s_K])
-    a = logaddexp(abstain_bias, gamma * |x|^2 / 2 + far_bias)
+    a = logaddexp(abstain_bias, top + far_scale * (far - top))
+    top, far = max_k s_k, gamma * |x|^2 / 2 + far_bias
     ```
 
     Its sigmoid is the probability of abstaining. As log-odds it keeps apart

@@ -244,6 +244,37 @@ def _split(scores, geometry):
     )
 
 
+def with_abstaining(scores, abstain_logit, far_radius):
+    """Packed scores with another logit of abstaining.
+
+    Args:
+        scores: Tensor of packed scores with shape `(..., K + 6)`.
+        abstain_logit: Tensor of shape `(..., 1)`.
+        far_radius: Tensor of shape `(..., 1)`.
+
+    Returns:
+        Tensor like `scores`.
+
+    Example:
+
+    >>> scores = pack(ops.array([[2.0, -6.0]]), -1.0, ops.ones((1, 1)), 2.0, 2)
+    >>> scores = with_abstaining(scores, ops.zeros((1, 1)), ops.ones((1, 1)))
+    >>> parts = unpack(scores)
+    >>> float(parts.abstain_logit[0, 0]), float(parts.far_radius[0, 0])
+    (0.0, 1.0)
+    """
+    return ops.concatenate(
+        [
+            scores[..., :-NUM_EXTRA_COLUMNS],
+            abstain_logit,
+            scores[..., -_NUM_NEUTRAL:-2],
+            _to_neutral(far_radius),
+            scores[..., -1:],
+        ],
+        axis=-1,
+    )
+
+
 def pack_gradient(logits, abstain_logit, squared_norm, temperature):
     """Gradient with respect to packed scores from that of their parts.
 

@@ -214,10 +214,13 @@ def calibrate(
     gamma = _best_temperature(distances, labels, old_gamma, optimize, special)
 
     wrong = distances.argmax(axis=-1) != labels
-    old = _Biases(
-        float(head.abstain_bias.numpy()),
-        None if head.abstain_rate is None else float(head.far_bias.numpy()),
-    )
+    old = _Biases(float(head.abstain_bias.numpy()))
+    if head.abstain_rate is not None:
+        old = _Biases(
+            old.near,
+            float(head.far_bias.numpy()),
+            float(head.far_scale.numpy()),
+        )
     # A head that follows the evidence follows the temperature likewise: no
     # decision changes with it.
     new = old if old.far is None else old.scaled(gamma / old_gamma)
@@ -239,7 +242,7 @@ def calibrate(
         dim = head.centroids.shape[-1]
         at_start = geometry.abstain_bias(dim, head.units, head.margin_smoothing)
         change = gamma - geometry.initial_temperature(dim)
-        new = _Biases(at_start + change * (1.0 - geometry.shell(dim)), None)
+        new = _Biases(at_start + change * (1.0 - geometry.shell(dim)))
 
     def summary(gamma, biases):
         return _summary(
@@ -280,20 +283,23 @@ class _Biases:
     """The biases of a head: of the near and, or `None`, the far background."""
 
     near: float
-    far: float | None
+    far: float | None = None
+    far_scale: float = 1.0
 
     def scaled(self, factor):
-        return _Biases(self.near * factor, self.far * factor)
+        return _Biases(self.near * factor, self.far * factor, self.far_scale)
 
     def shifted(self, shift):
-        far = None if self.far is None else self.far + shift
-        return _Biases(self.near + shift, far)
+        far = None if self.far is None else self.far + shift / self.far_scale
+        return _Biases(self.near + shift, far, self.far_scale)
 
     def log_odds(self, logits, norms, special):
         """Log-odds of abstaining, for `gamma * |x|^2` as the norms."""
         abstain = self.near
         if self.far is not None:
-            abstain = np.logaddexp(self.near, 0.5 * norms + self.far)
+            top = logits.max(axis=-1)
+            far = top + self.far_scale * (0.5 * norms + self.far - top)
+            abstain = np.logaddexp(self.near, far)
         return abstain - special.logsumexp(logits, axis=-1)
 
 
