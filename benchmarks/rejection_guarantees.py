@@ -1,9 +1,9 @@
-"""How much four procedures keep that all promise a selective risk.
+"""How much four procedures keep that all guarantee a selective risk.
 
 Draws calibration sets from populations whose error probability is known for
 every score, lets each procedure choose a threshold, and compares the true risk
-of that threshold with the promise. Prints a Markdown table: mean share of
-inputs kept, and how often the promise was broken, in percent. Needs
+of that threshold with the guarantee. Prints a Markdown table: mean share of
+inputs kept, and how often the guarantee was broken, in percent. Needs
 `keras-halo[rejection]`.
 
     python benchmarks/rejection_guarantees.py --draws 1000
@@ -73,7 +73,7 @@ PROCEDURES = {
 
 
 def simulate(error_rate, n, risk, delta, draws):
-    """Mean coverage and rate of broken promises of each procedure."""
+    """Mean coverage and rate of broken guarantees of each procedure."""
     quantiles = (np.arange(GRID) + 0.5) / GRID
     true_risk = np.cumsum(error_rate(quantiles)) / np.arange(1, GRID + 1)
     rng = np.random.default_rng(0)

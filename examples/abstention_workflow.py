@@ -13,14 +13,14 @@ Accelerator: None
 A camera above a conveyor belt sorts small metal parts. Some pictures are too
 noisy to tell, and now and then a part arrives that the machine has never seen.
 Sorting it anyway is expensive; putting it aside for a person is cheap. So the
-machine may answer "I don't know", and we want to promise its owner:
+machine may answer "I don't know", and we want to give its owner a guarantee:
 
 > Of the parts that it sorts, at most 3 % are sorted wrongly.
 
 HALO gives every class a centroid in the space of embeddings and leaves the
 origin to "I don't know". The distances tell how far an input is from what the
-model knows. This example goes the whole way from there to that promise, into
-production, and on to the day when the promise no longer holds.
+model knows. This example goes the whole way from there to that guarantee, into
+production, and on to the day when the guarantee no longer holds.
 
 ## Setup
 """
@@ -47,7 +47,7 @@ rng = np.random.default_rng(0)
 """
 ## Load the data
 
-The parts are drawn here, so that there are as many as we like and the promise
+The parts are drawn here, so that there are as many as we like and the guarantee
 can be checked: in real life data for a check are never left over. Five kinds
 are known. Gears and crosses are foreign and appear in no training.
 """
@@ -152,16 +152,16 @@ be a mistake. No decision between classes changes.
 print(keras_halo.calibrate(model, x_val, y_val, verbose=0))
 
 """
-## Choose a threshold that keeps its promise
+## Choose a threshold that keeps its guarantee
 
 The score of an input is larger the less the model knows it. Inputs above a
 threshold are refused. `SelectiveRiskRule` takes the largest threshold for which
-a binomial test on calibration data *proves* the promise, with 95 % confidence.
-It must see data that had no part in anything before.
+a binomial test on calibration data *proves* the guarantee, with 95 %
+confidence. It must see data that had no part in anything before.
 
-Not every model can keep every promise. Then `fit` raises an error that says how
-close it came. To ask for less on the same data would be to try until it works,
-so every new promise gets fresh data.
+Not every model can keep every guarantee. Then `fit` raises an error that says
+how close it came. To ask for less on the same data would be to try until it
+works, so every new guarantee gets fresh data.
 """
 
 for risk in (RISK, 0.1, 0.3, 0.9):
@@ -178,7 +178,7 @@ print(rule.summary())
 ## Evaluate
 
 Does it hold on 10,000 parts that nobody has looked at? And what happens to
-foreign parts, about which nothing was promised?
+foreign parts, about which nothing was guaranteed?
 """
 
 
@@ -208,7 +208,7 @@ model = keras.saving.load_model(folder / "parts.keras")
 rule = load_rule(folder / "parts.json")
 again = rule.predict(model.predict(x_test, verbose=0))
 assert np.array_equal(again.labels, test.labels)
-print("Loaded:", rule.promise)
+print("Loaded:", rule.guarantee)
 
 """
 Where there is no `keras_halo`, on a phone or in another language, the decision
@@ -233,11 +233,11 @@ print(f"Same decisions in the graph: {100 * same.mean():.2f} %.")
 """
 ## Monitor
 
-The promise is about parts like those of the calibration. Nobody tells us the
+The guarantee is about parts like those of the calibration. Nobody tells us the
 true labels in production, but the share of refused parts costs nothing to
 watch: on data like those of the calibration it stays within three standard
 deviations of what it was there. When it leaves that band the world has changed,
-and the promise is off until somebody has looked.
+and the guarantee is off until somebody has looked.
 
 Forty days of 500 parts each. From day 16 on a supplier mixes in foreign parts,
 more every day; from day 31 on, with the supplier gone, the lamp grows dim.
@@ -317,7 +317,7 @@ for part, values in ((middle, refused), (bottom, risks)):
             ax.text(start, ax.get_ylim()[0], f" {name}", va="bottom")
     else:
         ax.axhline(100 * rule.risk, color="black", ls="--", lw=1)
-        ax.text(1, 100 * rule.risk, "promised", va="bottom")
+        ax.text(1, 100 * rule.risk, "guaranteed", va="bottom")
         ax.set(ylim=(0, None), ylabel="wrong among sorted, %")
         ax.set_title("What it cannot see")
 figure.savefig("abstention_workflow.png", dpi=90)
@@ -327,13 +327,14 @@ print("The figure is in abstention_workflow.png.")
 ## Conclusion
 
 Three numbers came from data: temperature and bias of the head, and a threshold.
-The threshold carries a promise that can be written into a contract, as long as
-the world stays as it was, and the share of refusals tells when it does not.
+The threshold carries a guarantee that can be written into a contract, as long
+as the world stays as it was, and the share of refusals tells when it does not.
 Errors can rise before the alarm does: check labels of a few sorted parts
 whenever it goes off.
 
-Other promises are `CoverageRule` (how much is sorted), `FalsePositiveRateRule`
-(how many foreign parts pass, from examples of them) and `ConformalRule` (a
-p-value for every part). During training, `keras_halo.OODMonitor` watches how
-well known and unknown inputs are told apart.
+Other guarantees are those of `CoverageRule` (how much is sorted),
+`FalsePositiveRateRule` (how many foreign parts pass, from examples of them) and
+`ConformalRule` (a p-value for every part). During training,
+`keras_halo.OODMonitor` watches how well known and unknown inputs are told
+apart.
 """

@@ -1,4 +1,4 @@
-"""Promises about the package as a whole."""
+"""Guarantees about the package as a whole."""
 
 import ast
 import importlib.metadata

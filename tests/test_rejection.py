@@ -1,5 +1,6 @@
-"""Rejection rules: what they promise is kept, and bad input is refused."""
+"""Rejection rules: what they guarantee is kept, and bad input is refused."""
 
+import concurrent.futures
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ from keras_halo.rejection import (
     ConformalRule,
     CoverageRule,
     FalsePositiveRateRule,
+    RejectionRule,
     SelectiveRiskRule,
     bounds,
     load_rule,
@@ -76,7 +78,7 @@ POPULATIONS = {
     "worst among the lowest scores": lambda u: np.select(
         [u < 0.05, u < 0.6], [0.12, 0.01], 0.3
     ),
-    "risk crosses the promise twice": lambda u: np.select(
+    "risk crosses the guarantee twice": lambda u: np.select(
         [u < 0.2, u < 0.4, u < 0.6], [0.03, 0.08, 0.01], 0.12
     ),
     "ten distinct scores": lambda u: 0.3 * np.floor(10 * u) ** 3 / 1e3,
@@ -290,7 +292,7 @@ def test_selective_risk_equals_the_procedure_written_out(
     coverage=st.floats(0.01, 0.99),
     delta=st.floats(0.001, 0.5),
 )
-def test_ranks_are_the_smallest_that_keep_the_promise(n, coverage, delta):
+def test_ranks_are_the_smallest_that_keep_the_guarantee(n, coverage, delta):
     if n >= bounds.samples_for_coverage(coverage):
         rank = bounds.coverage_rank(n, coverage)
         assert 1 <= rank <= n
@@ -451,8 +453,8 @@ def test_every_position_counts_and_decisions_keep_their_shape(new_rule):
     np.testing.assert_array_equal(
         decisions.labels.ravel(), flat.predict(scores).labels
     )
-    assert "600 positions of 6 inputs" in rule.promise
-    assert "positions" not in flat.promise
+    assert "600 positions of 6 inputs" in rule.guarantee
+    assert "positions" not in flat.guarantee
 
 
 @pytest.mark.parametrize("form", ["column", "one-hot", "float", "errors"])
@@ -492,8 +494,8 @@ def test_summary_tells_promise_and_numbers_achieved():
     accepted = decisions.accepted.sum()
     wrong = (decisions.labels != labels)[decisions.accepted].sum()
     assert repr(rule) in summary
-    assert rule.promise in summary
-    assert "95 % confidence at most 30 %" in rule.promise
+    assert rule.guarantee in summary
+    assert "95 % confidence at most 30 %" in rule.guarantee
     assert f"{accepted} of 500" in summary
     assert f"{wrong} of {accepted}" in summary
 
@@ -823,7 +825,7 @@ def test_save_and_load_give_the_same_rule(new_rule, tmp_path):
     np.testing.assert_array_equal(received.labels, expected.labels)
     with pytest.raises(ValueError, match="another model"):
         loaded.predict(known_data(gamma=5.0)[0])
-    assert json.loads(path.read_text())["promise"] == rule.promise
+    assert json.loads(path.read_text())["guarantee"] == rule.guarantee
     assert [file.name for file in tmp_path.iterdir()] == ["rule.json"]
 
 
@@ -951,7 +953,7 @@ def forge(path, **changes):
         {"scores": [3.0, 1.0, 2.0]},
         {"scores": ["a"] * 12},
         {"scores": [[1.0]] * 12},
-        {"version": 2},
+        {"version": 3},
         {"version": "1"},
         {"format": "pickle"},
     ],
@@ -977,3 +979,167 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
         rule.save(saved)
     assert saved.read_bytes() == content
     assert [file.name for file in saved.parent.iterdir()] == ["rule.json"]
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class OwnRule(RejectionRule):
+    """What a user would write."""
+
+    parameters = ("share",)
+
+    def __init__(self, share=0.5, method="abstain"):
+        super().__init__(method)
+        self.share = share
+
+    def find_threshold(self, scores, wrong):
+        return float(np.quantile(scores, self.share)), None
+
+    def state_guarantee(self):
+        return f"Keeps {self.share:.0%} of the calibration data."
+
+
+def test_a_rule_of_ones_own_saves_and_loads(tmp_path):
+    scores = np.random.default_rng(0).normal(size=200)
+    rule = OwnRule(0.3, method=None).fit(scores)
+    rule.save(tmp_path / "own.json")
+    loaded = load_rule(tmp_path / "own.json")
+    assert type(loaded) is OwnRule
+    assert loaded.guarantee == "Keeps 30% of the calibration data."
+    np.testing.assert_array_equal(
+        loaded.predict(scores).accepted, rule.predict(scores).accepted
+    )
+
+
+def test_a_rule_that_could_not_be_loaded_is_not_saved(tmp_path):
+    class Unregistered(OwnRule):
+        pass
+
+    rule = Unregistered(method=None).fit(np.arange(9.0))
+    with pytest.raises(ValueError, match="not registered"):
+        rule.save(tmp_path / "rule.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_an_unknown_rule_is_refused(tmp_path):
+    path = tmp_path / "rule.json"
+    OwnRule(method=None).fit(np.arange(9.0)).save(path)
+    objects = keras.saving.get_custom_objects()
+    cls = objects.pop("tests>OwnRule")
+    try:
+        with pytest.raises(ValueError, match="'tests>OwnRule' is not known"):
+            load_rule(path)
+    finally:
+        objects["tests>OwnRule"] = cls
+
+
+TIED = {
+    "coverage": lambda: CoverageRule(0.5, method=None),
+    "coverage with confidence": lambda: CoverageRule(0.5, None, delta=0.05),
+    "conformal": lambda: ConformalRule(0.5, method=None),
+    "risk": lambda: SelectiveRiskRule(0.01, method=None),
+}
+
+
+@pytest.mark.parametrize("level", [-25.0, -1e-3, 0.0, 3.0, 1e4])
+@pytest.mark.parametrize("name", TIED)
+def test_inputs_that_share_a_score_stay_together_however_it_is_rounded(
+    name, level
+):
+    rng = np.random.default_rng(0)
+    spread = max(1.0, abs(level))
+    scores = np.concatenate(
+        [
+            np.full(500, level),
+            level + spread * (0.01 + rng.random(250)),
+            level - spread * (0.01 + rng.random(250)),
+        ]
+    ).astype("float32")
+    errors = {"errors": scores > level} if name == "risk" else {}
+    rule = TIED[name]().fit(scores, **errors)
+    group = np.float32(level)
+    nearby = [group]
+    for end in (-np.inf, np.inf):
+        value = group
+        for _ in range(4):
+            value = np.nextafter(value, np.float32(end))
+        nearby.append(value)
+    assert rule.predict(np.array(nearby)).accepted.all()
+    # Nothing else of the calibration data comes along.
+    assert 750 <= rule.predict(scores).accepted.sum() <= 753
+
+
+@pytest.mark.parametrize("level", [-25.0, 0.0, 3.0])
+def test_outliers_that_share_a_score_are_rejected_together(level):
+    rng = np.random.default_rng(0)
+    outliers = np.concatenate(
+        [
+            np.full(900, level),
+            level - 0.01 - rng.random(30),
+            level + np.ones(70),
+        ]
+    ).astype("float32")
+    rule = FalsePositiveRateRule(0.05, method=None).fit(outliers)
+    below = np.nextafter(np.float32(level), np.float32(-np.inf))
+    above = np.nextafter(np.float32(level), np.float32(np.inf))
+    assert rule.predict(np.array([level, below, above])).rejected.all()
+    assert rule.predict(outliers).accepted.sum() == 30
+
+
+def test_neighbours_in_float64_keep_their_sides():
+    low = 1.0
+    high = np.nextafter(low, np.inf)
+    scores = np.array([0.0] * 10 + [low] * 11 + [high] * 19)
+    rule = CoverageRule(0.5, method=None).fit(scores)
+    assert rule.predict([low, high]).accepted.tolist() == [True, False]
+    scores = np.array([0.0] * 10 + [low] * 9 + [high] * 21)
+    rule = FalsePositiveRateRule(0.5, method=None).fit(scores)
+    assert rule.predict([low, high]).accepted.tolist() == [True, False]
+
+
+def _fitted_rule(level=0.9):
+    return CoverageRule(level, method=None).fit(np.arange(100.0))
+
+
+def test_threads_that_save_to_one_file_leave_it_whole(tmp_path):
+    path = tmp_path / "rule.json"
+    rules = [_fitted_rule(level) for level in (0.5, 0.6, 0.7, 0.8)]
+    rules[0].save(path)
+
+    def save(rule):
+        for _ in range(25):
+            rule.save(path)
+            assert load_rule(path).coverage in (0.5, 0.6, 0.7, 0.8)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, rules))
+    assert [p.name for p in tmp_path.iterdir()] == ["rule.json"]
+
+
+def test_saving_keeps_links_permissions_and_long_names(tmp_path):
+    path = tmp_path / ("r" * 250 + ".json")
+    _fitted_rule(0.5).save(path)
+    path.chmod(0o600)
+    link = tmp_path / "link.json"
+    link.symlink_to(path)
+    _fitted_rule(0.9).save(link)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert load_rule(path).coverage == 0.9
+
+
+def test_a_path_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing does not exist"):
+        _fitted_rule().save(tmp_path / "missing" / "rule.json")
+    with pytest.raises(ValueError, match="path of a file"):
+        _fitted_rule().save(tmp_path)
+
+
+def test_a_byte_order_mark_is_read_over_and_a_repeated_key_refused(tmp_path):
+    path = tmp_path / "rule.json"
+    _fitted_rule().save(path)
+    content = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + content)
+    assert load_rule(path).coverage == 0.9
+    path.write_bytes(content.replace(b"{", b'{"threshold": 1e9,', 1))
+    with pytest.raises(ValueError, match="threshold more than once"):
+        load_rule(path)

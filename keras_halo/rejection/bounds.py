@@ -14,9 +14,13 @@ from keras_halo.utils.extras import require
 # Doubles that should be an integer, such as 0.07 * 100, may miss it by this.
 _ROUNDING = 1e-12
 
+# By how much another batch size or compiler moves a score, relative to it. A
+# score is a difference of logits that are some tens of times as large.
+_SCORE_ROUNDING = 1e-5
+
 
 def samples_for_coverage(coverage, delta=None):
-    """Smallest calibration set that can promise a coverage.
+    """Smallest calibration set that can guarantee a coverage.
 
     Formula:
 
@@ -27,7 +31,7 @@ def samples_for_coverage(coverage, delta=None):
 
     Args:
         coverage: Float in `(0, 1)`.
-        delta: Float in `(0, 1)`, or `None` for a promise on average. Defaults
+        delta: Float in `(0, 1)`, or `None` for a guarantee on average. Defaults
             to `None`.
 
     Returns:
@@ -60,7 +64,7 @@ def coverage_rank(num_samples, coverage, delta=None):
     Args:
         num_samples: Integer `n`, at least `samples_for_coverage`.
         coverage: Float in `(0, 1)`.
-        delta: Float in `(0, 1)`, or `None` for a promise on average. Defaults
+        delta: Float in `(0, 1)`, or `None` for a guarantee on average. Defaults
             to `None`.
 
     Returns:
@@ -141,8 +145,73 @@ def conformal_p_values(scores, calibration_scores):
     return (1.0 + (n - below)) / (n + 1.0)
 
 
+def threshold_above(largest, scores):
+    """A threshold that accepts a score however it is rounded.
+
+    Many inputs may share the score at the threshold, such as blank frames.
+    Another batch size or compiler moves all of them by a few units in the last
+    place of float32, and a threshold that is exactly that score would let the
+    whole group change sides. So it lies in the gap to the next score.
+
+    Formula:
+
+    ```python
+    following = min(scores[scores > largest])
+    threshold = largest + min(
+        (following - largest) / 2, 1e-5 * max(1, abs(largest))
+    )
+    ```
+
+    Args:
+        largest: Float, the largest score to accept.
+        scores: Vector of calibration scores.
+
+    Returns:
+        Float, at least `largest`, below every score that is larger.
+
+    Example:
+
+    >>> threshold_above(2.0, np.array([1.0, 2.0, 3.0]))
+    2.00002
+    >>> threshold_above(2.0, np.array([1.0, 2.0, 2.000001]))
+    2.0000005
+    """
+    above = scores[scores > largest]
+    margin = _SCORE_ROUNDING * max(1.0, abs(largest))
+    if above.size:
+        margin = min(margin, (float(above.min()) - largest) / 2.0)
+    threshold = largest + margin
+    # Neighbours in float64 leave no room.
+    if above.size and threshold >= above.min():
+        return largest
+    return threshold
+
+
+def threshold_below(smallest, scores):
+    """A threshold that rejects a score however it is rounded.
+
+    Formula: that of `threshold_above`, downwards.
+
+    Args:
+        smallest: Float, the smallest score to reject.
+        scores: Vector of calibration scores.
+
+    Returns:
+        Float below `smallest`, at least every score that is smaller.
+
+    Example:
+
+    >>> threshold_below(2.0, np.array([1.0, 2.0, 3.0]))
+    1.99998
+    """
+    threshold = -threshold_above(-smallest, -scores)
+    if threshold >= smallest:
+        threshold = float(np.nextafter(smallest, -np.inf))
+    return threshold
+
+
 def samples_for_risk(risk, delta):
-    """Smallest calibration set that can promise a selective risk.
+    """Smallest calibration set that can guarantee a selective risk.
 
     Even without a single error `n` samples leave `(1 - risk) ** n` of doubt.
     One more sample sets the first threshold that is tested.

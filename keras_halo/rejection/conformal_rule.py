@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 
 from keras_halo.rejection import bounds
@@ -7,6 +8,7 @@ from keras_halo.rejection.wording import percent
 from keras_halo.utils.extras import require
 
 
+@keras.saving.register_keras_serializable(package="keras_halo")
 class ConformalRule(RejectionRule):
     """Rejects inputs that rank too high among calibration data to be known.
 
@@ -64,8 +66,8 @@ class ConformalRule(RejectionRule):
       Practical and Powerful Approach to Multiple Testing, 1995.
     """
 
-    _parameters = ("alpha", "fdr")
-    _keeps_scores = True
+    parameters = ("alpha", "fdr")
+    keeps_scores = True
 
     def __init__(self, alpha=0.05, method="abstain", fdr=False):
         super().__init__(method)
@@ -101,31 +103,32 @@ class ConformalRule(RejectionRule):
                 or come from another model.
         """
         reading = self._read(scores)
-        return bounds.conformal_p_values(reading.scores, self._fitted.scores)
+        return bounds.conformal_p_values(
+            reading.scores, self.calibration_scores
+        )
 
     @property
-    def _judges_singly(self):
+    def judges_singly(self):
         return not self.fdr
 
-    def _calibrate(self, scores, wrong):
+    def find_threshold(self, scores, wrong):
         coverage = 1.0 - self.alpha
-        self._require_samples(
-            len(scores), bounds.samples_for_coverage(coverage)
-        )
+        self.require_samples(len(scores), bounds.samples_for_coverage(coverage))
         scores = np.sort(scores)
         rank = bounds.coverage_rank(len(scores), coverage)
-        return float(scores[rank - 1]), scores
+        threshold = bounds.threshold_above(float(scores[rank - 1]), scores)
+        return threshold, scores
 
-    def _accepts(self, scores):
+    def accepts(self, scores):
         if not self.fdr:
-            return super()._accepts(scores)
-        p_values = bounds.conformal_p_values(scores, self._fitted.scores)
+            return super().accepts(scores)
+        p_values = bounds.conformal_p_values(scores, self.calibration_scores)
         adjusted = require("scipy.stats").false_discovery_control(
             p_values.ravel(), method="bh"
         )
         return (adjusted > self.alpha).reshape(scores.shape)
 
-    def _promise(self):
+    def state_guarantee(self):
         if self.fdr:
             return (
                 f"On average at most {percent(self.alpha)} of the inputs that "
@@ -136,8 +139,8 @@ class ConformalRule(RejectionRule):
             "are rejected."
         )
 
-    def _achieved(self, calibration):
+    def describe_calibration(self, calibration):
         if not self.fdr:
-            yield from super()._achieved(calibration)
+            yield from super().describe_calibration(calibration)
             return
         yield f"smallest p-value {1.0 / (calibration.samples + 1.0):.3g}"

@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 
 from keras_halo.rejection import bounds
@@ -6,13 +7,14 @@ from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.wording import percent
 
 
+@keras.saving.register_keras_serializable(package="keras_halo")
 class CoverageRule(RejectionRule):
     """Keeps a share of the known inputs, rejecting those with highest scores.
 
     The threshold is the k-th smallest of `n` calibration scores. The share of
     all known inputs that it keeps follows a Beta(k, n + 1 - k) distribution
     over the draw of the calibration set (or is larger, with ties), whatever
-    the scores are. So `k` gives either of two promises:
+    the scores are. So `k` gives either of two guarantees:
 
     - on average (`delta=None`): at least `coverage` of the calibration data
       is kept, and a new known input is kept with probability at least
@@ -33,8 +35,8 @@ class CoverageRule(RejectionRule):
         coverage: Float in `(0, 1)`. Defaults to `0.95`.
         method: String, one of `keras_halo.OOD_METHODS`, for packed scores;
             `None` for plain scores. Defaults to `"abstain"`.
-        delta: Float in `(0, 1)`, the probability with which the promise may
-            fail, or `None` for a promise on average. Defaults to `None`.
+        delta: Float in `(0, 1)`, the probability with which the guarantee may
+            fail, or `None` for a guarantee on average. Defaults to `None`.
 
     Raises:
         ValueError: If an argument is out of range. `fit` raises it if there
@@ -45,7 +47,7 @@ class CoverageRule(RejectionRule):
 
     >>> rule = CoverageRule(0.9, method=None).fit(np.arange(1.0, 101.0))
     >>> rule.threshold, round(rule.coverage_bound(delta=0.05), 3)
-    (91.0, 0.848)
+    (91.00091, 0.848)
     >>> rule.predict([5.0, 300.0]).accepted.tolist()
     [True, False]
 
@@ -57,7 +59,7 @@ class CoverageRule(RejectionRule):
       2012.
     """
 
-    _parameters = ("coverage", "delta")
+    parameters = ("coverage", "delta")
 
     def __init__(self, coverage=0.95, method="abstain", delta=None):
         super().__init__(method)
@@ -79,14 +81,15 @@ class CoverageRule(RejectionRule):
         rank = bounds.coverage_rank(samples, self.coverage, self.delta)
         return bounds.coverage_bound(rank, samples, delta)
 
-    def _calibrate(self, scores, wrong):
-        self._require_samples(
+    def find_threshold(self, scores, wrong):
+        self.require_samples(
             len(scores), bounds.samples_for_coverage(self.coverage, self.delta)
         )
         rank = bounds.coverage_rank(len(scores), self.coverage, self.delta)
-        return float(np.partition(scores, rank - 1)[rank - 1]), None
+        largest = float(np.partition(scores, rank - 1)[rank - 1])
+        return bounds.threshold_above(largest, scores), None
 
-    def _promise(self):
+    def state_guarantee(self):
         if self.delta is None:
             return (
                 f"Keeps at least {percent(self.coverage)} of the calibration "
@@ -98,8 +101,8 @@ class CoverageRule(RejectionRule):
             f"{percent(self.coverage)} of known inputs to come."
         )
 
-    def _achieved(self, calibration):
-        yield from super()._achieved(calibration)
+    def describe_calibration(self, calibration):
+        yield from super().describe_calibration(calibration)
         yield (
             f"at least {percent(self.coverage_bound())} of known inputs kept "
             "with 95 % confidence"

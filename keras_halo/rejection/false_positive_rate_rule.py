@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 
 from keras_halo.rejection import bounds
@@ -6,6 +7,7 @@ from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.wording import percent, share
 
 
+@keras.saving.register_keras_serializable(package="keras_halo")
 class FalsePositiveRateRule(RejectionRule):
     """Accepts at most a share of outliers, as measured on given outliers.
 
@@ -15,7 +17,7 @@ class FalsePositiveRateRule(RejectionRule):
     the m-th smallest of the `n` scores, so that fewer than `m` of them are
     accepted, and the share of all such outliers that is accepted follows a
     Beta(m, n + 1 - m) distribution over the draw of the given ones (or is
-    smaller, with ties). So `m` gives either of two promises:
+    smaller, with ties). So `m` gives either of two guarantees:
 
     - on average (`delta=None`): at most `rate` of the given outliers is
       accepted, and a new outlier of the same kind with probability at most
@@ -24,7 +26,7 @@ class FalsePositiveRateRule(RejectionRule):
       over the given outliers, the share of all outliers of their kind that
       this very rule accepts is at most `rate`.
 
-    Nothing is promised for outliers of another kind.
+    Nothing is guaranteed for outliers of another kind.
 
     Formula:
 
@@ -38,8 +40,8 @@ class FalsePositiveRateRule(RejectionRule):
         rate: Float in `(0, 1)`. Defaults to `0.05`.
         method: String, one of `keras_halo.OOD_METHODS`, for packed scores;
             `None` for plain scores. Defaults to `"abstain"`.
-        delta: Float in `(0, 1)`, the probability with which the promise may
-            fail, or `None` for a promise on average. Defaults to `None`.
+        delta: Float in `(0, 1)`, the probability with which the guarantee may
+            fail, or `None` for a guarantee on average. Defaults to `None`.
 
     Raises:
         ValueError: If an argument is out of range. `fit` raises it if there
@@ -54,8 +56,8 @@ class FalsePositiveRateRule(RejectionRule):
     [True, False]
     """
 
-    _parameters = ("rate", "delta")
-    _samples_are = "outliers"
+    parameters = ("rate", "delta")
+    sample_name = "outliers"
 
     def __init__(self, rate=0.05, method="abstain", delta=None):
         super().__init__(method)
@@ -77,10 +79,10 @@ class FalsePositiveRateRule(RejectionRule):
 
         Raises:
             ValueError: If the input is not usable or too small for the
-                promise; the rule stays as it was.
+                guarantee; the rule stays as it was.
         """
         outliers = read_scores(scores, self.method)
-        threshold, _ = self._calibrate(outliers.scores.ravel(), None)
+        threshold, _ = self.find_threshold(outliers.scores.ravel(), None)
         counts = {}
         if known is not None:
             known = read_scores(known, self.method, "known")
@@ -109,16 +111,16 @@ class FalsePositiveRateRule(RejectionRule):
         """Rank from above: to reject 1 - rate is to keep it, seen backwards."""
         return bounds.coverage_rank(num_samples, 1.0 - self.rate, self.delta)
 
-    def _calibrate(self, scores, wrong):
+    def find_threshold(self, scores, wrong):
         n = len(scores)
-        self._require_samples(
+        self.require_samples(
             n, bounds.samples_for_coverage(1.0 - self.rate, self.delta)
         )
         place = n - self._rank(n)
-        first_rejected = np.partition(scores, place)[place]
-        return float(np.nextafter(first_rejected, -np.inf)), None
+        smallest = float(np.partition(scores, place)[place])
+        return bounds.threshold_below(smallest, scores), None
 
-    def _promise(self):
+    def state_guarantee(self):
         if self.delta is None:
             return (
                 f"Accepts at most {percent(self.rate)} of the given outliers, "
@@ -130,8 +132,8 @@ class FalsePositiveRateRule(RejectionRule):
             f"{percent(self.rate)} of outliers of the given kind."
         )
 
-    def _achieved(self, calibration):
-        yield from super()._achieved(calibration)
+    def describe_calibration(self, calibration):
+        yield from super().describe_calibration(calibration)
         yield (
             f"at most {percent(self.false_positive_bound())} of such outliers "
             "accepted with 95 % confidence"

@@ -84,14 +84,14 @@ class Fingerprint:
         if differences:
             raise ValueError(
                 "`scores` come from another model than the rule was fitted "
-                f"on. Received: {', '.join(differences)}. Its promise does "
+                f"on. Received: {', '.join(differences)}. Its guarantee does "
                 "not carry over: fit a rule on predictions of this model, or "
                 "use the model that the rule was fitted on."
             )
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
+class CalibrationCounts:
     """Size of the calibration data, and what was achieved on them.
 
     Args:
@@ -110,7 +110,7 @@ class Calibration:
 
     Example:
 
-    >>> Calibration(samples=100, inputs=100, accepted=95).accepted
+    >>> CalibrationCounts(samples=100, inputs=100, accepted=95).accepted
     95
     """
 
@@ -149,7 +149,7 @@ class Fitted:
 
     Args:
         threshold: Float, the largest score that is accepted.
-        calibration: `Calibration`.
+        calibration: `CalibrationCounts`.
         fingerprint: `Fingerprint` of the head, `None` for plain scores.
         scores: Sorted array of all calibration scores, if the rule needs them,
             or `None`.
@@ -160,12 +160,12 @@ class Fitted:
 
     Example:
 
-    >>> Fitted(2.5, Calibration(100, 100, 95), None).threshold
+    >>> Fitted(2.5, CalibrationCounts(100, 100, 95), None).threshold
     2.5
     """
 
     threshold: float
-    calibration: Calibration
+    calibration: CalibrationCounts
     fingerprint: Fingerprint | None
     scores: np.ndarray | None = None
 

@@ -5,25 +5,25 @@ from keras_halo.ops import ood_scores
 from keras_halo.ops.labels import ABSTAINED
 from keras_halo.rejection import storage
 from keras_halo.rejection.decisions import Decisions
-from keras_halo.rejection.fitted import Calibration, Fitted
+from keras_halo.rejection.fitted import CalibrationCounts, Fitted
 from keras_halo.rejection.readings import read_errors, read_scores
 from keras_halo.rejection.wording import share
 
 
 class RejectionRule:
-    """Base of the rules that turn scores into decisions with a promise.
+    """Base of the rules that turn scores into decisions with a guarantee.
 
     An input is accepted when its score is at most `threshold`. The label of an
     accepted input is its most probable class, also where the model by itself
     would have abstained: the rule takes the place of the model's own
-    threshold, or its promise would not hold. The label of a rejected input is
+    threshold, or its guarantee would not hold. The label of a rejected input is
     -1.
 
     Calibration data must be drawn as the inputs to come will be, and must not
     have been used in training. Scores of any rank are taken; every position
     (a pixel, a token) then counts as one sample of the calibration data, and
     decisions have the shape of the positions. Positions of one input are not
-    independent of each other, hence a promise that follows from so many
+    independent of each other, hence a guarantee that follows from so many
     samples holds only as far as they are; for one that holds by the number of
     inputs calibrate on a single random position of each, or on one score an
     input with `method=None`.
@@ -38,21 +38,42 @@ class RejectionRule:
             `keras_halo.OOD_METHODS`; or `None` if plain scores are passed,
             larger for outliers, of any origin.
 
+    A rule of your own names its constructor arguments in `parameters`, finds a
+    threshold in `find_threshold` and says in `state_guarantee` what holds.
+    Registered with `keras.saving.register_keras_serializable`, it saves and
+    loads as the others do.
+
+    Attributes:
+        parameters: Tuple of strings, the constructor arguments beside
+            `method`. Each is an attribute that JSON can hold.
+        judges_singly: Boolean, whether the decision on an input depends on its
+            own score alone. Defaults to `True`.
+        keeps_scores: Boolean, whether all calibration scores are kept and
+            saved, as `calibration_scores`. Defaults to `False`.
+        sample_name: String, what the samples of `fit` are, in the words of
+            `summary`. Defaults to `"known samples"`.
+
     Example:
 
-    >>> rule = keras_halo.rejection.CoverageRule(0.95, method=None)
-    >>> isinstance(rule, keras_halo.rejection.RejectionRule)
-    True
+    >>> @keras.saving.register_keras_serializable(package="mine")
+    ... class MedianRule(keras_halo.rejection.RejectionRule):
+    ...     def __init__(self, method="abstain"):
+    ...         super().__init__(method)
+    ...
+    ...     def find_threshold(self, scores, wrong):
+    ...         return float(np.median(scores)), None
+    ...
+    ...     def state_guarantee(self):
+    ...         return "Keeps half of the calibration data. Nothing else."
+    >>> rule = MedianRule(method=None).fit([1.0, 2.0, 9.0])
+    >>> rule.predict([1.5, 3.0]).accepted.tolist()
+    [True, False]
     """
 
-    # Constructor arguments beside `method`.
-    _parameters = ()
-    # Whether the decision on an input depends on its own score alone.
-    _judges_singly = True
-    # Whether all calibration scores are kept.
-    _keeps_scores = False
-    # What the samples of `fit` are, in the words of `summary`.
-    _samples_are = "known samples"
+    parameters = ()
+    judges_singly = True
+    keeps_scores = False
+    sample_name = "known samples"
 
     def __init__(self, method):
         if method is not None:
@@ -61,11 +82,11 @@ class RejectionRule:
         self._fitted = None
 
     def __setattr__(self, name, value):
-        # A promise that was measured must not change its words.
+        # A guarantee that was measured must not change its words.
         if name != "_fitted" and self.__dict__.get("_fitted") is not None:
             raise AttributeError(
-                f"`{name}` cannot be set: the rule was fitted to promise what "
-                "its arguments say. Make a new rule and fit it."
+                f"`{name}` cannot be set: the rule was fitted to guarantee "
+                "what its arguments say. Make a new rule and fit it."
             )
         super().__setattr__(name, value)
 
@@ -87,11 +108,11 @@ class RejectionRule:
 
         Raises:
             ValueError: If the input is not usable or too small for the
-                promise; the rule stays as it was.
+                guarantee; the rule stays as it was.
         """
         reading = read_scores(scores, self.method)
         wrong = read_errors(reading, labels, errors)
-        threshold, kept_scores = self._calibrate(
+        threshold, kept_scores = self.find_threshold(
             reading.scores.ravel(), None if wrong is None else wrong.ravel()
         )
         accepted = reading.scores <= threshold
@@ -103,7 +124,7 @@ class RejectionRule:
         return self
 
     def _remember(self, reading, threshold, scores=None, **counts):
-        calibration = Calibration(
+        calibration = CalibrationCounts(
             samples=reading.scores.size,
             inputs=len(reading.scores),
             accepted=int((reading.scores <= threshold).sum()),
@@ -129,7 +150,7 @@ class RejectionRule:
                 or come from another model.
         """
         reading = self._read(scores)
-        accepted = self._accepts(reading.scores)
+        accepted = self.accepts(reading.scores)
         labels = reading.labels
         if labels is not None:
             labels = np.where(accepted, labels, ABSTAINED)
@@ -173,7 +194,7 @@ class RejectionRule:
         >>> np.array_equal(deployed.predict(x, verbose=0), labels)
         True
         """
-        if not self._judges_singly:
+        if not self.judges_singly:
             raise ValueError(
                 f"What {self!r} decides on one input depends on the others in "
                 "the batch, and a layer judges each by itself. Use a rule "
@@ -188,21 +209,21 @@ class RejectionRule:
         return self._require_fitted().threshold
 
     @property
-    def promise(self):
-        """String, what the rule promises, in one or two sentences."""
-        promise = self._promise()
+    def guarantee(self):
+        """String, what the rule guarantees, in one or two sentences."""
+        guarantee = self.state_guarantee()
         if self._fitted is None:
-            return promise
+            return guarantee
         calibration = self._fitted.calibration
         if calibration.samples != calibration.inputs:
-            promise += (
+            guarantee += (
                 f" This counts the {calibration.samples} positions of "
                 f"{calibration.inputs} inputs as independent samples."
             )
-        return promise
+        return guarantee
 
     def summary(self):
-        """Describes the rule, its promise, and what it did on calibration data.
+        """Describes the rule, its guarantee, and its calibration.
 
         Returns:
             String of a few lines.
@@ -214,15 +235,15 @@ class RejectionRule:
         return "\n".join(
             [
                 repr(self),
-                f"Promise: {self.promise}",
-                f"Calibration: {calibration.samples} {self._samples_are}, "
-                + ", ".join(self._achieved(calibration))
+                f"Guarantee: {self.guarantee}",
+                f"Calibration: {calibration.samples} {self.sample_name}, "
+                + ", ".join(self.describe_calibration(calibration))
                 + ".",
             ]
         )
 
     def save(self, path):
-        """Saves the fitted rule with its promise as a JSON file.
+        """Saves the fitted rule with its guarantee as a JSON file.
 
         The file is replaced as a whole or not at all. It carries a checksum;
         `keras_halo.rejection.load_rule` refuses it once it is damaged.
@@ -238,7 +259,7 @@ class RejectionRule:
     def get_config(self):
         """Returns the constructor arguments as a dictionary."""
         return {
-            name: getattr(self, name) for name in (*self._parameters, "method")
+            name: getattr(self, name) for name in (*self.parameters, "method")
         }
 
     def __repr__(self):
@@ -247,18 +268,55 @@ class RejectionRule:
         )
         return f"{type(self).__name__}({arguments})"
 
-    def _calibrate(self, scores, wrong):
-        """Returns the threshold, and the scores to keep or `None`."""
+    def find_threshold(self, scores, wrong):
+        """Finds the threshold; to be overridden.
+
+        Args:
+            scores: Vector of finite scores, float64.
+            wrong: Boolean vector, where the prediction is wrong, or `None`.
+
+        Returns:
+            Tuple: the largest score to accept, a float, and the sorted scores
+            if the rule keeps them, otherwise `None`. Take
+            `keras_halo.rejection.bounds.threshold_above` where the scores may
+            have ties.
+        """
         raise NotImplementedError
 
-    def _promise(self):
+    def state_guarantee(self):
+        """Says what the rule guarantees; to be overridden.
+
+        Returns:
+            String, one or two sentences.
+        """
         raise NotImplementedError
 
-    def _accepts(self, scores):
-        return scores <= self._fitted.threshold
+    def accepts(self, scores):
+        """Decides by scores; may be overridden.
 
-    def _achieved(self, calibration):
-        """Yields what `summary` tells of the calibration data."""
+        Args:
+            scores: float64 array of any shape.
+
+        Returns:
+            Boolean array of this shape.
+        """
+        return scores <= self.threshold
+
+    @property
+    def calibration_scores(self):
+        """Sorted vector of the calibration scores, or `None` if not kept."""
+        return self._require_fitted().scores
+
+    def describe_calibration(self, calibration):
+        """Yields what `summary` tells of the calibration; may be overridden.
+
+        Args:
+            calibration: The counts `samples`, `inputs`, `accepted`, and,
+                where they are known, `errors` and `accepted_errors`.
+
+        Yields:
+            Strings, parts of one sentence.
+        """
         accepted = calibration.accepted
         yield f"{share(accepted, calibration.samples)} accepted"
         if calibration.errors is not None:
@@ -284,10 +342,11 @@ class RejectionRule:
             )
         return self._fitted
 
-    def _require_samples(self, received, needed):
+    def require_samples(self, received, needed):
+        """Raises `ValueError` where there are fewer samples than needed."""
         if received < needed:
             raise ValueError(
                 f"{self!r} needs at least {needed} calibration samples for "
-                f"its promise. Received: {received}. Collect "
+                f"its guarantee. Received: {received}. Collect "
                 f"{needed - received} more, or ask for less."
             )

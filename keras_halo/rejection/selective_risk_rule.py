@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 
 from keras_halo.rejection import bounds
@@ -6,6 +7,7 @@ from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.wording import percent
 
 
+@keras.saving.register_keras_serializable(package="keras_halo")
 class SelectiveRiskRule(RejectionRule):
     """Keeps the error rate of what is accepted below a guaranteed level.
 
@@ -36,7 +38,7 @@ class SelectiveRiskRule(RejectionRule):
 
     Args:
         risk: Float in `(0, 1)`, the error rate to stay below.
-        delta: Float in `(0, 1)`, the probability with which the promise may
+        delta: Float in `(0, 1)`, the probability with which the guarantee may
             fail. Defaults to `0.05`.
         method: String, one of `keras_halo.OOD_METHODS`, for packed scores;
             `None` for plain scores. Defaults to `"abstain"`.
@@ -52,8 +54,8 @@ class SelectiveRiskRule(RejectionRule):
     >>> scores = np.arange(1000)
     >>> errors = (scores >= 600) & (scores % 2 == 0)
     >>> rule = SelectiveRiskRule(0.05, method=None).fit(scores, errors=errors)
-    >>> rule.threshold
-    643.0
+    >>> round(rule.threshold, 2)
+    643.01
 
     References:
 
@@ -63,26 +65,27 @@ class SelectiveRiskRule(RejectionRule):
       Predictive Algorithms to Achieve Risk Control, 2021.
     """
 
-    _parameters = ("risk", "delta")
+    parameters = ("risk", "delta")
 
     def __init__(self, risk, delta=0.05, method="abstain"):
         super().__init__(method)
         self.risk = check_fraction("risk", risk)
         self.delta = check_fraction("delta", delta)
 
-    def _calibrate(self, scores, wrong):
+    def find_threshold(self, scores, wrong):
         if wrong is None:
             raise ValueError(
                 "A selective risk is an error rate: `fit` needs `labels` with "
                 "packed scores, or `errors`. Received: neither."
             )
-        self._require_samples(
+        self.require_samples(
             len(scores), bounds.samples_for_risk(self.risk, self.delta)
         )
         accepted = bounds.accepted_at_risk(scores, wrong, self.risk, self.delta)
         if not accepted:
             raise ValueError(self._unreachable(scores, wrong))
-        return float(np.partition(scores, accepted - 1)[accepted - 1]), None
+        largest = float(np.partition(scores, accepted - 1)[accepted - 1])
+        return bounds.threshold_above(largest, scores), None
 
     def _unreachable(self, scores, wrong):
         order = np.argsort(scores)
@@ -101,7 +104,7 @@ class SelectiveRiskRule(RejectionRule):
             "the model; a higher risk must be confirmed on fresh data."
         )
 
-    def _promise(self):
+    def state_guarantee(self):
         return (
             f"With {percent(1.0 - self.delta)} confidence at most "
             f"{percent(self.risk)} of the accepted inputs to come are answered "

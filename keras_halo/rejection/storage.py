@@ -6,23 +6,37 @@ import json
 import math
 import os
 import pathlib
+import secrets
 
+import keras
 import numpy as np
 
+from keras_halo.rejection.fitted import CalibrationCounts, Fingerprint, Fitted
+
 FORMAT = "keras_halo.rejection"
-VERSION = 1
+VERSION = 2
+
+# Version 1 named a rule by its class, and called the guarantee a promise.
+_OLDEST_VERSION = 1
 
 _WHAT_TO_DO = "Restore the file from a copy, or fit and save the rule again."
 
 
 def save(rule, fitted, path):
     """Writes a fitted rule; see `RejectionRule.save`."""
+    name = keras.saving.get_registered_name(type(rule))
+    if keras.saving.get_registered_object(name) is not type(rule):
+        raise ValueError(
+            f"The class {type(rule).__name__} is not registered, so that the "
+            "file could not be loaded. Decorate it with "
+            '`@keras.saving.register_keras_serializable(package="...")`.'
+        )
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "rule": type(rule).__name__,
+        "rule": name,
         "config": rule.get_config(),
-        "promise": rule.promise,
+        "guarantee": rule.guarantee,
         "threshold": fitted.threshold,
         "calibration": dataclasses.asdict(fitted.calibration),
         "fingerprint": fitted.fingerprint
@@ -30,12 +44,25 @@ def save(rule, fitted, path):
         "scores": None if fitted.scores is None else fitted.scores.tolist(),
     }
     document["checksum"] = _checksum(document)
-    path = pathlib.Path(path)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(
-            json.dumps(document, indent=1, allow_nan=False) + "\n", "utf-8"
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    # A link stays one, and leads to the new content.
+    path = pathlib.Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"The folder {path.parent} does not exist. Make it before saving "
+            "a rule there."
         )
+    if path.exists() and not path.is_file():
+        raise ValueError(
+            f"Expected the path of a file. Received: {path}, which is none."
+        )
+    # A name of its own for every call, whatever thread or process it is in,
+    # and a short one: that of the file may be as long as names can be.
+    unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        unfinished.write_text(text, "utf-8")
+        if path.exists():
+            unfinished.chmod(path.stat().st_mode & 0o7777)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -52,11 +79,13 @@ def load_rule(path):
         path: String or path of the file.
 
     Returns:
-        The fitted rule, an instance of the class that was saved.
+        The fitted rule, an instance of the class that was saved. A class of
+        your own must be registered before.
 
     Raises:
         ValueError: If the file is damaged, incomplete, has been edited, holds
-            no rejection rule or one of a later version of the package.
+            no rejection rule, one of an unknown class or of a later version of
+            the package.
         OSError: If there is no such file, or it cannot be read.
 
     Example:
@@ -65,15 +94,17 @@ def load_rule(path):
     >>> rule = keras_halo.rejection.CoverageRule(0.9, method=None)
     >>> path = os.path.join(tempfile.mkdtemp(), "rule.json")
     >>> rule.fit(np.arange(100.0)).save(path)
-    >>> keras_halo.rejection.load_rule(path).threshold
-    90.0
+    >>> keras_halo.rejection.load_rule(path).predict([89.0, 91.0]).accepted
+    array([ True, False])
     """
     content = pathlib.Path(path).read_bytes()
     try:
         document = json.loads(
-            content.decode("utf-8"),
+            # Some editors begin a file with a byte-order mark.
+            content.decode("utf-8-sig"),
             parse_float=_finite_float,
             parse_constant=_finite_float,
+            object_pairs_hook=_without_repeats,
         )
     except (ValueError, RecursionError) as error:
         raise ValueError(
@@ -85,11 +116,11 @@ def load_rule(path):
             "Pass a file that `rule.save(path)` wrote."
         )
     version = document.get("version")
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or not _OLDEST_VERSION <= version <= VERSION:
         raise ValueError(
             f"{path} has version {version!r} of the format; this keras_halo "
-            f"reads version {VERSION}. Install a newer keras-halo if the file "
-            "was saved by one."
+            f"reads versions {_OLDEST_VERSION} to {VERSION}. Install a newer "
+            "keras-halo if the file was saved by one."
         )
     if document.pop("checksum", None) != _checksum(document):
         raise ValueError(
@@ -97,36 +128,36 @@ def load_rule(path):
             f"does not match its checksum. {_WHAT_TO_DO}"
         )
     try:
-        return _to_rule(document)
+        return _to_rule(document, version)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no usable rejection rule: {error}. {_WHAT_TO_DO}"
         ) from error
 
 
-def _to_rule(document):
-    # Here, because the rules import this module.
-    from keras_halo import rejection
-    from keras_halo.rejection.fitted import Calibration, Fingerprint, Fitted
-
-    rules = {
-        "ConformalRule": rejection.ConformalRule,
-        "CoverageRule": rejection.CoverageRule,
-        "FalsePositiveRateRule": rejection.FalsePositiveRateRule,
-        "SelectiveRiskRule": rejection.SelectiveRiskRule,
-    }
-    rule = rules[document["rule"]](**document["config"])
+def _to_rule(document, version):
+    name = document["rule"]
+    if version == 1:
+        name = f"keras_halo>{name}"
+    cls = keras.saving.get_registered_object(name)
+    # The rules import this module, so their base is known by what it can do.
+    if not hasattr(cls, "find_threshold"):
+        raise ValueError(
+            f"its class {name!r} is not known. Import the module that "
+            "registers it with `keras.saving.register_keras_serializable`"
+        )
+    rule = cls(**document["config"])
     fingerprint = document["fingerprint"]
     scores = document["scores"]
     fitted = Fitted(
         threshold=document["threshold"],
-        calibration=Calibration(**document["calibration"]),
+        calibration=CalibrationCounts(**document["calibration"]),
         fingerprint=fingerprint and Fingerprint(**fingerprint),
         scores=None if scores is None else np.array(scores, "float64"),
     )
     if (rule.method is None) != (fingerprint is None):
         raise ValueError("its method does not fit its fingerprint")
-    if rule._keeps_scores != (scores is not None):
+    if rule.keeps_scores != (scores is not None):
         raise ValueError("its calibration scores are missing or unexpected")
     rule._fitted = fitted
     return rule
@@ -137,6 +168,15 @@ def _checksum(document):
         document, sort_keys=True, separators=(",", ":"), allow_nan=False
     )
     return "sha256:" + hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _without_repeats(pairs):
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = sorted({n for n in names if names.count(n) > 1})
+        raise ValueError(f"it holds {', '.join(repeated)} more than once")
+    return document
 
 
 def _finite_float(text):
