@@ -196,3 +196,75 @@ def test_what_does_not_fit_is_refused():
         Decision(1.0, None)(
             keras.KerasTensor((None, 9)), keras.KerasTensor((None, 1))
         )
+
+
+@pytest.fixture(scope="module")
+def fitted_model():
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    y = np.arange(300) % 3
+    x = (3.0 * np.eye(3)[y] + rng.normal(size=(300, 3))).astype("float32")
+    model = keras.Sequential([keras.Input((3,)), keras_halo.HALODense(3)])
+    model.compile("adam", keras_halo.HALOLoss())
+    model.fit(x, y, epochs=2, verbose=0)
+    return keras_halo.fit_class_gaussians(model, x, y, verbose=0), x, y
+
+
+def test_the_output_of_a_fitted_model_is_taken_everywhere(
+    fitted_model, tmp_path
+):
+    model, x, y = fitted_model
+    output = model.predict(x, verbose=0)
+    np.testing.assert_array_equal(
+        keras_halo.decode_predictions(output).labels,
+        keras_halo.decode_predictions(output["scores"]).labels,
+    )
+    np.testing.assert_array_equal(
+        keras_halo.ood_score(output, "fitted"), output["ood"]
+    )
+    np.testing.assert_array_equal(
+        keras_halo.ood_score(output), keras_halo.ood_score(output["scores"])
+    )
+    with pytest.raises(ValueError, match="'fitted' needs a dictionary"):
+        keras_halo.ood_score(output["scores"], "fitted")
+    by_fitted = keras_halo.rejection.CoverageRule(0.9, "fitted").fit(output, y)
+    assert by_fitted.threshold >= np.quantile(output["ood"], 0.9)
+    decisions = by_fitted.predict(output)
+    # The labels of the classes are not lost.
+    np.testing.assert_array_equal(
+        decisions.labels[decisions.accepted],
+        output["scores"][:, :3].argmax(axis=-1)[decisions.accepted],
+    )
+    by_fitted.save(tmp_path / "rule.json")
+    loaded = keras_halo.rejection.load_rule(tmp_path / "rule.json")
+    assert loaded.method == "fitted"
+    by_scores = keras_halo.rejection.CoverageRule(0.9).fit(output, y)
+    assert by_scores.threshold == (
+        keras_halo.rejection.CoverageRule(0.9)
+        .fit(output["scores"], y)
+        .threshold
+    )
+
+
+def test_a_rule_on_the_fitted_score_is_deployed_with_the_model(
+    fitted_model, tmp_path
+):
+    model, x, _ = fitted_model
+    rule = keras_halo.rejection.CoverageRule(0.9, "fitted")
+    rule.fit(model.predict(x, verbose=0))
+    deployed = keras.Model(model.inputs, rule.to_layer()(model.output))
+    deployed.save(tmp_path / "deployed.keras")
+    deployed = keras.saving.load_model(tmp_path / "deployed.keras")
+    far = np.concatenate([x, 50.0 * np.eye(3, dtype="float32")])
+    labels = rule.predict(model.predict(far, verbose=0)).labels
+    np.testing.assert_array_equal(deployed.predict(far, verbose=0), labels)
+
+
+def test_a_layer_on_the_fitted_score_asks_for_its_dictionary(fitted_model):
+    model, x, _ = fitted_model
+    output = model.predict(x, verbose=0)
+    layer = keras_halo.layers.Decision(1.0, "fitted")
+    with pytest.raises(ValueError, match="takes a dictionary"):
+        layer(output["scores"])
+    with pytest.raises(ValueError, match="takes a dictionary"):
+        keras_halo.layers.Decision(1.0)(output)

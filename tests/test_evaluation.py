@@ -617,5 +617,5 @@ def test_models_without_packed_scores_are_refused():
     with pytest.raises(ValueError, match="HALODense"):
         evaluate_ood(keras.Model(inputs, dense), (X, Y), UNKNOWN, verbose=0)
     two = keras.Model(inputs, [head()(inputs), dense])
-    with pytest.raises(ValueError, match="Select the output"):
+    with pytest.raises(ValueError, match="select an output"):
         evaluate_ood(two, (X, Y), UNKNOWN, verbose=0)

@@ -87,7 +87,6 @@ def test_output_of_a_model_is_taken_as_it_is():
         (np.zeros(()), "at least 8 columns"),
         (np.zeros((3, 10)), "no packed geometry in 3 of 3 rows"),
         (np.full((3, 10), np.nan), "must be finite"),
-        (np.zeros((0, 10)), "at least one row"),
     ],
 )
 def test_what_is_no_packed_scores_is_refused(scores, message):
@@ -100,3 +99,45 @@ def test_embeddings_of_different_sizes_are_refused():
     mixed = np.concatenate([_scores()[0], other])
     with pytest.raises(ValueError, match=r"different sizes.*\[3, 6\]"):
         decode_predictions(mixed)
+
+
+def test_nothing_in_nothing_out():
+    predictions = decode_predictions(np.zeros((0, 5, 10), "float32"))
+    assert predictions.labels.shape == (0, 5)
+    assert predictions.probabilities.shape == (0, 5, 4)
+    assert predictions.embedding_dim == 0
+
+
+def test_a_row_that_is_nan_is_abstained_on_with_a_warning():
+    scores = np.repeat(_scores()[0][:1], 3, axis=0)
+    expected = decode_predictions(scores)
+    scores[1, 2] = np.nan
+    with pytest.warns(UserWarning, match="1 of 3 rows hold NaN"):
+        predictions = decode_predictions(scores)
+    assert predictions.labels[1] == -1
+    assert predictions.abstain_probability[1] == 1.0
+    assert not predictions.probabilities[1].any()
+    assert np.isnan(predictions.squared_radius[1]).all()
+    for row in (0, 2):
+        assert predictions.labels[row] == expected.labels[row]
+        np.testing.assert_array_equal(
+            predictions.probabilities[row], expected.probabilities[row]
+        )
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        None,
+        "model.keras",
+        {"probabilities": np.zeros((2, 3))},
+        np.array([{"scores": 1}]),
+        [np.zeros((2, 9)), np.zeros((2, 9))],
+        {"scores": np.zeros((2, 9)), "ood": np.zeros(3)},
+    ],
+)
+def test_what_no_model_returns_is_refused_by_name(output):
+    with pytest.raises(ValueError, match="Received"):
+        decode_predictions(output)
+    with pytest.raises(ValueError, match="Received"):
+        keras_halo.ood_score(output)

@@ -628,9 +628,6 @@ def broken(scores, what):
 @pytest.mark.parametrize(
     "what",
     [
-        "NaN",
-        "infinite",
-        "empty",
         "one row",
         "too narrow",
         "plain",
@@ -659,7 +656,7 @@ def test_bad_scores_are_refused_and_change_nothing(what, new_rule, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [[], [np.nan] * 30, [np.inf] * 30, 3.0, ["a"] * 30, [1j] * 30]
+    "bad", [[np.nan] * 30, [np.inf] * 30, 3.0, ["a"] * 30, [1j] * 30]
 )
 def test_bad_plain_scores_are_refused(bad):
     for rule in (CoverageRule(0.9, None), ConformalRule(0.1, None)):
@@ -1143,3 +1140,44 @@ def test_a_byte_order_mark_is_read_over_and_a_repeated_key_refused(tmp_path):
     path.write_bytes(content.replace(b"{", b'{"threshold": 1e9,', 1))
     with pytest.raises(ValueError, match="threshold more than once"):
         load_rule(path)
+
+
+@pytest.mark.parametrize("what", ["NaN", "infinite"])
+def test_rows_that_are_not_finite_are_rejected_but_not_learned_from(
+    what, new_rule
+):
+    scores, labels = known_data()
+    rule = fit(new_rule(), scores, labels)
+    expected = rule.predict(scores)
+    bad = broken(scores, what)
+    with pytest.raises(ValueError, match="Received"):
+        fit(rule, bad, labels)
+    with pytest.warns(UserWarning, match="1 of 300 rows"):
+        decisions = rule.predict(bad)
+    assert not decisions.accepted[3]
+    assert decisions.labels[3] == -1
+    assert np.isnan(decisions.scores[3])
+    if rule.judges_singly:
+        others = np.arange(300) != 3
+        np.testing.assert_array_equal(
+            decisions.labels[others], expected.labels[others]
+        )
+        decided = to_numpy(rule.to_layer()(bad))
+        np.testing.assert_array_equal(decided, decisions.labels)
+
+
+def test_no_rows_are_decided_and_not_learned_from(new_rule):
+    scores, labels = known_data()
+    rule = fit(new_rule(), scores, labels)
+    with pytest.raises(ValueError, match="Received"):
+        fit(rule, scores[:0], labels[:0])
+    decisions = rule.predict(scores[:0])
+    assert decisions.accepted.shape == decisions.labels.shape == (0,)
+
+
+def test_plain_scores_that_are_nan_are_rejected():
+    rule = CoverageRule(0.9, None).fit(np.arange(30.0))
+    with pytest.warns(UserWarning, match="1 of 2 rows"):
+        decisions = rule.predict([np.nan, 5.0])
+    assert decisions.accepted.tolist() == [False, True]
+    assert rule.predict([]).accepted.shape == (0,)

@@ -1,5 +1,6 @@
 import math
 import numbers
+from collections.abc import Mapping
 
 import keras
 import numpy as np
@@ -8,6 +9,7 @@ from keras import ops
 from keras_halo.layers.score_layer import ScoreLayer
 from keras_halo.ops import ood_scores, packing
 from keras_halo.ops.labels import ABSTAINED
+from keras_halo.ops.model_output import FITTED
 from keras_halo.utils.precision import computation_dtype
 
 
@@ -24,7 +26,7 @@ class Decision(ScoreLayer):
     the model abstains by itself, where that is more probable than every class.
     With a threshold, the most probable class is the answer wherever the score
     is at most the threshold, also where the model by itself would abstain.
-    What is NaN is rejected.
+    What is NaN or infinite is rejected.
 
     The layer cannot tell from which model its threshold comes: append it to
     the very model that the rule was fitted on.
@@ -42,13 +44,16 @@ class Decision(ScoreLayer):
         threshold: Float, the largest score that is accepted; `None` for the
             model's own decision. Defaults to `None`.
         method: String, one of `keras_halo.OOD_METHODS`, the score that the
-            threshold is meant for; `None` if a score of another origin is
-            passed as second argument, such as that of
-            `keras_halo.layers.ClassGaussians`. Defaults to `"abstain"`.
+            threshold is meant for; `"fitted"` if the layer is called on the
+            dictionary of a model of `keras_halo.fit_class_gaussians`; `None`
+            if a score of another origin is passed as second argument. Defaults
+            to `"abstain"`.
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
 
     Call arguments:
-        scores: Packed scores, a tensor of shape `(batch_size, ..., K + 6)`.
+        scores: Packed scores, a tensor of shape `(batch_size, ..., K + 6)`;
+            with `method="fitted"` a dictionary of these, `"scores"`, and of
+            what is compared with the threshold, `"ood"`.
         ood: Tensor of shape `(batch_size, ...)`, larger for outliers. Only,
             and always, with `method=None`.
 
@@ -76,7 +81,7 @@ class Decision(ScoreLayer):
     def __init__(self, threshold=None, method="abstain", **kwargs):
         _check_threshold(threshold)
         if method is not None:
-            ood_scores.check_method(method)
+            ood_scores.check_method(method, allow_fitted=True)
         elif threshold is None:
             raise ValueError(
                 "`method=None` compares scores that are passed in with a "
@@ -89,12 +94,38 @@ class Decision(ScoreLayer):
         self.supports_masking = True
 
     def build(self, scores_shape, ood_shape=None):
-        self._check_shapes(scores_shape, ood_shape)
+        self._check_shapes(*self._both(scores_shape, ood_shape))
         self.built = True
+
+    def _both(self, scores, ood):
+        """Packed scores and the given score, or their shapes."""
+        is_dictionary = isinstance(scores, Mapping)
+        if is_dictionary != (self.method == FITTED) or (
+            is_dictionary and not {"scores", "ood"} <= set(scores)
+        ):
+            raise ValueError(
+                "The layer takes a dictionary with the entries 'scores' and "
+                "'ood' with `method='fitted'`, and only then. Received: "
+                f"method={self.method!r} and "
+                + (
+                    f"the entries {sorted(scores)}."
+                    if is_dictionary
+                    else "no dictionary."
+                )
+                + " Call it on the output of the model that the rule was "
+                "fitted on."
+            )
+        return (
+            (scores["scores"], scores["ood"])
+            if is_dictionary
+            else (scores, ood)
+        )
 
     def _check_shapes(self, scores_shape, ood_shape):
         packing.count_classes(scores_shape)
-        if (ood_shape is None) != (self.method is not None):
+        if self.method != FITTED and (ood_shape is None) != (
+            self.method is not None
+        ):
             raise ValueError(
                 "A score is passed as second argument with `method=None`, and "
                 f"only then. Received: method={self.method!r} and "
@@ -118,6 +149,7 @@ class Decision(ScoreLayer):
         return computation_dtype(self.compute_dtype)
 
     def call(self, scores, ood=None):
+        scores, ood = self._both(scores, ood)
         self._check_shapes(scores.shape, None if ood is None else ood.shape)
         scores = ops.cast(scores, self.head_dtype)
         labels = packing.best_class(scores)
@@ -126,25 +158,33 @@ class Decision(ScoreLayer):
             answers = packing.answer_logits(scores)
             best = ops.max(answers[..., :-1], axis=-1)
             accepted = best >= answers[..., -1]
+            judged = best
         else:
-            accepted = self._judged(scores, ood) <= rounded_down(
-                self.threshold, self.head_dtype
-            )
+            judged = self._judged(scores, ood)
+            accepted = judged <= rounded_down(self.threshold, self.head_dtype)
+        # As comparisons: not every exporter knows `isfinite`.
+        largest = float(np.finfo(self.head_dtype).max)
+        finite = ops.logical_and(judged >= -largest, judged <= largest)
+        accepted = ops.logical_and(accepted, finite)
         return ops.where(accepted, labels, ops.full_like(labels, ABSTAINED))
 
     def _judged(self, scores, given):
-        if self.method is None:
+        if self.method in (None, FITTED):
             return ops.cast(given, self.head_dtype)
         return ood_scores.ood_score(scores, self.method)
 
     def compute_output_shape(self, scores_shape, ood_shape=None):
-        return tuple(scores_shape[:-1])
+        return tuple(self._both(scores_shape, ood_shape)[0][:-1])
+
+    def compute_mask(self, inputs, previous_mask=None):
+        if isinstance(previous_mask, Mapping):
+            return previous_mask["scores"]
+        return previous_mask
 
     def compute_output_spec(self, scores, ood=None):
+        scores, ood = self._both(scores, ood)
         self._check_shapes(scores.shape, None if ood is None else ood.shape)
-        return keras.KerasTensor(
-            self.compute_output_shape(scores.shape), dtype="int32"
-        )
+        return keras.KerasTensor(tuple(scores.shape[:-1]), dtype="int32")
 
     def get_config(self):
         return {

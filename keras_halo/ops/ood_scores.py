@@ -11,12 +11,17 @@ arrays. `keras_halo.layers.OODScore` is the same as a layer.
 
 import math
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_halo.ops import geometry, packing
-from keras_halo.utils.precision import as_array, computation_dtype
+from keras_halo.ops.model_output import (
+    FITTED,
+    is_symbolic_or_tensor,
+    read_model_output,
+    require_fitted,
+)
+from keras_halo.utils.precision import computation_dtype
 
 # Coefficients of Numerical Recipes' `erfcc`, whose relative error is below
 # 1.2e-7 everywhere: a logarithm of it is exact to float32 in the far tail too.
@@ -272,11 +277,13 @@ _FORMULAS = {
 OOD_METHODS = tuple(_FORMULAS)
 
 
-def check_method(method):
+def check_method(method, allow_fitted=False):
     """Raises `ValueError` unless `method` names a score.
 
     Args:
         method: String, one of `OOD_METHODS`.
+        allow_fitted: Boolean, whether `"fitted"` may be meant, the score that
+            a model itself emits. Defaults to `False`.
 
     Raises:
         ValueError: If it is not.
@@ -288,8 +295,9 @@ def check_method(method):
         ...
     ValueError: `method` must be one of 'abstain', 'gap', ...
     """
-    if not isinstance(method, str) or method not in _FORMULAS:
-        names = ", ".join(repr(name) for name in OOD_METHODS)
+    known = (*OOD_METHODS, FITTED) if allow_fitted else OOD_METHODS
+    if not isinstance(method, str) or method not in known:
+        names = ", ".join(repr(name) for name in known)
         raise ValueError(
             f"`method` must be one of {names}. Received: method={method!r}. "
             "Leave it out for the log-odds of abstaining."
@@ -352,9 +360,10 @@ def ood_score(scores, method="abstain"):
 
     Args:
         scores: Packed scores of shape `(..., K + 6)`, as `HALODense` emits
-            them: an array, or a tensor, also inside a graph.
-        method: String, one of `keras_halo.OOD_METHODS`. Defaults to
-            `"abstain"`.
+            them: an array, or a tensor, also inside a graph. Or what a model
+            of `keras_halo.fit_class_gaussians` returned.
+        method: String, one of `keras_halo.OOD_METHODS`, or `"fitted"` for the
+            score that such a model emits. Defaults to `"abstain"`.
 
     Returns:
         Scores of shape `(...)`: a NumPy array for a NumPy array (or a list),
@@ -391,12 +400,18 @@ def ood_score(scores, method="abstain"):
     - Litian Liu, Yao Qin, Fast Decision Boundary based Out-of-Distribution
       Detector, 2024. (The gap.)
     """
-    check_method(method)
-    if isinstance(scores, keras.KerasTensor) or ops.is_tensor(scores):
+    check_method(method, allow_fitted=True)
+    output = read_model_output(scores)
+    scores = output.scores
+    if method == FITTED:
+        fitted = require_fitted(output)
+        if not is_symbolic_or_tensor(fitted):
+            packing.check_packed(scores)
+        return fitted
+    if is_symbolic_or_tensor(scores):
         packing.count_classes(scores.shape)
         dtype = computation_dtype(scores.dtype)
         return ops.squeeze(_FORMULAS[method](ops.cast(scores, dtype)), axis=-1)
-    scores = as_array(scores)
     packing.check_packed(scores)
     if scores.size == 0:
         # The minimum over the classes of nothing fails on some backends.

@@ -2,14 +2,20 @@
 
 import dataclasses
 import numbers
+from collections.abc import Mapping
 
 import numpy as np
 from keras import ops
 
 from keras_halo.ops import ood_scores, packing
 from keras_halo.ops.labels import class_indices
+from keras_halo.ops.model_output import (
+    FITTED,
+    finite_rows,
+    read_model_output,
+    require_fitted,
+)
 from keras_halo.rejection.fitted import Fingerprint, nearly_equal
-from keras_halo.utils.precision import as_array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,14 +63,18 @@ def check_fraction(name, value):
     return float(value)
 
 
-def read_scores(scores, method, argument="scores"):
+def read_scores(scores, method, argument="scores", to_judge=False):
     """Reads packed or plain scores.
 
     Args:
-        scores: Packed scores of shape `(..., K + 6)`; with `method=None` plain
-            scores of shape `(...)`.
-        method: String, one of `keras_halo.OOD_METHODS`, or `None`.
+        scores: Packed scores of shape `(..., K + 6)`, or the dictionary of a
+            fitted model; with `method=None` plain scores of shape `(...)`.
+        method: String, one of `keras_halo.OOD_METHODS`, `"fitted"`, or `None`.
         argument: String, the name by which an error calls the scores.
+        to_judge: Boolean, whether the scores are to be judged and not to be
+            learned from: none at all are allowed then, and rows that are not
+            finite get the score NaN, which is above every threshold. Defaults
+            to `False`.
 
     Returns:
         `Reading`.
@@ -78,10 +88,18 @@ def read_scores(scores, method, argument="scores"):
     >>> read_scores([1.5, 2.0], method=None).scores.tolist()
     [1.5, 2.0]
     """
-    # Plain scores are compared alone, and keep the precision they come in.
-    array = _to_array(scores if method is None else as_array(scores), argument)
     if method is None:
-        return Reading(_plain(array, argument), None, None)
+        # Plain scores are compared alone, and keep their precision.
+        if isinstance(scores, Mapping):
+            raise ValueError(
+                f"`{argument}` is a dictionary, but the rule has method=None "
+                "and expects plain scores, one number a sample. Use a rule "
+                "with `method='fitted'` for the output of a fitted model."
+            )
+        array = _to_array(scores, argument, to_judge)
+        return Reading(_plain(array, argument, to_judge), None, None)
+    output = read_model_output(scores, argument)
+    array = _to_array(output.scores, argument, to_judge)
     if array.ndim < 2:
         raise ValueError(
             f"`{argument}` must be packed scores of shape `(batch_size, ..., "
@@ -89,11 +107,28 @@ def read_scores(scores, method, argument="scores"):
             f"computes method={method!r}. Received: shape={array.shape}. For "
             "plain scores of your own use a rule with `method=None`."
         )
+    if not array.size:
+        packing.count_classes(array.shape)
+        nothing = np.zeros(array.shape[:-1])
+        return Reading(nothing, nothing.astype(int), None)
+    finite = np.ones(array.shape[:-1], bool)
+    if to_judge:
+        finite = finite_rows(array, argument)
+        # Any row of the same head takes the place of what cannot be read.
+        array = np.where(finite[..., None], array, array[finite][0])
     packing.check_packed(array, argument)
     parts = packing.unpack(array)
     far_radius = _common(parts.far_radius, argument)
+    if method == FITTED:
+        judged = np.asarray(
+            ops.convert_to_numpy(require_fitted(output, argument)), "float64"
+        )
+        finite &= np.isfinite(judged) | (not to_judge)
+    else:
+        judged = _ood_scores(array, method)
+    judged = np.where(finite, judged, np.nan)
     return Reading(
-        _finite(_ood_scores(array, method), argument),
+        judged if to_judge else _finite(judged, argument),
         np.argmax(parts.logits, axis=-1),
         Fingerprint(
             num_classes=packing.count_classes(array.shape),
@@ -165,7 +200,7 @@ def _ood_scores(array, method):
     return scores.reshape(array.shape[:-1]).astype("float64")
 
 
-def _to_array(values, argument):
+def _to_array(values, argument, may_be_empty=False):
     if not isinstance(values, np.ndarray):
         values = ops.convert_to_numpy(values)
     array = np.asarray(values)
@@ -177,7 +212,7 @@ def _to_array(values, argument):
             f"dtype={array.dtype}. Convert it with `np.asarray(values, "
             '"float32")`.'
         )
-    if array.size == 0:
+    if array.size == 0 and not may_be_empty:
         raise ValueError(
             f"`{argument}` must hold at least one sample. Received: "
             f"shape={array.shape}."
@@ -185,7 +220,7 @@ def _to_array(values, argument):
     return array
 
 
-def _plain(array, argument):
+def _plain(array, argument, to_judge):
     if _is_packed(array):
         raise ValueError(
             f"`{argument}` are packed scores, but the rule has method=None and "
@@ -198,7 +233,11 @@ def _plain(array, argument):
             f"`{argument}` must have a batch axis. Received: a single number. "
             "Pass a list of one."
         )
-    return _finite(array.astype("float64"), argument)
+    array = array.astype("float64")
+    if to_judge:
+        finite = finite_rows(array[..., None], argument)
+        return np.where(finite, array, np.nan)
+    return _finite(array, argument)
 
 
 def _finite(scores, argument):

@@ -35,8 +35,9 @@ class RejectionRule:
 
     Args:
         method: String, the score that packed scores are judged by, one of
-            `keras_halo.OOD_METHODS`; or `None` if plain scores are passed,
-            larger for outliers, of any origin.
+            `keras_halo.OOD_METHODS`; `"fitted"` for the score that a model of
+            `keras_halo.fit_class_gaussians` emits; or `None` if plain scores
+            are passed, larger for outliers, of any origin.
 
     A rule of your own names its constructor arguments in `parameters`, finds a
     threshold in `find_threshold` and says in `state_guarantee` what holds.
@@ -77,7 +78,7 @@ class RejectionRule:
 
     def __init__(self, method):
         if method is not None:
-            ood_scores.check_method(method)
+            ood_scores.check_method(method, allow_fitted=True)
         self.method = method
         self._fitted = None
 
@@ -94,8 +95,9 @@ class RejectionRule:
         """Fits the rule on calibration data of known inputs.
 
         Args:
-            scores: Packed scores of shape `(..., K + 6)`; with `method=None`
-                plain scores of shape `(...)`.
+            scores: What `model.predict` returned: packed scores of shape
+                `(..., K + 6)`, or the dictionary of a fitted model; with
+                `method=None` plain scores of shape `(...)`.
             labels: Integers of shape `(...)` or `(..., 1)`, or one-hot of
                 shape `(..., K)`. Needs packed scores. With labels or errors
                 `summary` tells the error rate of what is accepted. Defaults
@@ -143,14 +145,16 @@ class RejectionRule:
 
         Returns:
             `Decisions`: `accepted`, `labels` with -1 for rejected, `scores`,
-            each of shape `(...)`.
+            each of shape `(...)`. Rows that hold NaN are rejected, with a
+            warning; their score is NaN.
 
         Raises:
             ValueError: If the rule is not fitted, or the scores are not usable
                 or come from another model.
         """
         reading = self._read(scores)
-        accepted = self.accepts(reading.scores)
+        # Whatever a rule makes of NaN.
+        accepted = self.accepts(reading.scores) & np.isfinite(reading.scores)
         labels = reading.labels
         if labels is not None:
             labels = np.where(accepted, labels, ABSTAINED)
@@ -172,8 +176,9 @@ class RejectionRule:
             **kwargs: Base layer keyword arguments, such as `name`.
 
         Returns:
-            `keras_halo.layers.Decision`. With `method=None` it takes the
-            packed scores, which hold the labels, and the score to judge:
+            `keras_halo.layers.Decision`. With `method="fitted"` it takes the
+            dictionary of the fitted model; with `method=None` the packed
+            scores, which hold the labels, and the score to judge:
             `layer(scores, ood)`.
 
         Raises:
@@ -328,8 +333,8 @@ class RejectionRule:
 
     def _read(self, scores):
         fitted = self._require_fitted()
-        reading = read_scores(scores, self.method)
-        if fitted.fingerprint is not None:
+        reading = read_scores(scores, self.method, to_judge=True)
+        if None not in (fitted.fingerprint, reading.fingerprint):
             fitted.fingerprint.check_same(reading.fingerprint)
         return reading
 

@@ -7,6 +7,7 @@ import numpy as np
 from keras_halo.metrics import expected_calibration_error
 from keras_halo.ops import geometry, packing
 from keras_halo.ops.labels import class_indices
+from keras_halo.ops.model_output import read_model_output
 from keras_halo.utils.batches import counted
 from keras_halo.utils.extras import require
 from keras_halo.workflows.graph import find_head
@@ -305,15 +306,8 @@ class _Biases:
 
 def _predict(model, x, batch_size, verbose):
     """Class logits and squared norms in float64, and the temperature."""
-    scores = model.predict(x, batch_size=batch_size, verbose=verbose)
-    if isinstance(scores, dict) and "scores" in scores:
-        scores = scores["scores"]
-    if not isinstance(scores, np.ndarray):
-        raise ValueError(
-            "Expected a model whose output is packed scores, or a dictionary "
-            f'that holds them as "scores". Received: {type(scores).__name__}. '
-            "Pass `keras.Model(model.inputs, packed_scores)`."
-        )
+    output = model.predict(x, batch_size=batch_size, verbose=verbose)
+    scores = read_model_output(output, "the output of the model").scores
     packing.check_packed(scores, argument="model.predict(x)")
     if scores.size == 0:
         raise ValueError("Expected at least one sample. Received: none.")

@@ -8,18 +8,17 @@ import keras
 import numpy as np
 
 from keras_halo.ops import packing
+from keras_halo.ops.model_output import (
+    FITTED,
+    ModelOutput,
+    read_model_output,
+    require_fitted,
+)
 from keras_halo.ops.ood_scores import OOD_METHODS, check_method, ood_score
 from keras_halo.utils.batches import (
     counted,
     counted_positions,
     read_batches,
-)
-
-FITTED = "fitted"
-
-_TRY = (
-    "Expected packed scores of `keras_halo.HALODense`, or a dictionary with "
-    "the entries 'scores' and, for method='fitted', 'ood'."
 )
 
 
@@ -59,10 +58,10 @@ def check_score_method(method):
         ...
     ValueError: `method` must be one of 'abstain', ... 'fitted' or a ...
     """
-    if callable(method) or method == FITTED:
+    if callable(method):
         return
     try:
-        check_method(method)
+        check_method(method, allow_fitted=True)
     except ValueError:
         names = ", ".join(repr(name) for name in (*OOD_METHODS, FITTED))
         raise ValueError(
@@ -198,16 +197,7 @@ def inference_mode(model):
 def _predict_batch(model, x, where):
     """Packed scores of shape `(B, ..., K + 6)`, and fitted scores or `None`."""
     output = model.predict_on_batch(x)
-    fitted = None
-    if isinstance(output, Mapping):
-        fitted = output.get("ood")
-        output = output.get("scores")
-    if not isinstance(output, np.ndarray):
-        raise ValueError(
-            f"The model's output on `{where}` cannot be evaluated. {_TRY} "
-            f"Received: {type(output).__name__}. Select the output with "
-            "`keras.Model(model.inputs, output)`."
-        )
+    output, fitted = read_model_output(output, f"the output on {where}")
     size = len(keras.tree.flatten(x)[0])
     if len(output) != size:
         # Under a distribution strategy each replica answers the whole batch.
@@ -221,15 +211,7 @@ def _predict_batch(model, x, where):
         output = output[:size]
         fitted = None if fitted is None else fitted[:size]
     packing.count_classes(output.shape)
-    if fitted is not None:
-        fitted = np.asarray(fitted)
-        if fitted.size != output.size // output.shape[-1]:
-            raise ValueError(
-                "The model's entry 'ood' must hold one score for each row of "
-                f"'scores'. Received: {fitted.shape} for {output.shape}."
-            )
-        fitted = fitted.reshape(-1)
-    return output, fitted
+    return output, None if fitted is None else fitted.reshape(-1)
 
 
 def _flat(packed):
@@ -270,14 +252,9 @@ def _kept(sample_weight, labels, ignore_class, packed, where):
 
 def _score(packed, fitted, method, where):
     if method == FITTED:
-        if fitted is None:
-            raise ValueError(
-                "method='fitted' needs a model that emits a dictionary with "
-                "the entries 'scores' and 'ood'. Received: packed scores "
-                "alone. Fit and append the geometry first, or choose another "
-                "method."
-            )
-        score = fitted
+        score = require_fitted(
+            ModelOutput(packed, fitted), f"the output on {where}"
+        )
     elif callable(method):
         score = keras.ops.convert_to_numpy(method(packed))
     else:

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_halo.ops import geometry, packing
 from keras_halo.ops.labels import ABSTAINED
+from keras_halo.ops.model_output import finite_rows, read_model_output
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class Predictions:
         squared_norm: Array of shape `(...)`, the mean squared distance of the
             embedding to the origin.
         temperature: Array of shape `(...)`, the temperature of the distances.
-        embedding_dim: Integer, the size of the embedding.
+        embedding_dim: Integer, the size of the embedding; 0 for no rows.
 
     References:
 
@@ -61,17 +62,19 @@ def decode_predictions(scores):
     """Decodes packed scores, e.g. of `model.predict`, into a readable result.
 
     Args:
-        scores: NumPy array (or what converts to one) of packed scores with
-            shape `(..., K + 6)`, as `HALODense` emits them.
+        scores: Packed scores with shape `(..., K + 6)`, as `HALODense` emits
+            them: a NumPy array or what converts to one. Or what a model of
+            `keras_halo.fit_class_gaussians` returned.
 
     Returns:
         `Predictions`: labels with -1 for abstained, class probabilities,
         probability of abstaining, squared radii, squared norm, temperature
-        and embedding size.
+        and embedding size. A row that holds NaN is abstained on, with a
+        warning: its probability of abstaining is one, its radii are NaN.
 
     Raises:
-        ValueError: If the array holds NaN, infinite values or no packed
-            scores, or mixes embeddings of different sizes.
+        ValueError: If no row is finite, the array holds no packed scores, or
+            it mixes embeddings of different sizes.
 
     Example:
 
@@ -81,7 +84,13 @@ def decode_predictions(scores):
     >>> predictions.labels.tolist(), predictions.embedding_dim
     ([-1, -1], 8)
     """
-    scores = ops.convert_to_numpy(scores)
+    scores = ops.convert_to_numpy(read_model_output(scores).scores)
+    if not scores.size:
+        return _nothing(scores.shape)
+    finite = finite_rows(scores)
+    if not finite.all():
+        # Any row of the same head takes the place of what cannot be read.
+        scores = np.where(finite[..., None], scores, scores[finite][0])
     packing.check_packed(scores)
     parts = packing.unpack(ops.convert_to_tensor(scores))
     radii = geometry.squared_radii(
@@ -98,20 +107,21 @@ def decode_predictions(scores):
             f"{embedding_dims.astype(int).tolist()}. Decode the output of each "
             "model by itself."
         )
-    if embedding_dims.size == 0:
-        raise ValueError(
-            "Expected at least one row of packed scores. Received: "
-            f"shape={scores.shape}."
-        )
+    # Copies: arrays of a backend may not be written to. Rounding may leave a
+    # zero slightly negative; a distance is not.
+    probabilities = np.array(probabilities)
+    radii = np.maximum(ops.convert_to_numpy(radii), 0.0)
+    norms = _per_sample(parts.squared_norm)
+    probabilities[~finite] = np.eye(probabilities.shape[-1])[-1]
+    radii[~finite] = norms[~finite] = np.nan
     labels = np.argmax(probabilities, axis=-1)
     num_classes = probabilities.shape[-1] - 1
     return Predictions(
         labels=np.where(labels == num_classes, ABSTAINED, labels),
         probabilities=probabilities[..., :-1],
         abstain_probability=probabilities[..., -1],
-        # Rounding may leave a zero slightly negative; a distance is not.
-        squared_radius=np.maximum(ops.convert_to_numpy(radii), 0.0),
-        squared_norm=_per_sample(parts.squared_norm),
+        squared_radius=radii,
+        squared_norm=norms,
         temperature=_per_sample(parts.temperature),
         embedding_dim=int(embedding_dims[0]),
     )
@@ -151,10 +161,25 @@ def pair_log_odds(scores):
     >>> (pair_log_odds(scores) > 0).tolist()
     [[True, False, False], [False, True, False], [False, False, True]]
     """
-    scores = ops.convert_to_numpy(scores)
+    scores = ops.convert_to_numpy(read_model_output(scores).scores)
     packing.check_packed(scores)
     parts = packing.unpack(scores)
     return parts.logits - parts.abstain_logit
+
+
+def _nothing(shape):
+    """What is said of no rows at all."""
+    num_classes = packing.count_classes(shape)
+    none = np.zeros(shape[:-1], "float32")
+    return Predictions(
+        labels=none.astype(int),
+        probabilities=np.zeros((*shape[:-1], num_classes), "float32"),
+        abstain_probability=none,
+        squared_radius=np.zeros((*shape[:-1], num_classes), "float32"),
+        squared_norm=none,
+        temperature=none,
+        embedding_dim=0,
+    )
 
 
 def _per_sample(column):
