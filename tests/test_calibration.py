@@ -227,7 +227,7 @@ def test_failures_leave_the_weights_untouched():
         ("no more probable than by chance", (x, worst), {}),
         ("must be finite", (bad, y), {}),
         ("must be finite", (x, y), {"unknown": bad}),
-        ("Labels do not fit", (x, y[:-1]), {}),
+        ("one label for every input", (x, y[:-1]), {}),
         ("Labels must be integers", (x, y + 1), {}),
         ("`bias` must be one of", (x, y), {"bias": "likelihood"}),
         ("`unknown` only serves", (x, y), {"bias": "keep", "unknown": x}),
@@ -317,3 +317,115 @@ def test_a_rule_notices_that_the_biases_have_moved(following):
         rule.predict(model.predict(x, verbose=0))
     calibration.undo()
     assert rule.predict(model.predict(x, verbose=0)).coverage >= 0.9
+
+
+class Shuffled(keras.utils.PyDataset):
+    """Batches in another order than that of the arrays they come from."""
+
+    def __init__(self, x, y):
+        super().__init__()
+        order = np.random.default_rng(7).permutation(len(x))
+        self.x, self.y = x[order], y[order]
+
+    def __len__(self):
+        return -(-len(self.x) // 32)
+
+    def __getitem__(self, index):
+        part = slice(32 * index, 32 * (index + 1))
+        return self.x[part], self.y[part]
+
+
+def validation_data():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, size=200)
+    x = (np.eye(3, 4)[y] + 0.6 * rng.normal(size=(200, 4))).astype("float32")
+    return x, y
+
+
+def aligned_model():
+    model, head = model_of()
+    head.centroids.assign(2.0 * np.eye(3, 4))
+    return model
+
+
+TOOLS = {
+    "calibrate": calibrate,
+    "fit_class_gaussians": fit_class_gaussians,
+    "convert_head": keras_halo.convert_head,
+}
+
+
+@pytest.mark.parametrize("kind", ["dataset", "generator", "list of batches"])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_labels_beside_a_dataset_are_refused(tool, kind):
+    x, y = validation_data()
+    data = Shuffled(x, y)
+    if kind != "dataset":
+        data = [data[i] for i in range(len(data))]
+    if kind == "generator":
+        data = (batch for batch in data)
+    with pytest.raises(ValueError, match="`y` belongs to arrays"):
+        TOOLS[tool](aligned_model(), data, y)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "generator", "list of batches"])
+def test_a_dataset_calibrates_as_its_arrays_do(kind):
+    x, y = validation_data()
+    expected = calibrate(aligned_model(), x, y, verbose=0)
+    data = Shuffled(x, y)
+    if kind != "dataset":
+        data = [data[i] for i in range(len(data))]
+    if kind == "generator":
+        data = (batch for batch in data)
+    result = calibrate(aligned_model(), data, verbose=0)
+    assert result.temperature == pytest.approx(expected.temperature, rel=1e-4)
+    assert result.abstain_bias == pytest.approx(expected.abstain_bias, rel=1e-3)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros(7, int), "one label for every input"),
+        (np.array(["cat"] * 200), "Encode them"),
+        (None, "Labels are missing"),
+    ],
+)
+def test_bad_labels_are_refused_before_anything_is_predicted(
+    tool, labels, message, monkeypatch
+):
+    x, _ = validation_data()
+
+    def predict(*args, **kwargs):
+        raise AssertionError("predicted before the labels were looked at")
+
+    monkeypatch.setattr(keras.Model, "predict", predict)
+    monkeypatch.setattr(keras.Model, "predict_on_batch", predict)
+    with pytest.raises(ValueError, match=message):
+        TOOLS[tool](aligned_model(), x, labels)
+
+
+def test_labels_that_begin_at_one_are_named():
+    x, y = validation_data()
+    with pytest.raises(ValueError, match="from zero: subtract 1"):
+        calibrate(aligned_model(), x, y + 1, verbose=0)
+
+
+@pytest.mark.parametrize("far_scale", [0.5, 2.0])
+def test_the_unit_of_the_far_evidence_takes_part(far_scale):
+    x, y = validation_data()
+    head = keras_halo.HALODense(3, embedding_dim=None)
+    model = keras.Sequential([keras.Input((4,)), head])
+    head.centroids.assign(2.0 * np.eye(3, 4))
+    head.abstain_bias.assign(-1.0)
+    head.far_bias.assign(-3.0)
+    head.far_scale.assign(far_scale)
+    result = calibrate(model, x, y, verbose=0)
+    found = keras_halo.decode_predictions(model.predict(x, verbose=0))
+    assert found.abstain_probability.mean() == pytest.approx(
+        result.abstain_probability, rel=1e-4
+    )
+    wrong = (found.probabilities.argmax(axis=-1) != y).sum()
+    assert found.abstain_probability.mean() == pytest.approx(
+        (wrong + 0.5) / 201, rel=1e-3
+    )

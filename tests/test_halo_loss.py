@@ -480,3 +480,50 @@ def test_never_below_float32(policy, dtype):
     assert HALOLoss(dtype=policy).dtype == dtype
     keras.config.set_dtype_policy(policy)
     assert HALOLoss().dtype == dtype
+
+
+FRACTIONAL = [
+    np.array([[0.1], [0.9]], "float32"),
+    np.array([0.0, 1.7], "float32"),
+]
+
+
+@pytest.mark.parametrize("y_true", FRACTIONAL)
+def test_fractional_labels_are_no_classes(y_true):
+    scores = keras_halo.HALODense(2)(np.eye(2, 3, dtype="float32"))
+    for loss in (HALOLoss(reduction=None), HALOLoss(block_size=1)):
+        with pytest.raises(ValueError, match=r"integers in \[0, 2\)"):
+            loss(y_true, scores)
+    losses = to_numpy(
+        HALOLoss(reduction=None)(ops.convert_to_tensor(y_true), scores)
+    )
+    integral = y_true.ravel() == np.floor(y_true.ravel())
+    np.testing.assert_array_equal(np.isfinite(losses), integral)
+
+
+@pytest.mark.parametrize(
+    "row", [[1.0, 1.0, 0.0], [0.5, 0.2, 0.0], [1.5, -0.5, 0.0]]
+)
+def test_rows_that_are_no_distributions_are_refused_or_nan(row):
+    scores = keras_halo.HALODense(3)(np.eye(2, 3, dtype="float32"))
+    y_true = np.array([row, [0.0, 0.4, 0.6]], "float32")
+    with pytest.raises(ValueError, match="1 of 2 rows that are not"):
+        HALOLoss()(y_true, scores)
+    losses = to_numpy(
+        HALOLoss(reduction=None)(ops.convert_to_tensor(y_true), scores)
+    )
+    assert np.isnan(losses).tolist() == [True, False]
+
+
+def test_a_row_of_zeros_has_no_part_and_16_bits_are_near_enough():
+    scores = keras_halo.HALODense(3)(np.eye(2, 3, dtype="float32"))
+    y_true = np.array([[0.0, 0.0, 0.0], [0.333, 0.333, 0.333]], "float16")
+    losses = to_numpy(HALOLoss(reduction=None)(y_true, scores))
+    assert losses[0] == 0.0
+    assert np.isfinite(losses[1])
+
+
+def test_labels_that_are_names_are_refused_with_what_to_do():
+    scores = keras_halo.HALODense(3)(np.eye(2, 3, dtype="float32"))
+    with pytest.raises(ValueError, match="Encode them"):
+        HALOLoss()(np.array(["cat", "dog"]), scores)

@@ -826,3 +826,22 @@ def test_callbacks_know_which_way_is_better():
         assert metric._direction == direction
     unknown = metrics.OnProbabilities(keras.metrics.Mean())
     assert not hasattr(unknown, "_direction")
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        keras_halo.metrics.SelectiveAccuracy,
+        keras_halo.metrics.ExpectedCalibrationError,
+    ],
+)
+def test_fractional_labels_are_no_classes(metric):
+    scores = keras_halo.HALODense(2)(np.eye(2, 3, dtype="float32"))
+    y_true = np.array([[0.1], [0.9]], "float32")
+    with pytest.raises(ValueError, match="must be integers"):
+        metric().update_state(y_true, scores)
+    wrong, expected = metric(), metric()
+    wrong.update_state(keras.ops.convert_to_tensor(y_true), scores)
+    # As labels that belong to no class.
+    expected.update_state(np.array([[9], [9]]), scores)
+    np.testing.assert_array_equal(wrong.result(), expected.result())

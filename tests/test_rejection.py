@@ -674,7 +674,7 @@ def test_bad_plain_scores_are_refused(bad):
         (np.zeros(299), "shape"),
         (np.zeros((300, 2)), "shape"),
         (np.full(300, 3), r"\[0, 3\)"),
-        (np.full(300, -1), "Leave these samples out"),
+        (np.full(300, -1), "Number the classes from zero"),
         (np.full(300, 0.5), "integers"),
         (np.full(300, np.nan), "integers"),
         (np.full((300, 3), 1 / 3), "one-hot"),

@@ -4,7 +4,11 @@ from keras import ops
 from keras.src import backend
 
 from keras_halo.ops import blockwise, fused, geometry, packing
-from keras_halo.ops.labels import are_integer_labels
+from keras_halo.ops.labels import (
+    are_distributions,
+    are_integer_labels,
+    check_distributions,
+)
 from keras_halo.utils.checks import check_block_size, check_label_smoothing
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.shapes import axis_length
@@ -128,7 +132,7 @@ def _losses_of_distribution(
         )
     # By an index: where the number of keys is known only when a graph runs, so
     # is, to TensorFlow, the length of a slice.
-    known = fused.is_known(scores)[..., 0]
+    known = fused.is_known(scores, are_distributions(labels))[..., 0]
     return ops.where(known, ops.squeeze(losses, axis=-1), float("nan"))
 
 
@@ -197,8 +201,10 @@ class HALOLoss(keras.losses.Loss):
         y_pred: Packed scores of shape `(batch_size, ..., K + 6)`.
         sample_weight: Optional weights, as for every Keras loss.
 
-    Labels out of range: a NumPy array that holds an integer label neither in
-    `[0, K)` nor equal to `ignore_class` is refused with a `ValueError`. In a
+    Bad labels: a NumPy array that holds a label neither an integer in `[0, K)`
+    nor equal to `ignore_class`, or a row of a distribution that does not sum to
+    one, such as a multi-hot one, is refused with a `ValueError`; a row of zeros
+    is left out. In a
     tensor, where values cannot be inspected without a stop, the loss of such a
     sample is NaN on TensorFlow, JAX and PyTorch alike, while gradients of
     the other samples remain intact; `keras.callbacks.TerminateOnNaN` turns
@@ -264,7 +270,7 @@ class HALOLoss(keras.losses.Loss):
             y_true = _without_masked_labels(y_true, y_pred.shape, mask)
         elif isinstance(y_true, (np.ndarray, list, tuple)):
             y_true = np.asarray(y_true)
-            _check_label_range(y_true, y_pred.shape, self.ignore_class)
+            _check_labels(y_true, y_pred.shape, self.ignore_class)
         return super().__call__(y_true, y_pred, sample_weight=sample_weight)
 
     def call(self, y_true, y_pred):
@@ -302,16 +308,24 @@ def _without_masked_labels(y_true, y_pred_shape, mask):
     return ops.where(mask, y_true, ops.zeros_like(y_true))
 
 
-def _check_label_range(y_true, y_pred_shape, ignore_class):
+def _check_labels(y_true, y_pred_shape, ignore_class):
+    if y_true.dtype.kind not in "biuf" and y_true.dtype.name != "bfloat16":
+        raise ValueError(
+            f"Labels must be numbers. Received: dtype={y_true.dtype}. Encode "
+            "them first, for example with `keras.layers.StringLookup` or "
+            "`np.unique(labels, return_inverse=True)`."
+        )
     if not are_integer_labels(y_true.shape, y_pred_shape):
+        check_distributions(y_true)
         return
     num_classes = packing.count_classes(y_pred_shape)
     wrong = ~((y_true >= 0) & (y_true < num_classes))
+    wrong |= y_true != np.floor(y_true)
     if ignore_class is not None:
         wrong &= y_true != ignore_class
     if wrong.any():
         raise ValueError(
-            f"Labels must be in [0, {num_classes})"
+            f"Labels must be integers in [0, {num_classes})"
             + ("" if ignore_class is None else f" or {ignore_class}")
             + f". Received: {int(wrong.sum())} of {wrong.size} labels out of "
             f"range, among them {y_true[wrong].flat[0]}. Number the classes "

@@ -69,9 +69,16 @@ def to_samples(
 
     labels = None
     if y_true is not None:
+        _check_integral(y_true, y_pred.shape)
         y_true = ops.convert_to_tensor(y_true)
         if are_integer_labels(y_true.shape, y_pred.shape):
-            labels = ops.cast(ops.reshape(y_true, (-1,)), "int32")
+            labels = ops.reshape(y_true, (-1,))
+            is_float = "float" in backend.standardize_dtype(labels.dtype)
+            integral = labels == ops.floor(labels) if is_float else None
+            labels = ops.cast(labels, "int32")
+            if is_float:
+                # A label of 0.9 belongs to no class.
+                labels = ops.where(integral, labels, -1)
         else:
             labels = ops.cast(ops.reshape(y_true, (-1, num_classes)), dtype)
     if ignore_class is not None:
@@ -102,6 +109,24 @@ def to_samples(
         weights=weights,
         packed=ops.squeeze(packed, axis=-1),
     )
+
+
+def _check_integral(y_true, y_pred_shape):
+    if not isinstance(y_true, (np.ndarray, list, tuple)):
+        return
+    y_true = np.asarray(y_true)
+    if y_true.dtype.kind != "f" or not are_integer_labels(
+        y_true.shape, y_pred_shape
+    ):
+        return
+    fractional = y_true != np.floor(y_true)
+    if fractional.any():
+        raise ValueError(
+            "Labels must be integers. Received: "
+            f"{int(fractional.sum())} of {y_true.size} that are not, among "
+            f"them {y_true[fractional].flat[0]}. Pass a distribution over the "
+            "classes, of shape `(..., K)`, for soft labels."
+        )
 
 
 def check_labels_given(y_true, reader):

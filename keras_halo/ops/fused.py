@@ -461,6 +461,9 @@ def safe_indices(labels, num_classes):
     if ops.is_tensor(num_classes):
         num_classes = ops.cast(num_classes, labels.dtype)
     in_range = (labels >= 0) & (labels < num_classes)
+    if "float" in keras.backend.standardize_dtype(labels.dtype):
+        # A label of 0.9 is not class 0.
+        in_range &= labels == ops.floor(labels)
     labels = ops.where(in_range, labels, ops.zeros_like(labels))
     return ops.cast(labels, "int32"), in_range
 

@@ -5,6 +5,9 @@ from keras import ops
 
 from keras_halo.ops import packing
 
+# Soft labels may come through 16 bits.
+_SUM_TOLERANCE = 0.01
+
 # The label of an input on which a model or a rule abstains.
 ABSTAINED = -1
 
@@ -59,6 +62,49 @@ def are_integer_labels(y_true_shape, y_pred_shape):
     )
 
 
+def are_distributions(labels):
+    """Which rows are distributions over the classes, or zero.
+
+    Args:
+        labels: Tensor or array of floats of shape `(..., K)`.
+
+    Returns:
+        Booleans of shape `(..., 1)`: true where no entry is negative and the
+        sum is one to within 1 %, or zero.
+
+    Example:
+
+    >>> are_distributions(np.array([[0.5, 0.5], [1.0, 1.0]])).tolist()
+    [[True], [False]]
+    """
+    total = labels.sum(-1) if isinstance(labels, np.ndarray) else None
+    if total is not None:
+        total, least = total[..., None], labels.min(axis=-1)[..., None]
+    else:
+        total = ops.sum(labels, axis=-1, keepdims=True)
+        least = ops.min(labels, axis=-1, keepdims=True)
+    is_one = (total > 1.0 - _SUM_TOLERANCE) & (total < 1.0 + _SUM_TOLERANCE)
+    return (is_one | (total == 0.0)) & (least >= 0.0)
+
+
+def check_distributions(labels):
+    """Raises `ValueError` unless rows are distributions, or zero.
+
+    Args:
+        labels: NumPy array of shape `(..., K)`.
+    """
+    good = are_distributions(np.asarray(labels, "float64"))
+    if not good.all():
+        row = np.asarray(labels, "float64")[~good[..., 0]][0]
+        raise ValueError(
+            "Rows of labels must be distributions over the classes: not "
+            f"negative, with a sum of one. Received: {int((~good).sum())} of "
+            f"{good.size} rows that are not, among them one with a sum of "
+            f"{row.sum():.4g}. For labels of which several may hold at once "
+            "the HALO loss has no meaning; otherwise divide rows by their sum."
+        )
+
+
 def class_indices(labels, num_classes, leading_shape):
     """Integer labels from integer or one-hot labels, checked.
 
@@ -81,6 +127,12 @@ def class_indices(labels, num_classes, leading_shape):
     [1, 0]
     """
     labels = np.asarray(ops.convert_to_numpy(labels))
+    if labels.dtype.kind not in "biuf":
+        raise ValueError(
+            f"Labels must be numbers. Received: dtype={labels.dtype}. Encode "
+            "them first, for example with `np.unique(labels, "
+            "return_inverse=True)`."
+        )
     leading_shape = tuple(leading_shape)
     if labels.shape == (*leading_shape, num_classes) and num_classes > 1:
         one_hot = ((labels == 0) | (labels == 1)).all(axis=-1)
@@ -107,10 +159,34 @@ def class_indices(labels, num_classes, leading_shape):
         raise ValueError(
             f"Labels must be integers in [0, {num_classes}). Received: "
             f"{int(wrong.sum())} of {wrong.size} others, among them "
-            f"{labels[wrong].flat[0]}. Leave these samples out of both: "
-            "`scores[kept], labels[kept]`."
+            f"{labels[wrong].flat[0]}. "
+            + remedy_for_labels(labels, num_classes)
         )
     return labels.astype("int64")
+
+
+def remedy_for_labels(labels, num_classes):
+    """What to do about labels of which some are out of range.
+
+    Args:
+        labels: NumPy array of numbers.
+        num_classes: Integer `K`.
+
+    Returns:
+        String, a sentence or two.
+
+    Example:
+
+    >>> remedy_for_labels(np.array([1, 2, 3]), 3)
+    'Number the classes from zero: subtract 1.'
+    """
+    if labels.min() >= 1 and labels.max() == num_classes:
+        return "Number the classes from zero: subtract 1."
+    return (
+        "Number the classes from zero. What has no label, such as void pixels "
+        "or padding, gets a `sample_weight` of zero, or is left out of both: "
+        "`scores[kept], labels[kept]`."
+    )
 
 
 def matches(query_ids, key_ids=None, dtype="float32"):

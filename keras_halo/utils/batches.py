@@ -162,13 +162,91 @@ def _torch_batches(loader):
         )
 
 
-def check_weights_have_labels(sample_weight, y):
-    """Raises `ValueError` for weights beside a dataset, which has its own."""
-    if sample_weight is not None and y is None:
+def is_dataset(x):
+    """Whether `x` yields batches by itself, labels included.
+
+    Example:
+
+    >>> is_dataset(np.zeros((3, 2))), is_dataset(i for i in range(3))
+    (False, True)
+    """
+    return (
+        isinstance(x, (types.GeneratorType, keras.utils.PyDataset))
+        or data_adapters.is_tf_dataset(x)
+        or data_adapters.is_torch_dataloader(x)
+        or hasattr(x, "as_numpy_iterator")
+        or (isinstance(x, list) and any(isinstance(b, tuple) for b in x))
+    )
+
+
+def labelled_data(x, y=None, sample_weight=None):
+    """Joins inputs, labels and weights into what `read_batches` takes.
+
+    Args:
+        x: Arrays; a tuple `(x, y)` or `(x, y, sample_weight)` of them; or a
+            dataset of such batches, which may be a list.
+        y: Optional array of labels, for arrays. Defaults to `None`.
+        sample_weight: Optional array of weights, for arrays. Defaults to
+            `None`.
+
+    Returns:
+        A tuple `(x, y, sample_weight)`, or a dataset.
+
+    Raises:
+        ValueError: If labels or weights are given beside a dataset, which has
+            its own and may yield them in any order; if labels are missing, no
+            numbers, or not as many as the inputs.
+
+    Example:
+
+    >>> labelled_data((batch for batch in []), np.zeros(3))
+    Traceback (most recent call last):
+        ...
+    ValueError: `y` belongs to arrays `x`. Received: y beside a generator, ...
+    """
+    is_list_of_batches = (
+        isinstance(x, list)
+        and y is None
+        and bool(x)
+        and all(isinstance(batch, (tuple, list)) for batch in x)
+    )
+    if is_list_of_batches or is_dataset(x):
+        for name, value in (("y", y), ("sample_weight", sample_weight)):
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` belongs to arrays `x`. Received: {name} beside "
+                    f"a {type(x).__name__}, which yields its own and may "
+                    "shuffle. Let it yield batches `(x, y)` or `(x, y, "
+                    "sample_weight)`."
+                )
+        # A list would be the arrays of a model with many inputs.
+        return (tuple(batch) for batch in x) if isinstance(x, list) else x
+    if isinstance(x, tuple) and y is None and sample_weight is None:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x)
+    if y is None:
+        if sample_weight is not None:
+            raise ValueError(
+                "`sample_weight` belongs to arrays `x` and `y`. Received: "
+                "y=None. Let the dataset yield batches `(x, y, "
+                "sample_weight)`."
+            )
         raise ValueError(
-            "`sample_weight` belongs to arrays `x` and `y`. Received: y=None. "
-            "Let the dataset yield batches `(x, y, sample_weight)`."
+            f"Labels are missing. Received: {type(x).__name__} as `x` and "
+            "y=None. Pass `y`, or a dataset of batches `(x, y)`."
         )
+    leaves = [v for v in keras.tree.flatten(x) if hasattr(v, "shape")]
+    y = np.asarray(ops.convert_to_numpy(y))
+    if y.dtype.kind not in "biuf":
+        raise ValueError(
+            f"Labels must be numbers. Received: dtype={y.dtype}. Encode them "
+            "first, for example with `np.unique(labels, return_inverse=True)`."
+        )
+    if leaves and len(y) != len(leaves[0]):
+        raise ValueError(
+            "Expected one label for every input. Received: "
+            f"{len(leaves[0])} inputs and {len(y)} labels."
+        )
+    return x, y, sample_weight
 
 
 def counted(values, labels, sample_weight):

@@ -8,9 +8,15 @@ from keras_halo.metrics import expected_calibration_error
 from keras_halo.ops import geometry, packing
 from keras_halo.ops.labels import class_indices
 from keras_halo.ops.model_output import read_model_output
-from keras_halo.utils.batches import counted
+from keras_halo.utils.batches import (
+    check_readable,
+    counted,
+    is_dataset,
+    labelled_data,
+)
 from keras_halo.utils.extras import require
 from keras_halo.workflows.graph import find_head
+from keras_halo.workflows.predicting import predict_answers
 
 BIAS_METHODS = ("mistakes", "margin", "keep")
 
@@ -82,7 +88,7 @@ class Calibration:
 def calibrate(
     model,
     x,
-    y,
+    y=None,
     unknown=None,
     bias="mistakes",
     batch_size=None,
@@ -135,11 +141,13 @@ def calibrate(
     Args:
         model: A trained model with one `HALODense` head, whose output is
             packed scores, or a dictionary that holds them as `"scores"`.
-        x: Validation inputs, whatever `model.predict` takes.
+        x: Validation inputs, whatever `model.predict` takes; or, without `y`,
+            a dataset of batches `(x, y)` or `(x, y, sample_weight)`, see
+            `keras_halo.fit_class_gaussians`.
         y: Labels, integers of shape `(N, ...)` or `(N, ..., 1)`, or one-hot
             of shape `(N, ..., K)`.
-        unknown: Optional inputs of no known class. Only for
-            `bias="mistakes"`. Defaults to `None`.
+        unknown: Optional inputs of no known class, or a dataset of them. Only
+            for `bias="mistakes"`. Defaults to `None`.
         bias: `"mistakes"`, `"margin"` or `"keep"`. Defaults to `"mistakes"`.
         batch_size: Integer, as in `model.predict`. Defaults to 32.
         verbose: `"auto"`, 0, 1 or 2, as in `model.predict`.
@@ -200,7 +208,19 @@ def calibrate(
             'bias="keep".'
         )
 
-    logits, norms, old_gamma = _predict(model, x, batch_size, verbose)
+    if unknown is not None:
+        check_readable(unknown, "unknown")
+    data = labelled_data(x, y, sample_weight)
+    if isinstance(data, tuple):
+        x, y, sample_weight = data
+        scores = _predict(model, x, batch_size, verbose)
+    else:
+        check_readable(data, "x")
+        answers = predict_answers(
+            model, data, "x", "abstain", batch_size, with_labels=True
+        )
+        scores, y, sample_weight = answers.packed, answers.labels, None
+    logits, norms, old_gamma = _parts(scores)
     both, y = counted(np.concatenate([logits, norms], -1), y, sample_weight)
     logits, norms = both[..., :-1], both[..., -1:]
     if not logits.size:
@@ -229,8 +249,12 @@ def calibrate(
         odds = new.log_odds(gamma * distances, gamma * norms, special)
         num_mistakes = int(wrong.sum())
         if unknown is not None:
-            others, other_norms, _ = _predict(
-                model, unknown, batch_size, verbose
+            others, other_norms, _ = _parts(
+                predict_answers(
+                    model, unknown, "unknown", "abstain", batch_size
+                ).packed
+                if is_dataset(unknown)
+                else _predict(model, unknown, batch_size, verbose)
             )
             others = others.reshape(-1, others.shape[-1]) / old_gamma
             more = new.log_odds(
@@ -305,12 +329,17 @@ class _Biases:
 
 
 def _predict(model, x, batch_size, verbose):
-    """Class logits and squared norms in float64, and the temperature."""
+    """Packed scores of arrays, checked."""
     output = model.predict(x, batch_size=batch_size, verbose=verbose)
     scores = read_model_output(output, "the output of the model").scores
     packing.check_packed(scores, argument="model.predict(x)")
     if scores.size == 0:
         raise ValueError("Expected at least one sample. Received: none.")
+    return scores
+
+
+def _parts(scores):
+    """Class logits and squared norms in float64, and the temperature."""
     scores = scores.astype("float64")
     parts = packing.unpack(scores)
     gamma = float(parts.temperature[(0,) * scores.ndim])

@@ -9,7 +9,7 @@ from keras import ops
 from keras_halo.layers.halo_dense import HALODense
 from keras_halo.ops import evidence, packing
 from keras_halo.ops.labels import class_indices
-from keras_halo.utils.batches import check_readable, check_weights_have_labels
+from keras_halo.utils.batches import check_readable, labelled_data
 from keras_halo.workflows.graph import embedding_of, free_name, input_structure
 from keras_halo.workflows.predicting import embedded_batches
 
@@ -143,8 +143,7 @@ def convert_head(
             "Put a wider layer before it and train the model again."
         )
     num_classes = max(units, 2)
-    check_weights_have_labels(sample_weight, y)
-    data = x if y is None else (x, y, sample_weight)
+    data = labelled_data(x, y, sample_weight)
     check_readable(data, "x")
     # Bad arguments show here, before the data are read.
     head = HALODense(

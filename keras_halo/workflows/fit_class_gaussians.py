@@ -2,14 +2,13 @@ import contextlib
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_halo.layers.class_gaussians import ClassGaussians
 from keras_halo.utils.batches import (
     check_readable,
-    check_weights_have_labels,
     count_batches,
     counted,
+    labelled_data,
 )
 from keras_halo.workflows.graph import find_head, head_tensors, input_structure
 from keras_halo.workflows.predicting import embedded_batches
@@ -94,25 +93,12 @@ def fit_class_gaussians(
 
 def _embed(embedder, x, y, sample_weight, batch_size, verbose):
     """Embeddings and labels of what counts, as NumPy arrays."""
-    if y is not None:
+    data = labelled_data(x, y, sample_weight)
+    if isinstance(data, tuple):
+        x, y, sample_weight = data
         embeddings = embedder.predict(x, batch_size=batch_size, verbose=verbose)
-        return counted(embeddings, ops.convert_to_numpy(y), sample_weight)
-    if isinstance(x, np.ndarray) or ops.is_tensor(x):
-        raise ValueError(
-            "Labels are missing. Received: an array as `x` and y=None. Pass "
-            "`y`, or a dataset of batches `(x, y)`."
-        )
-    check_weights_have_labels(sample_weight, y)
-    if isinstance(x, list):
-        # Batches, and not the arrays of a model with many inputs.
-        wrong = [b for b in x if not isinstance(b, (tuple, list))]
-        if wrong or not x:
-            raise ValueError(
-                "Without `y`, `x` must be a dataset of batches `(x, y)`. "
-                "Received: a list "
-                + (f"of {type(wrong[0]).__name__}." if wrong else "of nothing.")
-            )
-        x = (tuple(batch) for batch in x)
+        return counted(embeddings, y, sample_weight)
+    x = data
     check_readable(x, "x")
     collected = []
     total = count_batches(x, batch_size)
