@@ -410,3 +410,37 @@ def test_blocks_need_integer_labels():
     scores = np.zeros((2, 9), "float32")
     with pytest.raises(ValueError, match="`block_size` needs integer labels"):
         halo_loss(np.eye(3)[:2], scores, block_size=2)
+
+
+@pytest.mark.parametrize("how", ["take", "index", "where"])
+@pytest.mark.parametrize("head", ["default", "reference"])
+def test_gradients_of_gathered_scores(how, head):
+    rows = np.array([0, 2, 3])
+    labels = np.array([0, 1, 2])
+    x = np.random.default_rng(0).normal(size=(6, 5)).astype("float32")
+    layer = HALODense(3) if head == "default" else HALODense.reference(3)
+    layer.build((None, 5))
+
+    def of_gathered(x):
+        scores = layer(x)
+        if how == "take":
+            scores = ops.take(scores, rows, axis=0)
+        elif how == "index":
+            scores = ops.stack([scores[int(row)] for row in rows])
+        else:
+            every = np.zeros(6, int)
+            every[rows] = labels
+            losses = halo_loss(ops.convert_to_tensor(every), scores)
+            kept = ops.convert_to_tensor(np.isin(np.arange(6), rows))
+            return ops.sum(ops.where(kept, losses, 0.0))
+        return ops.sum(halo_loss(ops.convert_to_tensor(labels), scores))
+
+    def directly(x):
+        scores = layer(x)
+        return ops.sum(halo_loss(ops.convert_to_tensor(labels), scores))
+
+    _, (gradient,) = value_and_gradients(of_gathered, x)
+    _, (expected,) = value_and_gradients(directly, x[rows])
+    np.testing.assert_allclose(gradient[rows], expected, rtol=1e-4, atol=1e-6)
+    others = np.setdiff1d(np.arange(6), rows)
+    np.testing.assert_array_equal(gradient[others], 0.0)

@@ -54,9 +54,14 @@ def with_gradient(function, gradient):
     def joined(*inputs):
         def backward(*args, upstream=None):
             # PyTorch passes the inputs on, the others pass upstream alone.
-            if upstream is None:
-                return gradient(inputs, *args)
-            return gradient(args, upstream)
+            if upstream is not None:
+                return gradient(args, upstream)
+            (upstream,) = args
+            if hasattr(upstream, "dense_shape"):
+                # On TensorFlow what gathers rows passes the gradient of these
+                # rows alone, which most operations turn into a tensor.
+                upstream = ops.squeeze(ops.expand_dims(upstream, 0), 0)
+            return gradient(inputs, upstream)
 
         return function(*inputs), backward
 
