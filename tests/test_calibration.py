@@ -219,11 +219,9 @@ def test_failures_leave_the_weights_untouched():
     model, head = model_of()
     x, y = sample(model, n=200)
     before = state(head)
-    right = model.predict(x, verbose=0)[:, :3].argmax(axis=-1)
     worst = model.predict(x, verbose=0)[:, :3].argmin(axis=-1)
     bad = np.where(x > 0, np.nan, x)
     cases = [
-        ("grows without end", (x, right), {}),
         ("no more probable than by chance", (x, worst), {}),
         ("must be finite", (bad, y), {}),
         ("must be finite", (x, y), {"unknown": bad}),
@@ -429,3 +427,14 @@ def test_the_unit_of_the_far_evidence_takes_part(far_scale):
     assert found.abstain_probability.mean() == pytest.approx(
         (wrong + 0.5) / 201, rel=1e-3
     )
+
+
+def test_without_a_mistake_the_temperature_stays():
+    model = aligned_model()
+    x, _ = validation_data()
+    right = model.predict(x, verbose=0)[:, :3].argmax(axis=-1)
+    with pytest.warns(UserWarning, match="grows with it without end"):
+        result = calibrate(model, x, right, verbose=0)
+    assert result.temperature == result.old_temperature
+    # Half a mistake is counted, so that a few are rejected.
+    assert result.abstain_probability == pytest.approx(0.5 / 201, rel=1e-2)

@@ -550,7 +550,6 @@ def refused():
             ((x, y, np.ones((30, 2))), unknown),
             "sample weights|sample_weight",
         ),
-        "too few for the bins": (((x[:9], y[:9]), unknown), "num_bins=15"),
         "everything ignored": (
             ((x, y, np.zeros(30)), unknown),
             "`known` must hold",
@@ -619,3 +618,35 @@ def test_models_without_packed_scores_are_refused():
     two = keras.Model(inputs, [head()(inputs), dense])
     with pytest.raises(ValueError, match="select an output"):
         evaluate_ood(two, (X, Y), UNKNOWN, verbose=0)
+
+
+def test_fewer_samples_than_bins_get_fewer_bins(model):
+    report = evaluate_ood(model, (X[:9], Y[:9]), UNKNOWN, verbose=0)
+    assert report.num_bins == 9
+    assert np.isfinite(report.known.ece_renormalized)
+
+
+def test_nothing_underflows_where_abstaining_is_far_ahead(model):
+    packed = model.predict(X, verbose=0)
+    predicted = packed[:, :NUM_CLASSES].argmax(axis=-1)
+    ahead = keras.layers.Lambda(
+        lambda scores: keras.ops.concatenate(
+            [
+                scores[:, :NUM_CLASSES],
+                scores[:, NUM_CLASSES : NUM_CLASSES + 1] + 300.0,
+                scores[:, NUM_CLASSES + 1 :],
+            ],
+            axis=-1,
+        )
+    )
+    abstaining = keras.Model(model.input, ahead(model.output))
+    report = evaluate_ood(abstaining, (X, predicted), UNKNOWN, verbose=0)
+    plain = evaluate_ood(model, (X, predicted), UNKNOWN, verbose=0)
+    assert report.known.accuracy_forced == 1.0
+    assert report.known.ece_renormalized == pytest.approx(
+        plain.known.ece_renormalized, abs=1e-5
+    )
+    assert report.known.nll_renormalized == pytest.approx(
+        plain.known.nll_renormalized, abs=1e-5
+    )
+    assert report.known.nll_with_abstain > 80.0

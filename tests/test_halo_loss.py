@@ -527,3 +527,42 @@ def test_labels_that_are_names_are_refused_with_what_to_do():
     scores = keras_halo.HALODense(3)(np.eye(2, 3, dtype="float32"))
     with pytest.raises(ValueError, match="Encode them"):
         HALOLoss()(np.array(["cat", "dog"]), scores)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_packed_scores_in_16_bits_are_refused_everywhere(dtype):
+    scores = keras_halo.HALODense(3)(np.eye(2, 3, dtype="float32"))
+    cast = ops.cast(scores, dtype)
+    readers = [
+        lambda: HALOLoss()(np.array([0, 1]), cast),
+        lambda: keras_halo.ood_score(cast),
+        lambda: keras_halo.metrics.AbstentionRate()(None, cast),
+        lambda: keras_halo.HALOSoftmax()(cast),
+        lambda: keras_halo.layers.Decision()(cast),
+        lambda: keras_halo.decode_predictions(ops.convert_to_numpy(cast)),
+    ]
+    for read in readers:
+        with pytest.raises(ValueError, match=f"in {dtype}, which cannot hold"):
+            read()
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_a_layer_after_the_head_that_casts_is_named(policy):
+    keras.config.set_dtype_policy(policy)
+    model = keras.Sequential(
+        [keras.Input((4,)), HALODense(3), keras.layers.Identity()]
+    )
+    model.compile("sgd", HALOLoss())
+    x = np.zeros((4, 4), "float32")
+    with pytest.raises(Exception, match="A layer after the head casts"):
+        model.fit(x, np.zeros(4, int), verbose=0)
+    kept = keras.Sequential(
+        [
+            keras.Input((4,)),
+            HALODense(3),
+            keras.layers.Identity(dtype="float32"),
+        ]
+    )
+    kept.compile("sgd", HALOLoss())
+    history = kept.fit(x, np.zeros(4, int), verbose=0)
+    assert np.isfinite(history.history["loss"][0])

@@ -167,14 +167,46 @@ def test_training_is_the_same_with_and_without():
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
 
 
-def test_frequency_leaves_epochs_out(trained):
+def test_frequency_repeats_the_last_measurement(trained):
     monitor = OODMonitor(TEST[0], UNKNOWN, batch_size=32, frequency=2)
     monitor.set_model(trained[0])
     epochs = [{"loss": 1.0} for _ in range(5)]
+    monitor.on_train_begin()
     for epoch, logs in enumerate(epochs):
         monitor.on_epoch_end(epoch, logs)
-    assert [set(logs) >= KEYS for logs in epochs] == [0, 1, 0, 1, 0]
-    assert [len(logs) for logs in epochs] == [1, 11, 1, 11, 1]
+    # Every epoch has the same columns.
+    assert all(set(logs) >= KEYS for logs in epochs)
+    assert [len(logs) for logs in epochs] == [11] * 5
+    assert np.isnan(epochs[0]["ood_auroc"])
+    measured = [logs["ood_auroc"] for logs in epochs[1:]]
+    assert np.isfinite(measured).all()
+    assert measured[0] == measured[1]
+
+
+def test_a_model_that_diverges_keeps_its_history():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 4)).astype("float32")
+    head = keras_halo.HALODense(3)
+    model = keras.Sequential([keras.Input((4,)), head])
+    model.compile("sgd", keras_halo.HALOLoss())
+
+    class Diverge(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 1:
+                head.centroids.assign(np.full((3, 128), np.nan))
+
+    monitor = OODMonitor(x, {"far": 9 * x})
+    with pytest.warns(UserWarning, match=r"could be measured in epoch [23]"):
+        history = model.fit(
+            x,
+            np.arange(32) % 3,
+            epochs=3,
+            callbacks=[Diverge(), monitor],
+            verbose=0,
+        )
+    auroc = history.history["ood_auroc"]
+    assert np.isfinite(auroc[0])
+    assert np.isnan(auroc[1:]).all()
 
 
 def test_method_is_used(trained):

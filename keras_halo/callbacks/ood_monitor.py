@@ -1,3 +1,5 @@
+import warnings
+
 import keras
 import numpy as np
 
@@ -11,6 +13,8 @@ from keras_halo.workflows.predicting import (
 
 # `<name>_auroc` of a set with one of these names would be another quantity.
 RESERVED_NAMES = ("known", "ood", "val")
+
+_KEYS = ("auroc", "fpr95", "abstention_rate")
 
 
 class OODMonitor(keras.callbacks.Callback):
@@ -30,8 +34,9 @@ class OODMonitor(keras.callbacks.Callback):
     abstaining is the most probable answer.
 
     Training is not disturbed: the weights after it are the same as without the
-    monitor. The first batch of every set is tried before the first epoch, so
-    that a mistake shows at once.
+    monitor, and where a model diverges the numbers are NaN, with a warning. The
+    first batch of every set is tried before the first epoch, so that a mistake
+    shows at once.
 
     Args:
         known: Inputs of the known classes, held out from training: an array, a
@@ -43,9 +48,9 @@ class OODMonitor(keras.callbacks.Callback):
         batch_size: Optional integer, the batch size for arrays. Defaults to
             `None`, which means 32.
         frequency: Integer: measure at the end of every `frequency`-th epoch.
-            In the epochs between, the keys are missing from the logs, as those
-            of a validation with `validation_freq` are; give `EarlyStopping` a
-            `frequency` of 1. Defaults to `1`.
+            In the epochs between, the logs repeat the last measurement, NaN
+            before the first one; give `EarlyStopping` a `frequency` of 1.
+            Defaults to `1`.
 
     Raises:
         ValueError: At construction if an argument is not one of those listed,
@@ -93,14 +98,32 @@ class OODMonitor(keras.callbacks.Callback):
         self.frequency = frequency
 
     def on_train_begin(self, logs=None):
+        self._measured = self._unmeasured()
         known = self._answers(None, max_batches=1)
         for name in self.unknown:
             self._compare(known, self._answers(name, max_batches=1))
 
     def on_epoch_end(self, epoch, logs=None):
-        if logs is None or (epoch + 1) % self.frequency:
+        if logs is None:
             return
-        logs.update(self.measure())
+        if (epoch + 1) % self.frequency == 0:
+            try:
+                self._measured = self.measure()
+            except ValueError as error:
+                # Training that has gone wrong keeps its history.
+                warnings.warn(
+                    f"Nothing could be measured in epoch {epoch + 1}: {error}",
+                    stacklevel=2,
+                )
+                self._measured = self._unmeasured()
+        # In every epoch, for callbacks that read the names in the first one.
+        logs.update(self._measured)
+
+    def _unmeasured(self):
+        names = [f"ood_{key}" for key in _KEYS]
+        names.append("known_abstention_rate")
+        names += [f"{name}_{key}" for name in self.unknown for key in _KEYS]
+        return dict.fromkeys(names, float("nan"))
 
     def measure(self):
         """Measures the model as it is now.
@@ -115,7 +138,7 @@ class OODMonitor(keras.callbacks.Callback):
         }
         measured = {
             f"ood_{key}": float(np.mean([v[key] for v in by_set.values()]))
-            for key in ("auroc", "fpr95", "abstention_rate")
+            for key in _KEYS
         }
         measured["known_abstention_rate"] = float(known.abstained.mean())
         for name, values in by_set.items():

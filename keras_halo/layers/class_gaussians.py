@@ -117,6 +117,8 @@ class ClassGaussians(ScoreLayer):
       large-dimensional covariance matrices, 2004.
     """
 
+    _SCORES_AT = 1
+
     def __init__(self, units, **kwargs):
         check_units(units)
         super().__init__(**kwargs)

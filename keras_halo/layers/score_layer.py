@@ -1,6 +1,10 @@
 import keras
 
-from keras_halo.ops.packing import NUM_EXTRA_COLUMNS, OLD_EXTRA_COLUMNS
+from keras_halo.ops.packing import (
+    NUM_EXTRA_COLUMNS,
+    OLD_EXTRA_COLUMNS,
+    check_precision,
+)
 from keras_halo.utils.precision import computation_dtype
 
 _MARK = "packed_columns"
@@ -22,6 +26,9 @@ class ScoreLayer(keras.layers.Layer):
     # The names under which Keras may keep the shape of packed scores.
     _SHAPES = ("input_shape", "scores_shape")
 
+    # The place of packed scores among the arguments of a call.
+    _SCORES_AT = 0
+
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.autocast = False
@@ -30,6 +37,15 @@ class ScoreLayer(keras.layers.Layer):
     def head_dtype(self):
         """String, the dtype in which the layer computes and answers."""
         return computation_dtype(self.compute_dtype)
+
+    def __call__(self, *args, **kwargs):
+        scores = kwargs.get("scores")
+        if scores is None and len(args) > self._SCORES_AT:
+            scores = args[self._SCORES_AT]
+        for tensor in keras.tree.flatten(scores):
+            if hasattr(tensor, "dtype"):
+                check_precision(tensor.dtype)
+        return super().__call__(*args, **kwargs)
 
     def get_build_config(self):
         config = super().get_build_config()

@@ -265,6 +265,9 @@ class HALOLoss(keras.losses.Loss):
         if isinstance(y_pred, (np.ndarray, list, tuple)):
             y_pred = np.asarray(y_pred)
             packing.check_packed(y_pred, argument="y_pred")
+        elif hasattr(y_pred, "dtype"):
+            # Before Keras casts them, and what is lost cannot be seen.
+            packing.check_precision(y_pred.dtype, "y_pred")
         mask = backend.get_keras_mask(y_pred)
         if mask is not None:
             y_true = _without_masked_labels(y_true, y_pred.shape, mask)

@@ -88,7 +88,8 @@ class ExpectedCalibrationError(PackedMean):
     def values_and_weights(self, samples, weights):
         probabilities = class_probabilities(samples.logits, self.renormalize)
         confidence = ops.max(probabilities, axis=-1)
-        named = ops.cast(ops.argmax(probabilities, axis=-1), "int32")
+        # Of logits: where abstaining is far ahead, probabilities underflow.
+        named = ops.cast(ops.argmax(samples.logits[:, :-1], axis=-1), "int32")
         if are_distributions(samples.labels):
             chosen = one_hot(named, probabilities.shape[-1], self.dtype)
             correct = ops.sum(samples.labels * chosen, axis=-1)

@@ -63,6 +63,8 @@ def to_samples(
     if isinstance(y_pred, (np.ndarray, list, tuple)):
         y_pred = np.asarray(y_pred)
         packing.check_packed(y_pred, argument="y_pred")
+    elif hasattr(y_pred, "dtype"):
+        packing.check_precision(y_pred.dtype, "y_pred")
     mask = backend.get_keras_mask(y_pred)
     y_pred = ops.cast(ops.convert_to_tensor(y_pred), dtype)
     num_classes = packing.count_classes(y_pred.shape)

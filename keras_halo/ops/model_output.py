@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_halo.ops import packing
 from keras_halo.utils.precision import as_array
 
 # The method that names the score which a model itself emits.
@@ -64,10 +65,10 @@ def read_model_output(output, argument="scores"):
             scores = as_array(scores)
         except (TypeError, ValueError) as error:
             raise ValueError(_expected(argument, output)) from error
-        if not isinstance(scores, np.ndarray) or scores.dtype.kind not in "fiu":
-            if getattr(scores.dtype, "name", "") != "bfloat16":
-                raise ValueError(_expected(argument, output))
-            scores = scores.astype("float32")
+        # NumPy has no kind of its own for bfloat16.
+        if scores.dtype.kind not in "fiuV":
+            raise ValueError(_expected(argument, output))
+    packing.check_precision(scores.dtype, argument)
     if fitted is not None:
         if not is_symbolic_or_tensor(fitted):
             fitted = np.asarray(fitted)

@@ -26,6 +26,7 @@ This module alone knows the layout.
 
 import collections
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -379,6 +380,33 @@ def best_class(scores):
     return ops.min(ops.where(is_best, classes, num_classes), axis=-1)
 
 
+def check_precision(dtype, argument="scores"):
+    """Raises `ValueError` for packed scores in 16 bits.
+
+    `float16` overflows in the columns of the geometry, `bfloat16` keeps two
+    digits of them.
+
+    Args:
+        dtype: A dtype, of whatever library.
+        argument: String, the name by which an error calls the scores.
+
+    Example:
+
+    >>> check_precision("float16")
+    Traceback (most recent call last):
+        ...
+    ValueError: `scores` are packed scores in float16, which cannot hold ...
+    """
+    dtype = keras.backend.standardize_dtype(dtype)
+    if dtype in ("float16", "bfloat16"):
+        raise ValueError(
+            f"`{argument}` are packed scores in {dtype}, which cannot hold "
+            "their geometry. Expected float32 or float64. A layer after the "
+            "head casts them under a 16-bit policy: leave it out, or give it "
+            '`dtype="float32"`; do not cast what `predict` returned.'
+        )
+
+
 def check_packed(scores, argument="scores"):
     """Checks that a NumPy array holds packed scores, by value.
 
@@ -397,6 +425,7 @@ def check_packed(scores, argument="scores"):
         ...
     ValueError: The last 5 columns of `scores` hold no packed geometry ...
     """
+    check_precision(scores.dtype, argument)
     shape = tuple(scores.shape)
     if _are_old(scores):
         raise ValueError(

@@ -1,6 +1,7 @@
 """Refits the temperature and the abstain bias of a trained head."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 
@@ -161,9 +162,8 @@ def calibrate(
 
     Raises:
         ValueError: If an argument is unknown, the model has not exactly one
-            head or gives no finite packed scores, labels do not fit, or no
-            temperature has the largest likelihood, as when every sample is
-            classified correctly.
+            head or gives no finite packed scores, labels do not fit, or they
+            are no more probable than by chance.
         ImportError: If SciPy is missing.
 
     Example:
@@ -363,12 +363,14 @@ def _best_temperature(distances, labels, old_gamma, optimize, special):
             "labels and model number the classes alike."
         )
     if not slope(high) > 0.0:
-        raise ValueError(
-            "No temperature fits: the likelihood grows without end, because "
-            "(nearly) every sample is classified correctly. Received: "
-            f"{len(labels)} samples. Pass more validation data, not data that "
-            "the model was trained on."
+        warnings.warn(
+            "The temperature stays as it is: the likelihood grows with it "
+            "without end, because (nearly) every sample is classified "
+            f"correctly. Received: {len(labels)} samples. Pass more validation "
+            "data, not data that the model was trained on.",
+            stacklevel=3,
         )
+        return old_gamma
     return float(np.exp(optimize.brentq(slope, low, high, xtol=1e-10)))
 
 

@@ -1,6 +1,7 @@
 import numpy as np
 
 from keras_halo import metrics
+from keras_halo.ops import packing
 from keras_halo.utils.batches import check_readable, count_batches
 from keras_halo.utils.progress import Progress
 from keras_halo.workflows.ood_report import (
@@ -14,7 +15,6 @@ from keras_halo.workflows.predicting import (
     name_of_method,
     predict_answers,
 )
-from keras_halo.workflows.predictions import decode_predictions
 
 
 def evaluate_ood(
@@ -129,13 +129,17 @@ def evaluate_ood(
             )
             for (where, data), name in zip(sets.items(), unknown, strict=True)
         ),
-        num_bins=num_bins,
+        num_bins=min(num_bins, known_result.count),
     )
 
 
 def _known_result(answers, num_bins):
-    labels, probabilities = answers.labels, _probabilities(answers)
-    renormalized = metrics.renormalize(probabilities)
+    labels = answers.labels
+    logits = packing.answer_logits(answers.packed).astype("float64")
+    # From logits: where abstaining is far ahead, probabilities underflow.
+    probabilities = _softmax(logits)[:, :-1]
+    renormalized = _softmax(logits[:, :-1])
+    num_bins = min(num_bins, len(logits))
 
     def calibration(name, p):
         return {
@@ -151,7 +155,7 @@ def _known_result(answers, num_bins):
         **calibration("renormalized", renormalized),
         **calibration("with_abstain", probabilities),
     }
-    correct = _mass_on(labels, probabilities.argmax(axis=-1))
+    correct = _mass_on(labels, logits[:, :-1].argmax(axis=-1))
     answered = ~answers.abstained
     return KnownResult(
         count=len(correct),
@@ -171,8 +175,9 @@ def _known_result(answers, num_bins):
     )
 
 
-def _probabilities(answers):
-    return decode_predictions(answers.packed).probabilities
+def _softmax(logits):
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
 def _mass_on(labels, predicted):
