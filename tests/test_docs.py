@@ -1,7 +1,10 @@
 """The code on the pages runs as it stands, and no public name is left out."""
 
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -123,3 +126,15 @@ def test_every_public_name_has_its_place_in_the_api():
     # Told on the pages of their parts, or no thing to document.
     public -= {"OOD_METHODS", "__version__", "callbacks", *modules}
     assert sorted(public - places) == []
+
+
+def test_the_table_of_public_names_is_what_the_script_prints():
+    script = pathlib.Path(__file__).parent / "scripts" / "public_names.py"
+    printed = subprocess.run(
+        [sys.executable, str(script)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ).stdout
+    assert printed in (DOCS / "api" / "index.md").read_text("utf-8")

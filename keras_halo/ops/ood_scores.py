@@ -22,6 +22,7 @@ from keras_halo.ops.model_output import (
     require_fitted,
 )
 from keras_halo.utils.precision import computation_dtype
+from keras_halo.utils.shapes import with_few_lengths
 
 # Coefficients of Numerical Recipes' `erfcc`, whose relative error is below
 # 1.2e-7 everywhere: a logarithm of it is exact to float32 in the far tail too.
@@ -416,6 +417,12 @@ def ood_score(scores, method="abstain"):
     if scores.size == 0:
         # The minimum over the classes of nothing fails on some backends.
         return np.zeros(scores.shape[:-1], scores.dtype)
-    return ops.convert_to_numpy(
-        ood_score(ops.convert_to_tensor(scores), method)
+    (found,) = with_few_lengths(
+        lambda rows: (
+            ops.convert_to_numpy(
+                ood_score(ops.convert_to_tensor(rows), method)
+            ),
+        ),
+        scores.reshape(-1, scores.shape[-1]),
     )
+    return found.reshape(scores.shape[:-1])

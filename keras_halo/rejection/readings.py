@@ -125,7 +125,7 @@ def read_scores(scores, method, argument="scores", to_judge=False):
         )
         finite &= np.isfinite(judged) | (not to_judge)
     else:
-        judged = _ood_scores(array, method)
+        judged = ood_scores.ood_score(array, method).astype("float64")
     judged = np.where(finite, judged, np.nan)
     return Reading(
         judged if to_judge else _finite(judged, argument),
@@ -185,19 +185,6 @@ def read_errors(reading, labels=None, errors=None):
         reading.scores.shape,
     )
     return labels != reading.labels
-
-
-def _ood_scores(array, method):
-    """Scores of packed rows, computed for few different numbers of rows.
-
-    JAX compiles anew for every shape it has not seen, which takes seconds; so
-    a rule that judges batches of any length fills them up to a power of two.
-    """
-    rows = array.reshape(-1, array.shape[-1])
-    filling = (1 << (len(rows) - 1).bit_length()) - len(rows)
-    filled = np.pad(rows, ((0, filling), (0, 0)), mode="edge")
-    scores = ood_scores.ood_score(filled, method)[: len(rows)]
-    return scores.reshape(array.shape[:-1]).astype("float64")
 
 
 def _to_array(values, argument, may_be_empty=False):

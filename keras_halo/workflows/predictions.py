@@ -6,6 +6,7 @@ from keras import ops
 from keras_halo.ops import geometry, packing
 from keras_halo.ops.labels import ABSTAINED
 from keras_halo.ops.model_output import finite_rows, read_model_output
+from keras_halo.utils.shapes import with_few_lengths
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,14 +93,14 @@ def decode_predictions(scores):
         # Any row of the same head takes the place of what cannot be read.
         scores = np.where(finite[..., None], scores, scores[finite][0])
     packing.check_packed(scores)
-    parts = packing.unpack(ops.convert_to_tensor(scores))
-    radii = geometry.squared_radii(
-        parts.logits, parts.squared_norm, parts.temperature
+    parts = packing.unpack(scores)
+    radii, probabilities = (
+        found.reshape(*scores.shape[:-1], -1)
+        for found in with_few_lengths(
+            _radii_and_probabilities, scores.reshape(-1, scores.shape[-1])
+        )
     )
-    probabilities = ops.convert_to_numpy(
-        ops.softmax(packing.answer_logits(scores))
-    )
-    embedding_dims = np.unique(ops.convert_to_numpy(parts.embedding_dim))
+    embedding_dims = np.unique(parts.embedding_dim)
     if embedding_dims.size > 1:
         raise ValueError(
             "`scores` mixes embeddings of different sizes. Expected the "
@@ -110,7 +111,7 @@ def decode_predictions(scores):
     # Copies: arrays of a backend may not be written to. Rounding may leave a
     # zero slightly negative; a distance is not.
     probabilities = np.array(probabilities)
-    radii = np.maximum(ops.convert_to_numpy(radii), 0.0)
+    radii = np.maximum(radii, 0.0)
     norms = _per_sample(parts.squared_norm)
     probabilities[~finite] = np.eye(probabilities.shape[-1])[-1]
     radii[~finite] = norms[~finite] = np.nan
@@ -165,6 +166,17 @@ def pair_log_odds(scores):
     packing.check_packed(scores)
     parts = packing.unpack(scores)
     return parts.logits - parts.abstain_logit
+
+
+def _radii_and_probabilities(rows):
+    parts = packing.unpack(ops.convert_to_tensor(rows))
+    radii = geometry.squared_radii(
+        parts.logits, parts.squared_norm, parts.temperature
+    )
+    probabilities = ops.softmax(
+        packing.answer_logits(ops.convert_to_tensor(rows))
+    )
+    return ops.convert_to_numpy(radii), ops.convert_to_numpy(probabilities)
 
 
 def _nothing(shape):
