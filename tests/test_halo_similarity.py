@@ -553,3 +553,22 @@ def test_other_bad_arguments_are_refused():
             HALOContrastiveLoss()(ids, layer([k, k]))
     with pytest.raises(ValueError, match="no packed geometry"):
         keras_halo.pair_log_odds(np.zeros((2, 9), "float32"))
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "names", "loss"])
+def test_ids_that_are_no_integers_are_refused(kind):
+    ids = np.array([16777216.0, 16777217.0], "float64")
+    if kind == "names":
+        ids = np.array(["a", "b"])
+    if kind == "tensor":
+        ids = ops.convert_to_tensor(ids.astype("float32"))
+    read = keras_halo.matches
+    if kind == "loss":
+        pairs = np.eye(2, 4, dtype="float32")
+        scores = keras_halo.HALOSimilarity()([pairs, pairs])
+
+        def read(ids):
+            keras_halo.HALOContrastiveLoss()(ids, scores)
+
+    with pytest.raises(ValueError, match="Ids must be integers"):
+        read(ids)

@@ -1,5 +1,6 @@
 """What kind of labels come with packed scores."""
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -206,6 +207,9 @@ def matches(query_ids, key_ids=None, dtype="float32"):
 
     Args:
         query_ids: Integers of shape `(B,)` or `(B, 1)`, an array or a tensor.
+            Those of a tensor on JAX have 32 bits, so that `fit` cannot tell
+            wider ones apart: number them with `np.unique(ids,
+            return_inverse=True)[1]` before.
         key_ids: Integers of shape `(K,)` or `(K, 1)`. Defaults to `None`,
             which means `query_ids`: query and key come in pairs.
         dtype: String, the dtype of the labels. Defaults to `"float32"`.
@@ -216,7 +220,7 @@ def matches(query_ids, key_ids=None, dtype="float32"):
         NumPy array for arrays, a tensor if one of the ids is a tensor.
 
     Raises:
-        ValueError: If the ids are not of the shape above.
+        ValueError: If the ids are no integers, or not of the shape above.
 
     Example:
 
@@ -241,12 +245,22 @@ def _flat_ids(ids):
         ids = np.asarray(ids)
     shape = tuple(ids.shape)
     if len(shape) == 2 and shape[1] == 1:
-        return ids[:, 0]
-    if len(shape) != 1:
+        ids = ids[:, 0]
+    elif len(shape) != 1:
         raise ValueError(
             "Ids say which queries and keys belong together: expected integers "
             f"of shape (batch_size,) or (batch_size, 1). Received: shape="
             f"{shape}. Pass one id for every pair; a model with an output for "
             "each direction takes them once for each."
+        )
+    if isinstance(ids, np.ndarray):
+        are_integers = ids.dtype.kind in "biu"
+    else:
+        are_integers = "float" not in keras.backend.standardize_dtype(ids.dtype)
+    if not are_integers:
+        raise ValueError(
+            "Ids must be integers: in floating point neighbouring ones are "
+            f"the same. Received: dtype={ids.dtype}. Number them with "
+            "`np.unique(ids, return_inverse=True)[1]`."
         )
     return ids
