@@ -79,7 +79,7 @@ def print_detectors(rows, storage):
     """Prints how far the two sides of `rows` agree, by kinds of detectors."""
     groups = {
         "all": list(rows),
-        "nothing stored, or a temperature": [
+        "without post-hoc state, or a temperature": [
             d for d in rows if storage[d] <= 1
         ],
         "fitted": [d for d in rows if storage[d] > 1],

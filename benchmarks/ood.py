@@ -1,5 +1,5 @@
 """
-Title: Out-of-distribution detection and calibration, HALO and its rivals
+Title: Out-of-distribution detection and calibration, HALO and its baselines
 Description: Everything trained alike, measured alike, in one command.
 
 Every method trains the same network on the same images in the same order,

@@ -11,7 +11,7 @@ range that holds the middle 80 % of them. Memory is that of separate processes.
     KERAS_BACKEND=torch python benchmarks/speed.py --only step --compile
     KERAS_BACKEND=tensorflow python benchmarks/speed.py --quick
 
-The rivals: `Dense` with Keras's cross-entropy, and the pairwise form of the
+The baselines: `Dense` with Keras's cross-entropy, and the pairwise form of the
 method, which takes the difference of every embedding and every centroid.
 JAX and TensorFlow compile the step, PyTorch runs it eagerly, as Keras does by
 default; `--compile` compiles it there, too, as `jit_compile=True` does.

@@ -165,12 +165,12 @@ def test_no_nan_where_cross_entropy_has_none(setting):
         setting, HALODense(NUM_CLASSES), HALOLoss(distill=setting.distill)
     )
     if not is_finite(*result):
-        rival = train(
+        baseline = train(
             setting,
             keras.layers.Dense(NUM_CLASSES),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
-        assert not is_finite(*rival), f"diverged: {setting}"
+        assert not is_finite(*baseline), f"diverged: {setting}"
     else:
         if setting.clipped and setting.scale == 1.0 and not setting.batch_size:
             # Clipping does not only hide the trouble. The first loss of a

@@ -73,7 +73,7 @@ def _mean_aurocs(runs):
         "filled where the detector stores something beside the network",
         ylim=(-1, len(rows)),
         title="Of each training, the detector that does best on validation\n"
-        "images and synthetic outliers: HALO blue, rivals orange",
+        "images and synthetic outliers: HALO blue, baselines orange",
     )
     ax.grid(alpha=0.3)
     return figure

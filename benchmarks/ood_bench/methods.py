@@ -723,7 +723,7 @@ TRIED = (
     "HALO-decay",
 )
 
-# For a quick comparison: what every post-hoc detector reads, the best rival
+# For a quick comparison: what every post-hoc detector reads, the best baseline
 # that stores nothing, the defaults, and the best setting.
 CENTRAL = (
     "cross-entropy",

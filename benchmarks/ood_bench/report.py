@@ -138,7 +138,7 @@ def _summary(results):
             "seeds",
             *(column[1] for column in SUMMARY_COLUMNS),
             aurc_header,
-            "nothing stored",
+            "without post-hoc state",
             "AUROC",
             "fitted",
             "AUROC",
