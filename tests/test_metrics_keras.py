@@ -845,3 +845,34 @@ def test_fractional_labels_are_no_classes(metric):
     # As labels that belong to no class.
     expected.update_state(np.array([[9], [9]]), scores)
     np.testing.assert_array_equal(wrong.result(), expected.result())
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        keras_halo.metrics.SelectiveAccuracy,
+        keras_halo.metrics.ExpectedCalibrationError,
+    ],
+)
+def test_metrics_take_the_labels_that_the_loss_takes(metric):
+    scores = keras_halo.HALODense(3)(np.eye(4, 3, dtype="float32"))
+    labels = np.eye(3)[[0, 1, 2, 0]]
+    some, kept = metric(), metric()
+    some.update_state(labels * [[1], [0], [1], [0]], scores)
+    kept.update_state(labels[::2], scores[::2])
+    np.testing.assert_allclose(some.result(), kept.result(), rtol=1e-6)
+    with pytest.raises(ValueError, match="rows that are not"):
+        metric().update_state(np.ones((4, 3)), scores)
+    with pytest.raises(ValueError, match="Encode"):
+        metric().update_state(np.array(list("abca")), scores)
+
+
+def test_a_fractional_label_is_none_to_ignore():
+    scores = keras_halo.HALODense(2)(np.eye(2, 3, dtype="float32"))
+    y_true = keras.ops.convert_to_tensor(np.array([0.5, 1.0], "float32"))
+    results = []
+    for ignore_class in (-1, 7):
+        metric = keras_halo.metrics.AbstentionRate(ignore_class=ignore_class)
+        metric.update_state(y_true, scores, sample_weight=np.array([1.0, 3.0]))
+        results.append(float(metric.result()))
+    assert results[0] == results[1]

@@ -86,7 +86,6 @@ def test_output_of_a_model_is_taken_as_it_is():
         (np.zeros((3, 5)), "at least 8 columns"),
         (np.zeros(()), "at least 8 columns"),
         (np.zeros((3, 10)), "no packed geometry in 3 of 3 rows"),
-        (np.full((3, 10), np.nan), "must be finite"),
     ],
 )
 def test_what_is_no_packed_scores_is_refused(scores, message):
@@ -141,3 +140,18 @@ def test_what_no_model_returns_is_refused_by_name(output):
         decode_predictions(output)
     with pytest.raises(ValueError, match="Received"):
         keras_halo.ood_score(output)
+
+
+def test_a_single_row_that_is_nan_is_abstained_on_too():
+    scores = np.full((1, 10), np.nan, "float32")
+    with pytest.warns(UserWarning, match="1 of 1 rows"):
+        predictions = decode_predictions(scores)
+    assert predictions.labels.tolist() == [-1]
+    assert predictions.abstain_probability.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("ood", [["a", "b"], [1j, 2.0], [[1.0], [1.0, 2.0]]])
+def test_a_fitted_score_that_is_no_number_is_refused(ood):
+    scores = np.repeat(_scores()[0][:1], 2, axis=0)
+    with pytest.raises(ValueError, match="Received"):
+        keras_halo.ood_score({"scores": scores, "ood": ood}, "fitted")

@@ -11,7 +11,7 @@ from keras import ops
 from keras.src import backend
 
 from keras_halo.ops import packing
-from keras_halo.ops.labels import are_integer_labels
+from keras_halo.ops.labels import are_integer_labels, check_distributions
 
 Samples = collections.namedtuple(
     "Samples", ["logits", "labels", "weights", "packed"]
@@ -69,7 +69,7 @@ def to_samples(
     y_pred = ops.cast(ops.convert_to_tensor(y_pred), dtype)
     num_classes = packing.count_classes(y_pred.shape)
 
-    labels = None
+    labels = counted = None
     if y_true is not None:
         _check_integral(y_true, y_pred.shape)
         y_true = ops.convert_to_tensor(y_true)
@@ -79,10 +79,13 @@ def to_samples(
             integral = labels == ops.floor(labels) if is_float else None
             labels = ops.cast(labels, "int32")
             if is_float:
-                # A label of 0.9 belongs to no class.
-                labels = ops.where(integral, labels, -1)
+                # A label of 0.9 belongs to no class, and is none to ignore.
+                none = -1 if ignore_class != -1 else -2
+                labels = ops.where(integral, labels, none)
         else:
             labels = ops.cast(ops.reshape(y_true, (-1, num_classes)), dtype)
+            # A row of zeros has no part, as in the loss.
+            counted = ops.cast(ops.sum(labels, axis=-1) > 0.0, dtype)
     if ignore_class is not None:
         _check_ignorable(labels, ignore_class)
 
@@ -97,6 +100,7 @@ def to_samples(
         weights = ops.reshape(weights, (-1,))
     if ignore_class is not None:
         counted = ops.cast(ops.not_equal(labels, ignore_class), dtype)
+    if counted is not None:
         weights = counted if weights is None else weights * counted
 
     flat = ops.reshape(y_pred, (-1, y_pred.shape[-1]))
@@ -117,9 +121,16 @@ def _check_integral(y_true, y_pred_shape):
     if not isinstance(y_true, (np.ndarray, list, tuple)):
         return
     y_true = np.asarray(y_true)
-    if y_true.dtype.kind != "f" or not are_integer_labels(
-        y_true.shape, y_pred_shape
-    ):
+    if y_true.dtype.kind not in "biuf":
+        raise ValueError(
+            f"Labels must be numbers. Received: dtype={y_true.dtype}. Encode "
+            "them first, for example with `np.unique(labels, "
+            "return_inverse=True)`."
+        )
+    if not are_integer_labels(y_true.shape, y_pred_shape):
+        check_distributions(y_true)
+        return
+    if y_true.dtype.kind != "f":
         return
     fractional = y_true != np.floor(y_true)
     if fractional.any():

@@ -71,7 +71,15 @@ def read_model_output(output, argument="scores"):
     packing.check_precision(scores.dtype, argument)
     if fitted is not None:
         if not is_symbolic_or_tensor(fitted):
-            fitted = np.asarray(fitted)
+            try:
+                fitted = np.asarray(fitted)
+            except ValueError as error:
+                raise ValueError(_expected(argument, output)) from error
+            if fitted.dtype.kind not in "fiu":
+                raise ValueError(
+                    f"The entry 'ood' of `{argument}` must hold real numbers. "
+                    f"Received: dtype={fitted.dtype}."
+                )
         shapes = tuple(fitted.shape), tuple(scores.shape[:-1])
         if shapes[0] != shapes[1] and None not in shapes[0] + shapes[1]:
             raise ValueError(
@@ -110,9 +118,6 @@ def finite_rows(scores, argument="scores"):
     Returns:
         Boolean array of shape `(...)`.
 
-    Raises:
-        ValueError: If there are rows and none of them is finite.
-
     Example:
 
     >>> finite_rows(np.ones((2, 3))).tolist()
@@ -121,17 +126,10 @@ def finite_rows(scores, argument="scores"):
     finite = np.isfinite(scores).all(axis=-1)
     if finite.all():
         return finite
-    count = int((~finite).sum())
-    received = f"{count} of {finite.size} rows hold NaN or infinite values"
-    if count == finite.size:
-        raise ValueError(
-            f"`{argument}` must be finite. Received: {received}. Look for the "
-            "step at which training diverged, or for NaN in the inputs of the "
-            "model."
-        )
     warnings.warn(
-        f"{received} in `{argument}`: they are rejected. Look for NaN in the "
-        "inputs of the model.",
+        f"{int((~finite).sum())} of {finite.size} rows hold NaN or infinite "
+        f"values in `{argument}`: they are rejected. Look for NaN in the "
+        "inputs of the model, or for the step at which training diverged.",
         stacklevel=3,
     )
     return finite

@@ -157,9 +157,8 @@ def threshold_above(largest, scores):
 
     ```python
     following = min(scores[scores > largest])
-    threshold = largest + min(
-        (following - largest) / 2, 1e-5 * max(1, abs(largest))
-    )
+    scale = max(abs(largest), mean(abs(scores)))
+    threshold = largest + min((following - largest) / 2, 1e-5 * scale)
     ```
 
     Args:
@@ -177,14 +176,20 @@ def threshold_above(largest, scores):
     2.0000005
     """
     above = scores[scores > largest]
-    margin = _SCORE_ROUNDING * max(1.0, abs(largest))
+    margin = _SCORE_ROUNDING * max(abs(largest), _mean_magnitude(scores))
     if above.size:
         margin = min(margin, (float(above.min()) - largest) / 2.0)
     threshold = largest + margin
-    # Neighbours in float64 leave no room.
-    if above.size and threshold >= above.min():
+    # Neighbours in float64 leave no room, nor does its largest number.
+    if not np.isfinite(threshold) or (above.size and threshold >= above.min()):
         return largest
     return threshold
+
+
+def _mean_magnitude(scores):
+    """The mean of the magnitudes, whose sum may be too large for a float."""
+    top = float(np.abs(scores).max())
+    return top * float(np.mean(np.abs(scores) / top)) if top else 0.0
 
 
 def threshold_below(smallest, scores):

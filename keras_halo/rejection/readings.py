@@ -114,6 +114,10 @@ def read_scores(scores, method, argument="scores", to_judge=False):
     finite = np.ones(array.shape[:-1], bool)
     if to_judge:
         finite = finite_rows(array, argument)
+        if not finite.any():
+            packing.count_classes(array.shape)
+            rejected = np.full(finite.shape, np.nan)
+            return Reading(rejected, np.zeros(finite.shape, int), None)
         # Any row of the same head takes the place of what cannot be read.
         array = np.where(finite[..., None], array, array[finite][0])
     packing.check_packed(array, argument)
@@ -123,7 +127,8 @@ def read_scores(scores, method, argument="scores", to_judge=False):
         judged = np.asarray(
             ops.convert_to_numpy(require_fitted(output, argument)), "float64"
         )
-        finite &= np.isfinite(judged) | (not to_judge)
+        if to_judge:
+            finite &= finite_rows(judged[..., None], f"{argument}['ood']")
     else:
         judged = ood_scores.ood_score(array, method).astype("float64")
     judged = np.where(finite, judged, np.nan)

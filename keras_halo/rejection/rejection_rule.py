@@ -47,8 +47,9 @@ class RejectionRule:
     Attributes:
         parameters: Tuple of strings, the constructor arguments beside
             `method`. Each is an attribute that JSON can hold.
-        judges_singly: Boolean, whether the decision on an input depends on its
-            own score alone. Defaults to `True`.
+        judges_singly: Boolean, whether an input is accepted exactly where its
+            own score is at most the threshold. A rule that overrides `accepts`
+            has to say. Defaults to `True`.
         keeps_scores: Boolean, whether all calibration scores are kept and
             saved, as `calibration_scores`. Defaults to `False`.
         sample_name: String, what the samples of `fit` are, in the words of
@@ -75,6 +76,15 @@ class RejectionRule:
     judges_singly = True
     keeps_scores = False
     sample_name = "known samples"
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "accepts" in cls.__dict__ and "judges_singly" not in cls.__dict__:
+            raise TypeError(
+                f"{cls.__name__} overrides `accepts` and does not say whether "
+                "it still accepts exactly what is at most the threshold. Set "
+                "`judges_singly = False`: no layer can decide as it does then."
+            )
 
     def __init__(self, method):
         if method is not None:
@@ -114,9 +124,15 @@ class RejectionRule:
         """
         reading = read_scores(scores, self.method)
         wrong = read_errors(reading, labels, errors)
-        threshold, kept_scores = self.find_threshold(
+        found = self.find_threshold(
             reading.scores.ravel(), None if wrong is None else wrong.ravel()
         )
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise ValueError(
+                "`find_threshold` must return the threshold and the scores to "
+                f"keep, or `None` for these. Received: {found!r}."
+            )
+        threshold, kept_scores = float(found[0]), found[1]
         accepted = reading.scores <= threshold
         counts = {}
         if wrong is not None:
@@ -201,10 +217,10 @@ class RejectionRule:
         """
         if not self.judges_singly:
             raise ValueError(
-                f"What {self!r} decides on one input depends on the others in "
-                "the batch, and a layer judges each by itself. Use a rule "
-                "that does too, or `rule.predict` on what the exported model "
-                "answers."
+                f"What {self!r} decides depends on more than the score and the "
+                "threshold, such as the others in the batch, and a layer "
+                "judges each input by itself. Use a rule that does too, or "
+                "`rule.predict` on what the exported model answers."
             )
         return Decision(self.threshold, self.method, **kwargs)
 

@@ -43,7 +43,13 @@ def save(rule, fitted, path):
         and dataclasses.asdict(fitted.fingerprint),
         "scores": None if fitted.scores is None else fitted.scores.tolist(),
     }
-    document["checksum"] = _checksum(document)
+    try:
+        document["checksum"] = _checksum(document)
+    except TypeError as error:
+        raise ValueError(
+            f"The arguments of {rule!r} cannot be saved: {error}. Expected "
+            "what JSON holds, such as a float in the place of a NumPy number."
+        ) from error
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
     # A link stays one, and leads to the new content.
     path = pathlib.Path(os.path.realpath(path))

@@ -74,8 +74,8 @@ def decode_predictions(scores):
         warning: its probability of abstaining is one, its radii are NaN.
 
     Raises:
-        ValueError: If no row is finite, the array holds no packed scores, or
-            it mixes embeddings of different sizes.
+        ValueError: If the array holds no packed scores, or mixes embeddings of
+            different sizes.
 
     Example:
 
@@ -87,8 +87,10 @@ def decode_predictions(scores):
     """
     scores = ops.convert_to_numpy(read_model_output(scores).scores)
     if not scores.size:
-        return _nothing(scores.shape)
+        return _unread(scores.shape)
     finite = finite_rows(scores)
+    if not finite.any():
+        return _unread(scores.shape)
     if not finite.all():
         # Any row of the same head takes the place of what cannot be read.
         scores = np.where(finite[..., None], scores, scores[finite][0])
@@ -179,17 +181,18 @@ def _radii_and_probabilities(rows):
     return ops.convert_to_numpy(radii), ops.convert_to_numpy(probabilities)
 
 
-def _nothing(shape):
-    """What is said of no rows at all."""
+def _unread(shape):
+    """What is said where there are no rows, or none that can be read."""
     num_classes = packing.count_classes(shape)
-    none = np.zeros(shape[:-1], "float32")
+    unknown = np.full(shape[:-1], np.nan, "float32")
+    by_class = (*shape[:-1], num_classes)
     return Predictions(
-        labels=none.astype(int),
-        probabilities=np.zeros((*shape[:-1], num_classes), "float32"),
-        abstain_probability=none,
-        squared_radius=np.zeros((*shape[:-1], num_classes), "float32"),
-        squared_norm=none,
-        temperature=none,
+        labels=np.full(shape[:-1], ABSTAINED),
+        probabilities=np.zeros(by_class, "float32"),
+        abstain_probability=np.ones(shape[:-1], "float32"),
+        squared_radius=np.full(by_class, np.nan, "float32"),
+        squared_norm=unknown,
+        temperature=unknown.copy(),
         embedding_dim=0,
     )
 
