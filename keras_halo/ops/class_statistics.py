@@ -4,6 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_halo.ops.labels import class_indices
+from keras_halo.utils.checks import check_finite
 from keras_halo.utils.extras import require
 
 # Directions in which a class does not vary at all still get this share of the
@@ -58,13 +59,7 @@ def class_statistics(embeddings, labels, num_classes):
         )
     labels = class_indices(labels, num_classes, embeddings.shape[:-1]).ravel()
     embeddings = embeddings.reshape(-1, embeddings.shape[-1])
-    finite = np.isfinite(embeddings)
-    if not finite.all():
-        raise ValueError(
-            f"Embeddings must be finite. Received: {int((~finite).sum())} of "
-            f"{finite.size} values are NaN or infinite. Look for the step at "
-            "which training diverged, or for NaN in the inputs of the model."
-        )
+    check_finite(embeddings, "embeddings")
     counts = np.bincount(labels, minlength=num_classes)
     if counts.min() < 2:
         few = {int(k): int(counts[k]) for k in np.flatnonzero(counts < 2)}

@@ -30,6 +30,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_halo.utils.checks import check_finite
 from keras_halo.utils.shapes import axis_length
 
 # Abstain logit and the five neutral columns.
@@ -435,14 +436,7 @@ def check_packed(scores, argument="scores"):
             "or convert them with `keras_halo.ops.packing.upgrade_scores`."
         )
     count_classes(shape)
-    finite = np.isfinite(scores)
-    if not finite.all():
-        raise ValueError(
-            f"`{argument}` must be finite. Received: "
-            f"{int((~finite).sum())} of {finite.size} values are NaN or "
-            "infinite. Look for the step at which training diverged, or for "
-            "NaN in the inputs of the model."
-        )
+    check_finite(scores, argument)
     columns = np.asarray(scores[..., -_NUM_NEUTRAL:], "float64")
     squared_norm, temperature, embedding_dim, far_radius, layout = (
         _from_neutral(columns[..., column]) for column in range(_NUM_NEUTRAL)
