@@ -212,7 +212,7 @@ class BlockFeatures(keras.layers.Layer):
                 f"Received: data_format={data_format!r}."
             )
         super().__init__(**kwargs)
-        # Squares and logarithms of 16 bits say little; cast in `call`.
+        # Squares and logarithms lose their digits in 16 bits: cast in `call`.
         self.autocast = False
         self.places = places
         self.data_format = data_format

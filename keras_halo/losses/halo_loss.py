@@ -9,7 +9,11 @@ from keras_halo.ops.labels import (
     are_integer_labels,
     check_distributions,
 )
-from keras_halo.utils.checks import check_block_size, check_label_smoothing
+from keras_halo.utils.checks import (
+    check_block_size,
+    check_label_smoothing,
+    check_numeric_labels,
+)
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.shapes import axis_length
 
@@ -312,12 +316,7 @@ def _without_masked_labels(y_true, y_pred_shape, mask):
 
 
 def _check_labels(y_true, y_pred_shape, ignore_class):
-    if y_true.dtype.kind not in "biuf" and y_true.dtype.name != "bfloat16":
-        raise ValueError(
-            f"Labels must be numbers. Received: dtype={y_true.dtype}. Encode "
-            "them first, for example with `keras.layers.StringLookup` or "
-            "`np.unique(labels, return_inverse=True)`."
-        )
+    check_numeric_labels(y_true)
     if not are_integer_labels(y_true.shape, y_pred_shape):
         check_distributions(y_true)
         return

@@ -10,7 +10,7 @@ class Coverage(PackedMean):
     """Share of the samples on which the model names a class.
 
     The counterpart of `SelectiveAccuracy`: an accuracy among the answered
-    samples says little without the share that was answered.
+    samples means little without the share that was answered.
 
     Formula:
 

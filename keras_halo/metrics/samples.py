@@ -12,6 +12,7 @@ from keras.src import backend
 
 from keras_halo.ops import packing
 from keras_halo.ops.labels import are_integer_labels, check_distributions
+from keras_halo.utils.checks import check_numeric_labels
 
 Samples = collections.namedtuple(
     "Samples", ["logits", "labels", "weights", "packed"]
@@ -121,12 +122,7 @@ def _check_integral(y_true, y_pred_shape):
     if not isinstance(y_true, (np.ndarray, list, tuple)):
         return
     y_true = np.asarray(y_true)
-    if y_true.dtype.kind not in "biuf":
-        raise ValueError(
-            f"Labels must be numbers. Received: dtype={y_true.dtype}. Encode "
-            "them first, for example with `np.unique(labels, "
-            "return_inverse=True)`."
-        )
+    check_numeric_labels(y_true)
     if not are_integer_labels(y_true.shape, y_pred_shape):
         check_distributions(y_true)
         return

@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_halo.ops import packing
+from keras_halo.utils.checks import check_numeric_labels
 
 # Soft labels may come through 16 bits.
 _SUM_TOLERANCE = 0.01
@@ -128,12 +129,7 @@ def class_indices(labels, num_classes, leading_shape):
     [1, 0]
     """
     labels = np.asarray(ops.convert_to_numpy(labels))
-    if labels.dtype.kind not in "biuf":
-        raise ValueError(
-            f"Labels must be numbers. Received: dtype={labels.dtype}. Encode "
-            "them first, for example with `np.unique(labels, "
-            "return_inverse=True)`."
-        )
+    check_numeric_labels(labels)
     leading_shape = tuple(leading_shape)
     if labels.shape == (*leading_shape, num_classes) and num_classes > 1:
         one_hot = ((labels == 0) | (labels == 1)).all(axis=-1)

@@ -73,7 +73,7 @@ def reliability_diagram(labels, probabilities, num_bins=15, ax=None):
     ax.scatter(
         confidence,
         accuracy,
-        # Bins of a few samples say little.
+        # Bins of a few samples are unreliable.
         s=12.0 + 130.0 * share[filled],
         color=drawing.KNOWN_COLOR,
         label="accuracy",

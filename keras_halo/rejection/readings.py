@@ -16,6 +16,7 @@ from keras_halo.ops.model_output import (
     require_fitted,
 )
 from keras_halo.rejection.fitted import Fingerprint, nearly_equal
+from keras_halo.utils.checks import check_finite
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -233,13 +234,7 @@ def _plain(array, argument, to_judge):
 
 
 def _finite(scores, argument):
-    finite = np.isfinite(scores)
-    if not finite.all():
-        raise ValueError(
-            f"`{argument}` must be finite. Received: {int((~finite).sum())} "
-            f"of {finite.size} scores are NaN or infinite. Look for NaN in the "
-            "inputs of the model; clip scores that overflow."
-        )
+    check_finite(scores, argument)
     return scores
 
 

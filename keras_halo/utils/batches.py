@@ -7,6 +7,8 @@ import numpy as np
 from keras import ops
 from keras.src.trainers import data_adapters
 
+from keras_halo.utils.checks import check_numeric_labels
+
 
 def check_readable(data, where, again=False):
     """Refuses what cannot be read, or cannot be read to its end.
@@ -236,11 +238,7 @@ def labelled_data(x, y=None, sample_weight=None):
         )
     leaves = [v for v in keras.tree.flatten(x) if hasattr(v, "shape")]
     y = np.asarray(ops.convert_to_numpy(y))
-    if y.dtype.kind not in "biuf":
-        raise ValueError(
-            f"Labels must be numbers. Received: dtype={y.dtype}. Encode them "
-            "first, for example with `np.unique(labels, return_inverse=True)`."
-        )
+    check_numeric_labels(y)
     if leaves and len(y) != len(leaves[0]):
         raise ValueError(
             "Expected one label for every input. Received: "

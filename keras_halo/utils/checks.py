@@ -142,6 +142,28 @@ def finite_vector(values, argument):
     return values
 
 
+def check_numeric_labels(labels):
+    """Raises `ValueError` unless labels are numbers.
+
+    Args:
+        labels: NumPy array.
+
+    Example:
+
+    >>> check_numeric_labels(np.array(["cat"]))
+    Traceback (most recent call last):
+        ...
+    ValueError: Labels must be numbers. Received: dtype=<U3. Encode them ...
+    """
+    # NumPy has no kind of its own for bfloat16.
+    if labels.dtype.kind not in "biuf" and labels.dtype.name != "bfloat16":
+        raise ValueError(
+            f"Labels must be numbers. Received: dtype={labels.dtype}. Encode "
+            "them first, for example with `keras.layers.StringLookup` or "
+            "`np.unique(labels, return_inverse=True)`."
+        )
+
+
 def check_finite(values, argument):
     """Raises `ValueError` if an array holds NaN or infinite values.
 
