@@ -45,9 +45,9 @@ class ExpectedCalibrationError(PackedMean):
     that belongs to no class makes every prediction wrong.
 
     The result is NaN before the first sample that counts, and if a row that
-    counts holds no packed scores. With fewer samples than bins it is unreliable:
-    `keras_halo.metrics.expected_calibration_error` refuses that, a metric in
-    the middle of a stream cannot.
+    counts holds no packed scores. With fewer samples than bins it is
+    unreliable: `keras_halo.metrics.expected_calibration_error` refuses that, a
+    metric in the middle of a stream cannot.
 
     Raises:
         ValueError: If `num_bins` is not a positive integer.
