@@ -9,13 +9,17 @@ inputs that the file brings, and on noise.
 
     python benchmarks/default_swap.py --data digits --hold-out 2
     python benchmarks/default_swap.py --data letters.npz --hold-out 6
+    python benchmarks/default_swap.py --data shuttle.npz --hold-out-rarer 60
+    python benchmarks/default_swap.py --data spoken_digits.npz --hold-out 3
     python benchmarks/default_swap.py --data clinc150.json.gz
     python benchmarks/default_swap.py --data images.npz --unknown digits.npz
 
 `--data digits` are the 1,797 digits of 8 x 8 pixels that scikit-learn brings. A
 file of arrays (`.npz`) holds `x_train`, `y_train`, `x_test` and `y_test`, or
 `x` and `y`, of which a fifth is kept for testing. Arrays called `unknown_NAME`
-are inputs of no known class. A file of texts (`.json`, `.json.gz`) holds lists
+are inputs of no known class. Speech is an `.npz` file with recordings of 8 kHz
+end to end, `samples`, where each begins and the last one ends, `offsets`, and
+`y`. A file of texts (`.json`, `.json.gz`) holds lists
 `train`, `test` and, optionally, `oos_test` of pairs of a text and its label.
 
 Every run is a file in the output folder, there as a whole or not at all: the
@@ -34,10 +38,12 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import baselines
 import keras
 import numpy as np
+from baselines import cross_entropy
 from keras import layers
-from networks import convnet
+from networks import convnet, speech_convnet
 
 import keras_halo
 from keras_halo import metrics
@@ -45,13 +51,37 @@ from keras_halo import metrics
 # How text becomes numbers.
 NUM_TEXT_FEATURES = 300
 
+# Of recordings, in Hz.
+SAMPLE_RATE = 8000
+
 # Raised whenever a run comes out otherwise.
-VERSION = 2
+VERSION = 3
 
 ABSTAIN = "abstain"
 
 # What needs no file.
 DIGITS = "digits"
+
+
+def log_mel(recordings):
+    """Log-mel spectrograms `(frames, bands)` of the first 0.75 seconds."""
+    length = SAMPLE_RATE * 3 // 4
+    waves = np.zeros((len(recordings), length), "float32")
+    for wave, recording in zip(waves, recordings, strict=True):
+        wave[: len(recording)] = recording[:length] / 32768.0
+    spectrogram = layers.MelSpectrogram(
+        fft_length=256,
+        sequence_stride=SAMPLE_RATE // 100,
+        sampling_rate=SAMPLE_RATE,
+        num_mel_bins=40,
+        min_freq=60.0,
+        max_freq=SAMPLE_RATE / 2,
+    )
+    parts = [
+        keras.ops.convert_to_numpy(spectrogram(part))
+        for part in np.array_split(waves, -(-len(waves) // 500))
+    ]
+    return np.concatenate(parts).transpose(0, 2, 1)
 
 
 def read_arrays(path):
@@ -64,6 +94,9 @@ def read_arrays(path):
     else:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file}
+    if {"samples", "offsets", "y"} <= arrays.keys():
+        recordings = np.split(arrays["samples"], arrays["offsets"][1:-1])
+        arrays = {"x": log_mel(recordings), "y": arrays["y"]}
     if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
         parts = [arrays[n] for n in ("x_train", "y_train", "x_test", "y_test")]
     elif {"x", "y"} <= arrays.keys():
@@ -75,7 +108,8 @@ def read_arrays(path):
     else:
         raise ValueError(
             f"{path} must hold x_train, y_train, x_test and y_test, or x and "
-            f"y. Received: {sorted(arrays)}."
+            "y, or samples, offsets and y. Received: "
+            f"{sorted(arrays)}."
         )
     unknown = {
         name.removeprefix("unknown_"): values
@@ -136,32 +170,52 @@ class Data:
         more: Dictionary of name to path of npz files with an array `x` or
             `x_test` of unknown inputs.
         num_held_out: Integer, how many classes are held out.
-        draw: Integer, which random draw of them.
+        rarer: Integer, classes with fewer samples are held out, too.
+        draw: Integer, which random draw of classes.
     """
 
-    def __init__(self, path, more, num_held_out, draw):
+    def __init__(self, path, more, num_held_out, rarer, draw):
         is_text = str(path).endswith((".json", ".json.gz"))
         parts, unknown = (read_texts if is_text else read_arrays)(path)
         x, y, x_test, y_test = parts
         y, y_test = np.ravel(y), np.ravel(y_test)
-        classes = np.unique(y)
+        classes, counts = np.unique(
+            np.concatenate([y, y_test]), return_counts=True
+        )
         if not 0 <= num_held_out <= len(classes) - 2:
             raise ValueError(
                 f"{path} has {len(classes)} classes, of which two have to be "
                 f"left. Received: --hold-out {num_held_out}."
             )
         rng = np.random.default_rng(draw)
-        held_out = rng.choice(classes, num_held_out, replace=False)
+        held_out = np.union1d(
+            rng.choice(classes, num_held_out, replace=False),
+            classes[counts < rarer],
+        )
         classes = np.setdiff1d(classes, held_out)
         for name, file in more.items():
             with np.load(file) as arrays:
                 key = "x_test" if "x_test" in arrays else "x"
                 unknown[name] = arrays[key]
+        if len(classes) < 2:
+            raise ValueError(
+                f"Two classes of {path} have to be left. Received: --hold-out "
+                f"{num_held_out}, --hold-out-rarer {rarer}."
+            )
         seen, asked = np.isin(y, classes), np.isin(y_test, classes)
-        if num_held_out:
+        if rarer:
+            # The few that there are: nothing is trained with them.
+            unknown = {
+                "rare": np.concatenate([x[~seen], x_test[~asked]]),
+                **unknown,
+            }
+        elif num_held_out:
             unknown = {"held out": x_test[~asked], **unknown}
         self.num_classes = len(classes)
-        self.kind = "text" if is_text else "images" if x.ndim > 2 else "table"
+        self.kind = "text" if is_text else "table"
+        if x.ndim > 2:
+            is_image = np.issubdtype(x.dtype, np.integer) or path == DIGITS
+            self.kind = "images" if is_image else "speech"
         prepare = self._preparation(x[seen])
         self.x, self.y = prepare(x[seen]), np.searchsorted(classes, y[seen])
         self.x_test = prepare(x_test[asked])
@@ -179,7 +233,9 @@ class Data:
             return prepare
         if self.kind == "text":
             return lambda x: x
-        mean, deviation = x.mean(axis=0), x.std(axis=0)
+        # A column of a table, a band of a spectrogram.
+        axes = tuple(range(x.ndim - 1))
+        mean, deviation = x.mean(axis=axes), x.std(axis=axes)
         scale = 1.0 / np.where(deviation > 0.0, deviation, 1.0)
         return lambda x: ((x - mean) * scale).astype("float32")
 
@@ -196,6 +252,8 @@ def features_of(data):
     shape = data.x.shape[1:]
     if data.kind == "images":
         return convnet(shape), 15
+    if data.kind == "speech":
+        return speech_convnet(shape), 30
     x = inputs = keras.Input(shape)
     if data.kind == "text":
         x = layers.Dropout(0.5)(layers.Dense(512, activation="relu")(x))
@@ -205,23 +263,17 @@ def features_of(data):
     return keras.Model(inputs, x), 30
 
 
-def cross_entropy(label_smoothing=0.0):
-    def loss(y_true, y_pred):
-        labels = keras.ops.one_hot(
-            keras.ops.cast(keras.ops.reshape(y_true, (-1,)), "int32"),
-            y_pred.shape[-1],
-        )
-        return keras.losses.categorical_crossentropy(
-            labels, y_pred, from_logits=True, label_smoothing=label_smoothing
-        )
-
-    return loss
-
-
 # The last layer and the loss: all that is swapped.
 METHODS = {
     "cross-entropy": lambda k: (layers.Dense(k), cross_entropy()),
     "label smoothing": lambda k: (layers.Dense(k), cross_entropy(0.1)),
+    "LogitNorm": lambda k: (layers.Dense(k), baselines.logit_norm()),
+    "T2FNorm": lambda k: (baselines.T2FNormHead(k), cross_entropy()),
+    # Training alone has the scale of 10; without it probabilities are flat.
+    "IsoMax+": lambda k: (
+        baselines.IsoMaxPlusHead(k),
+        cross_entropy(scale=10.0),
+    ),
     "HALO": lambda k: (keras_halo.HALODense(k), keras_halo.HALOLoss()),
     "HALO, published": lambda k: (
         keras_halo.HALODense.reference(k),
@@ -302,6 +354,7 @@ def run(folder, arguments, data, method, seed, draw):
     settings = {
         "data": arguments.digest,
         "hold_out": arguments.hold_out,
+        "rarer": arguments.hold_out_rarer,
         "unknown": sorted(arguments.unknown_digests.items()),
         "method": method,
         "seed": seed,
@@ -399,6 +452,13 @@ def main(arguments=None):
         "--hold-out", type=int, default=0, help="how many classes"
     )
     parser.add_argument(
+        "--hold-out-rarer",
+        type=int,
+        default=0,
+        metavar="N",
+        help="classes of fewer than N samples, and all of these are unknown",
+    )
+    parser.add_argument(
         "--draws", type=int, default=3, help="random draws of these, default 3"
     )
     parser.add_argument("--seeds", type=int, default=3, help="default 3")
@@ -420,7 +480,9 @@ def main(arguments=None):
     draws = range(parsed.draws if parsed.hold_out else 1)
     for draw in draws:
         try:
-            data = Data(parsed.data, more, parsed.hold_out, draw)
+            data = Data(
+                parsed.data, more, parsed.hold_out, parsed.hold_out_rarer, draw
+            )
         except (OSError, KeyError, ValueError) as error:
             sys.exit(f"default_swap.py: {error}")
         for seed in range(parsed.seeds):

@@ -1,4 +1,4 @@
-"""The networks of the benchmarks, from images to features."""
+"""The networks of the benchmarks, from inputs to features."""
 
 import re
 
@@ -44,6 +44,17 @@ def resnet18(shape):
             x = layers.Add()([conv(x, filters, 1), shortcut])
             x = layers.ReLU(name=name)(x)
     return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
+
+
+def speech_convnet(shape):
+    """Three convolutions over time, of frames of a spectrogram."""
+    x = inputs = keras.Input(shape)
+    for filters in (64, 128, 128):
+        x = layers.Conv1D(filters, 5, padding="same", use_bias=False)(x)
+        x = layers.ReLU()(_normalization()(x))
+        x = layers.MaxPooling1D(name=f"block_{x.shape[1]}")(x)
+    x = layers.GlobalAveragePooling1D()(x)
+    return keras.Model(inputs, layers.Dropout(0.3)(x))
 
 
 def block_outputs(model):

@@ -7,13 +7,6 @@ mass for that.
 
 References:
 
-- Christian Szegedy et al., Rethinking the Inception Architecture for Computer
-  Vision, 2016. (Label smoothing.)
-- Hongxin Wei et al., Mitigating Neural Network Overconfidence with Logit
-  Normalization, 2022.
-- David Macêdo, Teresa Ludermir, Enhanced Isotropy Maximization Loss: Seamless
-  and High-Performance Out-of-Distribution Detection Simply Replacing the
-  SoftMax Loss, 2021.
 - Raphael Pisoni, "I don't know!": Teaching neural networks to abstain with
   the HALO-Loss, 2026.
 """
@@ -23,6 +16,7 @@ import dataclasses
 
 import keras
 import numpy as np
+from baselines import IsoMaxPlusHead, cross_entropy, logit_norm
 from keras import layers, ops
 from networks import block_outputs
 
@@ -112,23 +106,6 @@ def _all_blocks(model, *more):
     return keras_halo.layers.BlockFeatures()([*block_outputs(model), *more])
 
 
-def _cross_entropy(label_smoothing=0.0, scale=1.0):
-    """Cross-entropy of logits, with integer labels, for each sample."""
-
-    def loss(y_true, y_pred):
-        labels = ops.one_hot(
-            ops.cast(ops.reshape(y_true, (-1,)), "int32"), y_pred.shape[-1]
-        )
-        return keras.losses.categorical_crossentropy(
-            labels,
-            scale * y_pred,
-            from_logits=True,
-            label_smoothing=label_smoothing,
-        )
-
-    return loss
-
-
 class _Linear(_OnePhase):
     """A linear layer on the features, with every post-hoc detector."""
 
@@ -168,7 +145,7 @@ class CrossEntropy(_Linear):
     label_smoothing: float = 0.0
 
     def training(self, model):
-        loss = _cross_entropy(self.label_smoothing)
+        loss = cross_entropy(self.label_smoothing)
         return Training(model, loss, "accuracy")
 
 
@@ -203,41 +180,8 @@ class LogitNorm(_Linear):
     temperature: float = 0.04
 
     def training(self, model):
-        loss = _cross_entropy(scale=1.0 / self.temperature)
-
-        def normalized(y_true, y_pred):
-            norms = ops.sqrt(ops.sum(ops.square(y_pred), -1, keepdims=True))
-            return loss(y_true, y_pred / (norms + 1e-7))
-
-        return Training(model, normalized, "accuracy")
-
-
-@keras.saving.register_keras_serializable(package="ood_bench")
-class IsoMaxPlusHead(layers.Layer):
-    """Negative scaled distances of unit features to unit prototypes."""
-
-    def __init__(self, units, **kwargs):
-        super().__init__(**kwargs)
-        self.units = units
-
-    def build(self, input_shape):
-        self.prototypes = self.add_weight(
-            shape=(self.units, input_shape[-1]),
-            initializer=keras.initializers.RandomNormal(stddev=1.0),
-            name="prototypes",
-        )
-        self.distance_scale = self.add_weight(
-            shape=(), initializer="ones", name="distance_scale"
-        )
-
-    def call(self, inputs):
-        cosines = ops.matmul(
-            ops.normalize(inputs, axis=-1),
-            ops.transpose(ops.normalize(self.prototypes, axis=-1)),
-        )
-        # The floor keeps the slope of the root finite on a prototype.
-        distances = ops.sqrt(ops.maximum(2.0 - 2.0 * cosines, 1e-6))
-        return -ops.abs(self.distance_scale) * distances
+        loss = logit_norm(self.temperature)
+        return Training(model, loss, "accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +194,7 @@ class IsoMaxPlus(_OnePhase):
         return IsoMaxPlusHead(num_classes, name="logits")(backbone.output)
 
     def training(self, model):
-        loss = _cross_entropy(scale=self.entropic_scale)
+        loss = cross_entropy(scale=self.entropic_scale)
         return Training(model, loss, "accuracy")
 
     def reader(self, model, images):
