@@ -38,7 +38,7 @@ from networks import convnet
 from sklearn.metrics import roc_auc_score
 
 import keras_halo
-from keras_halo.ops.class_statistics import class_statistics
+from keras_halo.ops.class_statistics import ClassStatistics, shrunk
 from keras_halo.ops.ood_scores import ood_score
 from keras_halo.workflows.fit_class_gaussians import fit_class_gaussians
 from keras_halo.workflows.graph import head_tensors
@@ -144,12 +144,16 @@ def select(model, train_set, known, unknown):
 
     x, y = train_set
     embeddings = run(x)[0]
-    means, per_class = class_statistics(embeddings, y, NUM_CLASSES)
-    residuals = embeddings - means[y]
-    pooled = class_statistics(residuals, np.zeros(len(y), int), 1)[1]
+    statistics = ClassStatistics(NUM_CLASSES, embeddings.shape[-1])
+    statistics.update(embeddings, y)
+    means, scales = statistics.means, statistics.scales()
+    per_class = np.stack(
+        [statistics.covariance(k, scales) for k in range(NUM_CLASSES)]
+    )
+    pooled = shrunk(statistics.pooled_covariance(), len(y), scales)[0]
     covariances = {
         "per class": per_class,
-        "pooled": np.repeat(pooled, NUM_CLASSES, axis=0),
+        "pooled": np.repeat(pooled[None], NUM_CLASSES, axis=0),
     }
     of_known = candidates(*run(known), means, covariances)
     table = {name: {} for name in of_known}

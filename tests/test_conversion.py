@@ -1,19 +1,14 @@
 """A trained classifier gets a HALO head and keeps what it knows."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
 from helpers import to_numpy
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import keras_halo
 from keras_halo import HALODense, HALOLoss, HALOSoftmax, convert_head
-from keras_halo.workflows.convert_head import (
-    ClassMoments,
-    oracle_shrinkage,
-    whitening,
-)
 
 NUM_TRAINING = 1200
 
@@ -118,15 +113,18 @@ def test_a_halo_head_gives_way_to_one_whose_residuals_are_round(digits):
 
     converted = convert_head(model, x, y, name="head")
 
-    def variances(model):
+    def variances(model, scaled=False):
         """Of the residuals, along the axes of their covariance."""
         embedder = keras.Model(model.inputs[0], model.layers[-1].input)
         embeddings = embedder.predict(x, verbose=0)
         means = np.array([embeddings[y == k].mean(axis=0) for k in range(10)])
-        return np.linalg.eigvalsh(np.cov((embeddings - means[y]).T))
+        residuals = embeddings - means[y]
+        if scaled:
+            residuals /= residuals.std(axis=0)
+        return np.linalg.eigvalsh(np.cov(residuals.T))
 
-    uneven = variances(model)
-    assert uneven.max() > 10.0 * uneven.min()
+    assert variances(model).max() > 10.0 * variances(model).min()
+    uneven = variances(model, scaled=True)
     # Alike but for the tenth that is replaced by the average.
     expected = uneven / (0.9 * uneven + 0.1 * uneven.mean())
     np.testing.assert_allclose(
@@ -185,7 +183,7 @@ def test_decisions_are_those_of_discriminant_analysis(digits, trained):
         ],
         axis=0,
     )
-    shrunk = 0.9 * covariance + 0.1 * np.trace(covariance) / 32 * np.eye(32)
+    shrunk = 0.9 * covariance + 0.1 * np.diag(np.diag(covariance))
 
     class Given:
         def fit(self, residuals):
@@ -307,46 +305,176 @@ def test_padding_has_no_part_in_the_head():
         convert_head(model, (x, y), sample_weight=weight)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 1000),
-    batches=st.integers(1, 4),
-    offset=st.sampled_from([0.0, 1e4]),
-)
-def test_moments_do_not_depend_on_the_batches(seed, batches, offset):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(24, 3)) + offset
-    y = rng.permutation(np.arange(24) % 3)
-    moments = ClassMoments(3, 3)
-    for part in np.array_split(np.arange(24), batches):
-        moments.update(x[part], y[part])
-    means, covariance = moments.result()
-    expected = np.array([x[y == k].mean(axis=0) for k in range(3)])
-    residuals = x - expected[y]
-    np.testing.assert_allclose(means, expected, rtol=1e-12, atol=1e-12)
+SPREADS = [1.0, 1e2, 1e4]
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_units_of_features_do_not_matter(spread):
+    discriminant = pytest.importorskip("sklearn.discriminant_analysis")
+    rng = np.random.default_rng(0)
+    y = rng.permutation(np.arange(600) % 4)
+    factors = rng.normal(size=(12, 12))
+    x = rng.normal(size=(4, 12))[y] * 2.0 + rng.normal(size=(600, 12)) @ factors
+    x = (x * np.geomspace(1.0, spread, 12)).astype("float32")
+    model = keras.Sequential([keras.Input((12,)), keras.layers.Dense(4)])
+    with warnings.catch_warnings():
+        # The given head was not trained with these units.
+        warnings.simplefilter("ignore")
+        scores = convert_head(model, x, y, verbose=0).predict(x, verbose=0)
+    oracle = discriminant.LinearDiscriminantAnalysis(priors=np.full(4, 0.25))
+    expected = oracle.fit(x, y).score(x, y)
+    assert np.mean(scores[:, :4].argmax(-1) == y) > expected - 0.03
+
+
+def test_a_head_that_knows_less_than_the_old_one_says_so():
+    # A threshold tells these classes apart, but a fifth of one of them lies so
+    # far off that the mean and the variance say little.
+    rng = np.random.default_rng(0)
+    y = rng.permutation(np.arange(400) % 2)
+    x = rng.normal(size=(400, 2)).astype("float32")
+    x[:, 0] = np.where(y == 1, 0.3, -0.3)
+    x[(y == 1) & (np.arange(400) % 5 == 0), 0] = 60.0
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    model.set_weights([np.array([[-1.0, 1.0], [0, 0]]), np.zeros(2)])
+    with pytest.warns(UserWarning, match="the given one in 100.0%"):
+        convert_head(model, x, y, verbose=0)
+
+
+ENDINGS = {
+    "dense": lambda x: keras.layers.Dense(3, name="logits")(x),
+    "operation": lambda x: keras.ops.softmax(
+        keras.layers.Dense(3, name="logits")(x)
+    ),
+    "identity": lambda x: keras.layers.Identity()(
+        keras.layers.Dense(3, name="logits")(x)
+    ),
+    "dropout": lambda x: keras.layers.Dropout(0.3)(
+        keras.layers.Dense(3, name="logits")(x)
+    ),
+    "convolution": lambda x: keras.layers.Activation("softmax")(
+        keras.layers.Flatten()(
+            keras.layers.Conv2D(3, 1, name="logits")(
+                keras.layers.Dropout(0.2)(keras.layers.Reshape((1, 1, 8))(x))
+            )
+        )
+    ),
+    "reshaped convolution": lambda x: keras.layers.Softmax()(
+        keras.layers.Reshape((3,))(
+            keras.layers.Conv2D(3, 1, use_bias=False, name="logits")(
+                keras.layers.Reshape((1, 1, 8))(x)
+            )
+        )
+    ),
+    "convolution over time": lambda x: keras.layers.Reshape((3,))(
+        keras.layers.Conv1D(3, 1, name="logits")(
+            keras.layers.Reshape((1, 8))(x)
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_is_equal_to_a_dense_converts_like_it(ending):
+    rng = np.random.default_rng(0)
+    y = np.arange(90) % 3
+    x = rng.normal(size=(90, 8)).astype("float32")
+    x[np.arange(90), y] += 5.0
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, ENDINGS[ending](inputs))
+    kernel = np.zeros((8, 3))
+    kernel[range(3), range(3)] = 1.0
+    layer = model.get_layer("logits")
+    layer.set_weights(
+        [
+            kernel.reshape(w.shape) if len(w.shape) > 1 else np.zeros(3)
+            for w in layer.weights
+        ]
+    )
+    head_free = keras.Model(inputs, keras.layers.Identity()(inputs))
+    expected = convert_head(head_free, x, y, units=3, verbose=0)
+    converted = convert_head(model, x, y, verbose=0)
+    assert converted.output_shape == (None, 9)
     np.testing.assert_allclose(
-        covariance, residuals.T @ residuals / 24, atol=1e-10
+        converted.predict(x, verbose=0),
+        expected.predict(x, verbose=0),
+        rtol=1e-3,
+        atol=1e-3,
     )
 
 
-def test_shrinkage_is_that_of_scikit_learn_up_to_its_terms_of_order_one_by_d():
-    covariance_module = pytest.importorskip("sklearn.covariance")
-    x = np.random.default_rng(0).normal(size=(60, 40)) * np.arange(1, 41)
-    x -= x.mean(axis=0)
-    _, expected = covariance_module.oas(x, assume_centered=True)
-    assert oracle_shrinkage(x.T @ x / 60, 60) == pytest.approx(
-        expected, rel=0.05
-    )
+def test_pixels_in_rows_keep_their_places():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, size=(20, 4, 5))
+    x = (np.eye(6)[y] * 4 + rng.normal(size=(20, 4, 5, 6))).astype("float32")
+    inputs = keras.Input((4, 5, 6))
+    logits = keras.layers.Conv2D(3, 1)(inputs)
+    model = keras.Model(inputs, keras.layers.Reshape((20, 3))(logits))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = convert_head(model, x, y.reshape(20, 20), verbose=0)
+    labels = converted.predict(x, verbose=0)[..., :3].argmax(axis=-1)
+    assert labels.shape == (20, 20)
+    assert np.mean(labels == y.reshape(20, 20)) > 0.9
 
 
-def test_whitening_survives_what_does_not_vary():
-    means = np.array([[1.0, 0.0, 2.0], [3.0, 0.0, 2.0]])
-    for covariance in (np.zeros((3, 3)), np.diag([1.0, 0.0, 0.0])):
-        transform, center = whitening(means, covariance, 50)
-        assert np.isfinite(transform).all() and np.abs(transform).max() < 10
-        np.testing.assert_array_equal(center, [2.0, 0.0, 2.0])
-    transform, _ = whitening(means[:1], np.zeros((3, 3)), 1)
-    np.testing.assert_array_equal(transform, np.eye(3))
+def test_features_that_do_not_vary_beyond_rounding_are_no_directions():
+    rng = np.random.default_rng(0)
+    y = np.arange(200) % 2
+    x = rng.normal(size=(200, 4)).astype("float32")
+    x[:, 0] += 6.0 * y
+    # What a network that was hardly trained emits: one value and its rounding.
+    x[:, 1] = np.float32(1000.0) + rng.integers(-1, 2, 200) * np.float32(6e-5)
+    x[:, 2] = 0.0
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Identity()])
+    converted = convert_head(model, x, y, units=2, verbose=0)
+    kernel = converted.layers[-2].get_weights()[0]
+    assert np.abs(kernel).max() < 10.0
+    scores = converted.predict(x, verbose=0)
+    assert np.isfinite(scores).all()
+    assert np.mean(scores[:, :2].argmax(axis=-1) == y) > 0.97
+
+
+def test_classes_that_lie_far_apart_stay_finite():
+    rng = np.random.default_rng(0)
+    y = np.arange(100) % 2
+    x = rng.normal(size=(100, 3)).astype("float32")
+    x[:, 0] = 1e8 * y + rng.normal(size=100)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Identity()])
+    converted = convert_head(model, x, y, units=2, verbose=0)
+    assert all(np.isfinite(w).all() for w in converted.get_weights())
+    scores = converted.predict(x, verbose=0)
+    assert np.isfinite(scores).all()
+    np.testing.assert_array_equal(scores[:, :2].argmax(axis=-1), y)
+
+
+def test_what_is_wrong_with_arrays_shows_before_anything_is_predicted(trained):
+    calls = []
+
+    class Watched(keras.layers.Layer):
+        def call(self, inputs):
+            calls.append(inputs)
+            return inputs
+
+    inputs = keras.Input((8,))
+    features = Watched()(inputs)
+    classifier = keras.Model(inputs, keras.layers.Dense(3)(features))
+    halo = keras.Model(inputs, HALODense(3)(features))
+    x, y = np.ones((30, 8), "float32"), np.arange(30) % 3
+    calls.clear()
+    for tool, model in (
+        (convert_head, classifier),
+        (keras_halo.fit_class_gaussians, halo),
+    ):
+        for labels, weight, message in (
+            (y + 1, None, r"integers in \[0, 3\)"),
+            (np.minimum(y, 1), None, "Every class needs at least"),
+            (y[:-1], None, "one label for every input"),
+            (y, np.ones(29), "sample weights of `x`"),
+            (y, np.where(y == 2, 0.0, 1.0), "Every class needs at least"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                tool(model, x, labels, sample_weight=weight, verbose=0)
+    assert not calls
 
 
 def test_what_cannot_be_converted_is_refused(digits, trained):
@@ -355,8 +483,18 @@ def test_what_cannot_be_converted_is_refused(digits, trained):
     hidden = trained.layers[0](inputs)
     dense = keras.layers.Dense(10)
     refused = {
-        "must end in `keras.layers.Dense`": keras.Model(
-            inputs, keras.layers.Dropout(0.1)(dense(hidden))
+        "must end in `keras.layers.Dense`.*`units=`": keras.Model(
+            inputs, keras.layers.LayerNormalization()(dense(hidden))
+        ),
+        "its strides and its groups": keras.Model(
+            inputs,
+            keras.layers.Conv1D(2, 3)(keras.layers.Reshape((8, 4))(hidden)),
+        ),
+        "leave classes on the last axis": keras.Model(
+            inputs,
+            keras.layers.Flatten()(
+                keras.layers.Conv1D(2, 1)(keras.layers.Reshape((8, 4))(hidden))
+            ),
         ),
         "softmax, sigmoid or no": keras.Model(inputs, hidden),
         "one output": keras.Model(inputs, [hidden, dense(hidden)]),
@@ -372,7 +510,7 @@ def test_what_cannot_be_converted_is_refused(digits, trained):
         convert_head(trained, x)
     with pytest.raises(ValueError, match=r"integers in \[0, 10\)"):
         convert_head(trained, x, y + 1)
-    with pytest.raises(ValueError, match="one sample.*none of class 3"):
+    with pytest.raises(ValueError, match="at least 1 sample.*3: 0"):
         convert_head(trained, x[y != 3], y[y != 3])
     # Not behind a ReLU, which turns NaN to zero on TensorFlow.
     linear = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10)])
@@ -380,3 +518,5 @@ def test_what_cannot_be_converted_is_refused(digits, trained):
         convert_head(linear, np.full_like(x, np.nan), y)
     with pytest.raises(ValueError, match=r"in \[0, 1\)"):
         convert_head(trained, x, y, label_smoothing=2.0)
+    with pytest.raises(ValueError, match="the same to rounding"):
+        convert_head(linear, np.ones_like(x), y)

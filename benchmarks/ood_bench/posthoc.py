@@ -32,7 +32,7 @@ from scipy.special import log_softmax, logsumexp, softmax
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.neighbors import NearestNeighbors
 
-from keras_halo.ops.class_statistics import class_statistics
+from keras_halo.ops.class_statistics import ClassStatistics
 
 # Queries that the search for neighbours answers at a time.
 _CHUNK = 2000
@@ -145,7 +145,12 @@ def mahalanobis(features, labels, num_classes):
 
 def class_gaussians(features, labels, num_classes):
     """Negative log density of the nearest class, one covariance for each."""
-    means, covariances = class_statistics(features, labels, num_classes)
+    statistics = ClassStatistics(num_classes, features.shape[-1])
+    statistics.update(features, labels)
+    means, scales = statistics.means, statistics.scales()
+    covariances = np.stack(
+        [statistics.covariance(k, scales) for k in range(num_classes)]
+    )
     factors = np.linalg.inv(np.linalg.cholesky(covariances))
     log_volumes = 0.5 * np.linalg.slogdet(covariances)[1]
 

@@ -6,28 +6,28 @@ from keras import ops
 
 from keras_halo.layers.score_layer import ScoreLayer
 from keras_halo.ops import geometry, ood_scores, packing
-from keras_halo.ops.class_statistics import class_statistics
+from keras_halo.ops.class_statistics import ClassStatistics, check_counts
 from keras_halo.utils.checks import check_units
 
 
-def gaussian_nll(embeddings, means, whitenings, log_normalizers):
-    """Negative log densities of Gaussians, one for every class.
+def gaussian_nll(embeddings, shift, kernel, centers, log_normalizers):
+    """Computes negative log densities of Gaussians, one for every class.
 
     Formula:
 
     ```python
-    nll_k = |whitenings[k] @ (x - means[k])|_2^2 / 2 + log_normalizers[k]
+    z = reshape((x - shift) @ kernel - centers, (D, K))
+    nll_k = sum(z[:, k] ** 2) / 2 + log_normalizers[k]
     ```
 
-    which is `-log N(x; mean_k, cov_k)` for
-    `inverse(cov_k) = transpose(whitenings[k]) @ whitenings[k]` and
-    `log_normalizers[k] = (log(det(cov_k)) + D * log(2 * pi)) / 2`. The norm is
-    the ordinary one, a sum of squares.
+    which is `-log N(x; mean_k, cov_k)` for the constants that
+    `gaussian_constants` makes. The norm is the ordinary one, a sum of squares.
 
     Args:
         embeddings: Tensor of shape `(..., D)`.
-        means: Tensor of shape `(K, D)`.
-        whitenings: Tensor of shape `(K, D, D)`.
+        shift: Tensor of shape `(D,)`.
+        kernel: Tensor of shape `(D, D * K)`.
+        centers: Tensor of shape `(D * K,)`.
         log_normalizers: Tensor of shape `(K,)`.
 
     Returns:
@@ -36,26 +36,60 @@ def gaussian_nll(embeddings, means, whitenings, log_normalizers):
     Example:
 
     >>> nll = gaussian_nll(
-    ...     ops.array([[3.0, 4.0]]), ops.zeros((1, 2)), ops.eye(2)[None], 0.0
+    ...     ops.array([[3.0, 4.0]]),
+    ...     ops.zeros((2,)),
+    ...     ops.eye(2),
+    ...     ops.zeros((2,)),
+    ...     ops.zeros((1,)),
     ... )
     >>> float(nll[0, 0])
     12.5
     """
-    num_classes, dim = means.shape
+    dim, num_classes = shift.shape[0], log_normalizers.shape[0]
     # One matrix product for all classes. What converters ask for: the batch
     # keeps its own axis, whose unknown size jax2onnx can follow; and classes
     # come last, as OpenVINO sums wrongly over the last of three axes.
     leading = ops.shape(embeddings)[:-1]
-    stacked = ops.reshape(
-        ops.transpose(whitenings, (1, 0, 2)), (dim * num_classes, dim)
-    )
-    centers = ops.sum(whitenings * ops.expand_dims(means, axis=1), axis=-1)
-    centers = ops.reshape(ops.transpose(centers), (-1,))
-    whitened = ops.matmul(embeddings, ops.transpose(stacked)) - centers
+    whitened = ops.matmul(embeddings - shift, kernel) - centers
     squares = ops.sum(
         ops.reshape(whitened * whitened, (*leading, dim, num_classes)), axis=-2
     )
     return 0.5 * squares + log_normalizers
+
+
+def gaussian_constants(means, whitenings, dtype="float64"):
+    """Returns what `gaussian_nll` takes, from means and whitenings.
+
+    Args:
+        means: Array of shape `(K, D)`.
+        whitenings: Iterable of `K` inverses of the Cholesky factors of
+            covariances, of shape `(D, D)`; `None` for a class without a
+            Gaussian, which is never the nearest one.
+        dtype: String, that of the kernel. Defaults to `"float64"`.
+
+    Returns:
+        Tuple `shift, kernel, centers, log_normalizers` of arrays.
+
+    Example:
+
+    >>> constants = gaussian_constants(np.ones((1, 2)), [0.5 * np.eye(2)])
+    >>> constants[1].tolist()
+    [[0.5, 0.0], [0.0, 0.5]]
+    """
+    num_classes, dim = means.shape
+    # Around the middle of all: of what lies far off, float32 keeps the rest.
+    shift = means.mean(axis=0)
+    kernel = np.zeros((dim, dim, num_classes), dtype)
+    centers = np.zeros((dim, num_classes))
+    log_normalizers = np.full(num_classes, math.inf)
+    for k, whitening in enumerate(whitenings):
+        if whitening is None:
+            continue
+        kernel[:, :, k] = whitening.T
+        centers[:, k] = whitening @ (means[k] - shift)
+        log_normalizers[k] = 0.5 * dim * math.log(2 * math.pi)
+        log_normalizers[k] -= np.log(np.diagonal(whitening)).sum()
+    return shift, kernel.reshape(dim, -1), centers.reshape(-1), log_normalizers
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -65,11 +99,12 @@ class ClassGaussians(ScoreLayer):
     HALO trains the embeddings of a class towards a ball around its centroid;
     what training reaches is an ellipsoid around a point nearby. This layer
     measures both, mean and covariance, in one pass over training data and
-    keeps `K * (D^2 + D + 1)` numbers and no sample. Its score is the negative
-    log density under the nearest class plus the log-odds of abstaining; larger
-    for outliers. The density sees what leaves every ellipsoid, the odds what
-    falls between the classes, which wide ellipsoids cover. Far out the density
-    always decides, because it grows with the square of the distance.
+    keeps `K * (D^2 + D + 1) + D` numbers and no sample. Its score is the
+    negative log density under the nearest class plus the log-odds of
+    abstaining; larger for outliers. The density sees what leaves every
+    ellipsoid, the odds what falls between the classes, which wide ellipsoids
+    cover. Far out the density always decides, because it grows with the square
+    of the distance.
 
     `keras_halo.fit_class_gaussians` appends a fitted layer to a model. A layer
     that was not fitted answers NaN.
@@ -113,8 +148,8 @@ class ClassGaussians(ScoreLayer):
     - Kimin Lee, Kibok Lee, Honglak Lee, Jinwoo Shin, A Simple Unified
       Framework for Detecting Out-of-Distribution Samples and Adversarial
       Attacks, 2018.
-    - Olivier Ledoit, Michael Wolf, A well-conditioned estimator for
-      large-dimensional covariance matrices, 2004.
+    - Yilun Chen, Ami Wiesel, Yonina C. Eldar, Alfred O. Hero, Shrinkage
+      Algorithms for MMSE Covariance Estimation, 2010.
     """
 
     _SCORES_AT = 1
@@ -128,9 +163,12 @@ class ClassGaussians(ScoreLayer):
     def build(self, embeddings_shape, scores_shape):
         self._check_shapes(embeddings_shape, scores_shape)
         dim = embeddings_shape[-1]
-        self.means = self._add_statistic("means", (self.units, dim), "zeros")
-        self.whitenings = self._add_statistic(
-            "whitenings", (self.units, dim, dim), "zeros"
+        self.shift = self._add_statistic("shift", (dim,), "zeros")
+        self.kernel = self._add_statistic(
+            "kernel", (dim, dim * self.units), "zeros"
+        )
+        self.centers = self._add_statistic(
+            "centers", (dim * self.units,), "zeros"
         )
         # Scores of a layer that was never fitted must not look like scores.
         self.log_normalizers = self._add_statistic(
@@ -167,37 +205,98 @@ class ClassGaussians(ScoreLayer):
                 "`HALODense` head, in this order."
             )
 
-    def adapt(self, embeddings, labels):
+    def adapt(self, embeddings, labels, skip_missing=False):
         """Fits the Gaussians to embeddings of training data, all at once.
 
         Args:
             embeddings: Array of shape `(..., D)`.
             labels: Integers of shape `(...)` or `(..., 1)`, or one-hot of
                 shape `(..., units)`.
+            skip_missing: Boolean, as in `set_statistics`. Defaults to `False`.
 
         Raises:
-            ValueError: As `class_statistics` of
-                `keras_halo.ops.class_statistics` does. The layer is left as it
-                was.
-            ImportError: If scikit-learn is missing.
+            ValueError: If embeddings are not finite, labels do not fit, and as
+                `set_statistics` does. The layer is left as it was.
         """
-        means, covariances = class_statistics(embeddings, labels, self.units)
-        dim = means.shape[-1]
-        if not self.built:
-            self.build((None, dim), (None, packing.packed_width(self.units)))
-        if tuple(self.means.shape) != means.shape:
+        embeddings = np.asarray(ops.convert_to_numpy(embeddings))
+        dim = embeddings.shape[-1] if embeddings.ndim > 1 else 0
+        statistics = ClassStatistics(self.units, dim)
+        statistics.update(embeddings, labels)
+        self.set_statistics(statistics, skip_missing)
+
+    def set_statistics(self, statistics, skip_missing=False):
+        """Fits the Gaussians to statistics that were collected before.
+
+        Args:
+            statistics: `keras_halo.ops.class_statistics.ClassStatistics` of
+                `units` classes, not pooled. Those of parts of the data merge.
+            skip_missing: Boolean, whether classes with fewer than two samples
+                go without a Gaussian, as if they were unknown, rather than
+                being refused. Defaults to `False`.
+
+        Raises:
+            ValueError: If a class has fewer than two samples, or embeddings do
+                not vary inside of their classes. The layer is left as it was.
+        """
+        num_classes, dim = statistics.means.shape
+        if num_classes != self.units or statistics.pooled:
+            raise ValueError(
+                f"Expected statistics of {self.units} classes, each with its "
+                f"own scatter. Received: {num_classes} classes, pooled="
+                f"{statistics.pooled}."
+            )
+        if self.built and self.shift.shape[0] != dim:
             raise ValueError(
                 "The layer was built for embeddings of size "
-                f"{self.means.shape[-1]}. Received: embeddings of size {dim}. "
+                f"{self.shift.shape[0]}. Received: embeddings of size {dim}. "
                 "Pass what enters the `HALODense` head."
             )
-        factors = np.linalg.cholesky(covariances)
-        diagonals = np.diagonal(factors, axis1=-2, axis2=-1)
-        self.means.assign(means)
-        self.whitenings.assign(np.linalg.inv(factors))
-        self.log_normalizers.assign(
-            np.log(diagonals).sum(axis=-1) + 0.5 * dim * math.log(2 * math.pi)
+        enough = statistics.counts >= 2
+        if not (skip_missing and enough.any()):
+            check_counts(
+                statistics.counts,
+                2,
+                ", or skip_missing=True, after which inputs of these classes "
+                "score as unknown ones do",
+            )
+        scales = statistics.scales()
+        if scales is None:
+            raise ValueError(
+                "The embeddings of every class are all the same, so that they "
+                "have no covariance. Received: residuals around the class "
+                "means that are zero to rounding. Pass more than copies of one "
+                "sample, or look for a layer whose output has collapsed."
+            )
+        if not self.built:
+            self.build((None, dim), (None, packing.packed_width(self.units)))
+        constants = gaussian_constants(
+            statistics.means,
+            (
+                np.linalg.inv(
+                    np.linalg.cholesky(statistics.covariance(k, scales))
+                )
+                if enough[k]
+                else None
+                for k in range(num_classes)
+            ),
+            self.head_dtype,
         )
+        for weight, value in zip(self.weights, constants, strict=True):
+            weight.assign(value)
+
+    def load_own_variables(self, store):
+        if "3" in store:
+            return super().load_own_variables(store)
+        # Files of 0.1.0 hold means, whitenings and log_normalizers.
+        means, whitenings, log_normalizers = (
+            np.asarray(store[key], "float64") for key in ("0", "1", "2")
+        )
+        with np.errstate(divide="ignore"):
+            # A layer that was not fitted holds zeros, and NaN for the rest.
+            constants = gaussian_constants(means, whitenings)
+        for weight, value in zip(self.weights, constants, strict=True):
+            weight.assign(value)
+        self.log_normalizers.assign(log_normalizers)
 
     def call(self, embeddings, scores):
         embeddings = ops.clip(
@@ -207,9 +306,15 @@ class ClassGaussians(ScoreLayer):
         )
         densities = gaussian_nll(
             embeddings,
-            ops.convert_to_tensor(self.means, self.head_dtype),
-            ops.convert_to_tensor(self.whitenings, self.head_dtype),
-            ops.convert_to_tensor(self.log_normalizers, self.head_dtype),
+            *(
+                ops.convert_to_tensor(weight, self.head_dtype)
+                for weight in (
+                    self.shift,
+                    self.kernel,
+                    self.centers,
+                    self.log_normalizers,
+                )
+            ),
         )
         odds = ood_scores.abstain_log_odds(ops.cast(scores, self.head_dtype))
         return ops.min(densities, axis=-1) + ops.squeeze(odds, axis=-1)

@@ -84,11 +84,10 @@ def head_tensors(model):
     visited = set()
     while pending:
         tensor = pending.pop()
-        operation, node_index, _ = tensor._keras_history
-        if (operation, node_index) in visited:
+        operation, node = node_before(tensor)
+        if node in visited:
             continue
-        visited.add((operation, node_index))
-        node = operation._inbound_nodes[node_index]
+        visited.add(node)
         if operation is head:
             features = node.input_tensors[0]
             return embedding_of(head, features, model), node.output_tensors[0]
@@ -96,6 +95,8 @@ def head_tensors(model):
             isinstance(operation, keras.Model)
             and head in operation._flatten_layers()
         ):
+            if not getattr(operation, "outputs", None):
+                raise _no_graph(operation)
             inner = keras.Model(
                 input_structure(operation),
                 head_tensors(operation),
@@ -103,13 +104,31 @@ def head_tensors(model):
             )
             return inner(*node.arguments.args)
         pending.extend(node.input_tensors)
-    raise ValueError(
+    raise _no_graph(model)
+
+
+def _no_graph(model):
+    return ValueError(
         "The input of the head cannot be found. Expected a functional or "
         "sequential model with `HALODense` on the way to its outputs. "
         f"Received: model {model.name!r} of type {type(model).__name__}. "
         "For a subclassed model compute the embeddings yourself and use "
         "`keras_halo.layers.ClassGaussians` and its method `adapt`."
     )
+
+
+def node_before(tensor):
+    """Returns the operation behind a symbolic tensor, and the call of it.
+
+    Args:
+        tensor: `keras.KerasTensor` of a functional or sequential model.
+
+    Returns:
+        Tuple of a `keras.layers.Layer`, or another operation, and the node of
+        the graph, with `input_tensors`, `output_tensors` and `arguments`.
+    """
+    operation, node_index, _ = tensor._keras_history
+    return operation, operation._inbound_nodes[node_index]
 
 
 def embedding_of(head, features, model):
