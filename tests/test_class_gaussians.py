@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 import keras_halo
+from keras_halo import HALODense
 from keras_halo.layers import ClassGaussians
 from keras_halo.layers.class_gaussians import gaussian_constants, gaussian_nll
 from keras_halo.ops.class_statistics import oracle_shrinkage
@@ -106,6 +108,39 @@ def test_score_is_density_of_the_nearest_class_joined_with_abstaining():
     np.testing.assert_allclose(
         to_numpy(layer(queries, scores)), expected, rtol=1e-3, atol=1e-3
     )
+
+
+def test_classes_without_samples_can_be_left_out():
+    x, y = clusters()
+    model = small_model()
+    kept = y != 1
+    with pytest.raises(ValueError, match="1: 0.*skip_missing=True"):
+        fit_class_gaussians(model, x[kept], y[kept], verbose=0)
+    fitted = fit_class_gaussians(
+        model, x[kept], y[kept], verbose=0, skip_missing=True
+    )
+    ood = fitted.predict(x, verbose=0)["ood"]
+    assert np.isfinite(ood).all()
+    assert np.median(ood[y == 1]) > np.quantile(ood[y != 1], 0.95)
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        fit_class_gaussians(model, x[:2], [0, 1], verbose=0, skip_missing=True)
+
+
+def test_the_memory_of_a_fit_does_not_grow_with_the_data():
+    model = keras.Sequential(
+        [keras.Input((64,)), HALODense(4, embedding_dim=None)]
+    )
+    x = np.random.default_rng(0).normal(size=(20_000, 64)).astype("float32")
+    y = np.arange(len(x)) % 4
+    fit_class_gaussians(model, x[:512], y[:512], 512, verbose=0)
+    peaks = []
+    for n in (1_000, 20_000):
+        tracemalloc.start()
+        fit_class_gaussians(model, x[:n], y[:n], 500, verbose=0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # The embeddings of all samples would be 5 MB.
+    assert peaks[1] - peaks[0] < 1_000_000
 
 
 def test_fewer_samples_than_dimensions_are_enough():
@@ -463,6 +498,10 @@ def test_models_that_do_not_fit_are_refused():
     subclassed(x)
     with pytest.raises(ValueError, match="For a subclassed model"):
         fit_class_gaussians(subclassed, x, y)
+    inputs = keras.Input((4,))
+    held = keras.Model(inputs, subclassed(inputs))
+    with pytest.raises(ValueError, match="model .* of type Subclassed"):
+        fit_class_gaussians(held, x, y)
     headless = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     with pytest.raises(ValueError, match="exactly one `keras_halo.HALODense`"):
         fit_class_gaussians(headless, x, y)

@@ -315,3 +315,51 @@ def test_sgd_in_large_steps_learns(digits, num_features):
     model.fit(x[:1500], y[:1500], batch_size=64, epochs=6, verbose=0)
     scores = model.predict(x[1500:], verbose=0)
     assert (scores[:, :10].argmax(axis=-1) == y[1500:]).mean() > 0.85
+
+
+def test_callbacks_on_val_accuracy_work_as_with_cross_entropy(digits, tmp_path):
+    """Keras's own mnist_convnet with two lines swapped, on smaller digits."""
+    x, y = digits
+    x = np.pad(x.reshape(-1, 8, 8, 1), ((0, 0), (2, 2), (2, 2), (0, 0)))
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((12, 12, 1)),
+            keras.layers.Conv2D(32, kernel_size=3, activation="relu"),
+            keras.layers.MaxPooling2D(pool_size=2),
+            keras.layers.Conv2D(64, kernel_size=3, activation="relu"),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.5),
+            HALODense(10),
+        ]
+    )
+    model.compile("adam", HALOLoss(), metrics=["accuracy"])
+    stop = keras.callbacks.EarlyStopping(
+        monitor="val_accuracy", patience=2, restore_best_weights=True
+    )
+    slower = keras.callbacks.ReduceLROnPlateau(
+        monitor="val_accuracy", patience=2
+    )
+    path = tmp_path / "best-{epoch}.keras"
+    kept = keras.callbacks.ModelCheckpoint(
+        path, monitor="val_accuracy", save_best_only=True
+    )
+    history = model.fit(
+        x[:1400],
+        y[:1400],
+        batch_size=64,
+        epochs=6,
+        validation_data=(x[1400:], y[1400:]),
+        callbacks=[stop, slower, kept],
+        verbose=0,
+    ).history
+    # Where everything abstained at first, the first epoch had 0.0.
+    assert history["val_accuracy"][0] > 0.5
+    assert len(history["val_accuracy"]) >= 5
+    assert history["learning_rate"][3] == pytest.approx(1e-3)
+    best = int(np.argmax(history["val_accuracy"]))
+    assert best >= 2
+    assert (tmp_path / f"best-{best + 1}.keras").exists()
+    _, accuracy = model.evaluate(x[1400:], y[1400:], verbose=0)
+    assert accuracy == pytest.approx(max(history["val_accuracy"]))
+    assert accuracy > 0.9

@@ -9,6 +9,12 @@ from keras_halo.ops import geometry, ood_scores, packing
 from keras_halo.ops.class_statistics import ClassStatistics, check_counts
 from keras_halo.utils.checks import check_units
 
+# What there is to do about classes without samples, besides more data.
+OR_SKIP = (
+    ", or skip_missing=True, after which inputs of these classes score as "
+    "unknown ones do"
+)
+
 
 def gaussian_nll(embeddings, shift, kernel, centers, log_normalizers):
     """Computes negative log densities of Gaussians, one for every class.
@@ -253,12 +259,7 @@ class ClassGaussians(ScoreLayer):
             )
         enough = statistics.counts >= 2
         if not (skip_missing and enough.any()):
-            check_counts(
-                statistics.counts,
-                2,
-                ", or skip_missing=True, after which inputs of these classes "
-                "score as unknown ones do",
-            )
+            check_counts(statistics.counts, 2, OR_SKIP)
         scales = statistics.scales()
         if scales is None:
             raise ValueError(

@@ -12,7 +12,7 @@ from keras_halo.utils.batches import count_batches, counted_positions
 from keras_halo.workflows.predicting import embedded_batches
 
 
-def check_labels(data, num_classes, rank, least):
+def check_labels(data, num_classes, rank, least, option=""):
     """Refuses labels and weights of arrays before anything is predicted.
 
     Args:
@@ -20,6 +20,7 @@ def check_labels(data, num_classes, rank, least):
         num_classes: Integer, the number `K` of classes.
         rank: Integer, how many axes one label a sample or position has.
         least: Integer, how many samples every class needs; 0 for no check.
+        option: String, see `check_counts`. Defaults to `""`.
 
     Raises:
         ValueError: If labels or weights do not fit, or a class has too few.
@@ -35,7 +36,7 @@ def check_labels(data, num_classes, rank, least):
         shape = y.shape[:1]
     labels = class_indices(y, num_classes, shape)
     counts = np.bincount(labels.ravel(), minlength=num_classes)
-    check_counts(counts, least)
+    check_counts(counts, least, option)
 
 
 def collect(embedder, data, batch_size, verbose, *updates):

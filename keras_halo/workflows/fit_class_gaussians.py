@@ -1,6 +1,6 @@
 import keras
 
-from keras_halo.layers.class_gaussians import ClassGaussians
+from keras_halo.layers.class_gaussians import OR_SKIP, ClassGaussians
 from keras_halo.ops.class_statistics import ClassStatistics
 from keras_halo.utils.batches import check_readable, labelled_data
 from keras_halo.workflows.collecting import check_labels, collect
@@ -91,7 +91,8 @@ def fit_class_gaussians(
     # Built before the pass, so that what cannot work fails at once.
     ood = layer(embeddings, scores)
     data = labelled_data(x, y, sample_weight)
-    check_labels(data, units, len(scores.shape) - 1, 0 if skip_missing else 2)
+    least = 0 if skip_missing else 2
+    check_labels(data, units, len(scores.shape) - 1, least, OR_SKIP)
     check_readable(data, "x")
     inputs = input_structure(model)
     statistics = ClassStatistics(units, dim)
