@@ -440,11 +440,13 @@ class _Converted:
         first = self.first_training(model, images)
         yield first, num_first
         converted = keras_halo.convert_head(
-            _with_linear_head(model, embedding.input, images),
+            keras.Model(model.input, embedding.input),
             *images.train,
             batch_size=_BATCH_SIZE,
             label_smoothing=self.label_smoothing,
             abstain_rate=None,
+            units=images.num_classes,
+            verbose=0,
         )
         turned, halo_head = converted.layers[-2:]
         embedding.set_weights(turned.get_weights())

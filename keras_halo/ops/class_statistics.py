@@ -298,7 +298,7 @@ def shrunk(covariance, count, scales, least=0.0):
 
     >>> covariance = np.array([[1.0, 90.0], [90.0, 10000.0]])
     >>> shrunk(covariance, 100, np.array([1.0, 100.0]))[0].round(2).tolist()
-    [[1.0, 87.95], [87.95, 10000.0]]
+    [[1.0, 87.78], [87.78, 10000.0]]
     """
     dim = len(covariance)
     units = np.outer(scales, scales)
