@@ -1,5 +1,6 @@
 """What is done with a whole model."""
 
+from keras_halo.workflows.add_abstention import add_abstention
 from keras_halo.workflows.calibrate import Calibration, calibrate
 from keras_halo.workflows.convert_head import convert_head
 from keras_halo.workflows.evaluate_ood import evaluate_ood
@@ -21,6 +22,7 @@ __all__ = [
     "OODReport",
     "Predictions",
     "UnknownResult",
+    "add_abstention",
     "calibrate",
     "convert_head",
     "decode_predictions",

@@ -1,0 +1,303 @@
+"""Gives a trained classifier the answer "I don't know"."""
+
+import numbers
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_halo.layers.block_features import BlockFeatures
+from keras_halo.losses.halo_loss import HALOLoss
+from keras_halo.ops.class_statistics import check_counts
+from keras_halo.ops.labels import class_indices
+from keras_halo.utils.batches import check_readable, labelled_data
+from keras_halo.utils.checks import check_finite
+from keras_halo.workflows.blocks import find_blocks
+from keras_halo.workflows.collecting import check_labels, collect
+from keras_halo.workflows.convert_head import convert_head
+from keras_halo.workflows.graph import free_name, input_structure
+from keras_halo.workflows.last_layer import embeddings_before_head
+
+# Plain targets with little smoothing: the given network has seen these data,
+# and distilled ones would be too sure of it.
+_LABEL_SMOOTHING = 0.003
+
+_LEARNING_RATE = 2e-3
+
+_BATCH_SIZE = 128
+
+# Of the randomized search for principal components.
+_POWER_STEPS = 3
+
+# A loss of accuracy, on the given data, that nobody expects.
+_WARN_BELOW = 0.01
+
+
+def add_abstention(
+    model,
+    x,
+    y=None,
+    blocks=None,
+    epochs=3,
+    batch_size=None,
+    sample_weight=None,
+    max_features=1024,
+    verbose="auto",
+    **kwargs,
+):
+    """Returns a trained classifier that can abstain, with a HALO head.
+
+    Any functional or sequential classifier will do, whatever it was trained
+    with. The head reads what the blocks of the network say and not only their
+    last one: the last features of a classifier keep what tells its classes
+    apart and drop much of what tells that an input is none of them. One pass
+    over the data computes these features, `convert_head` makes the head, and a
+    few epochs on the features that are kept train it alone.
+
+    The new model shares all layers with the given one, whose weights,
+    `trainable` flags and compile state stay as they are. It emits packed
+    scores; `convert_head` is the step below, for a head on the last features,
+    on tokens or on pixels.
+
+    Memory: 4 bytes times the number of samples times the features, those of
+    all blocks together, plus 8 times the square of `max_features`. With
+    `verbose` it is said before it is taken.
+
+    Args:
+        model: A trained functional or sequential model with one output that
+            ends in a classifier, as `convert_head` takes it, with one answer a
+            sample. A model inside of it, such as a pretrained one, is looked
+            into.
+        x: Training inputs, whatever `model.predict` takes; or, without `y`, a
+            dataset of batches `(x, y)` or `(x, y, sample_weight)`. A few
+            hundred samples a class are enough. Data that is augmented should
+            not be.
+        y: Labels, integers of shape `(N,)` or `(N, 1)`, or one-hot of shape
+            `(N, K)`; for one unit 0 or 1.
+        blocks: List of names of layers, or of symbolic tensors of the model,
+            that the head reads. Defaults to `None`, which means the last
+            feature map of every resolution, the last vector of every width and
+            four residual sums of a transformer.
+        epochs: Integer, how long the head is trained. 0 converts only.
+            Defaults to 3.
+        batch_size: Integer, as in `model.predict`. Defaults to 32; training
+            takes 128.
+        sample_weight: Optional weights of shape `(N,)`. What has a weight of
+            zero is left out; every other weight counts as one. Defaults to
+            `None`.
+        max_features: Integer. More features than that are reduced to it, by
+            their principal components. Defaults to 1024.
+        verbose: `"auto"`, 0, 1 or 2, as in `model.predict`. Defaults to
+            `"auto"`.
+        **kwargs: Further arguments of `HALODense`, such as `abstain_rate` and
+            `name`.
+
+    Returns:
+        `keras.Model` with the inputs of `model` that emits packed scores. To
+        train it further, compile it with `HALOLoss`.
+
+    Raises:
+        ValueError: If the model does not end as described, answers more than
+            once a sample, has no layer of a given name, labels are out of range
+            or missing, a class has no sample, or features are not finite. The
+            given model is never changed.
+
+    Example:
+
+    >>> rng = np.random.default_rng(0)
+    >>> x, y = rng.normal(size=(90, 6)).astype("float32"), np.arange(90) % 3
+    >>> x[np.arange(90), y] += 5.0
+    >>> model = keras.Sequential(
+    ...     [
+    ...         keras.Input((6,)),
+    ...         keras.layers.Dense(16, activation="relu"),
+    ...         keras.layers.Dense(3, activation="softmax"),
+    ...     ]
+    ... )
+    >>> model.compile("adam", "sparse_categorical_crossentropy")
+    >>> _ = model.fit(x, y, epochs=20, verbose=0)
+    >>> guarded = add_abstention(model, x, y, verbose=0)
+    >>> noise = keras_halo.decode_predictions(
+    ...     guarded.predict(-20.0 * np.ones((5, 6)), verbose=0)
+    ... )
+    >>> bool(noise.abstained.all())
+    True
+
+    References:
+
+    - Raphael Pisoni, "I don't know!": Teaching neural networks to abstain
+      with the HALO-Loss, 2026.
+    - Kimin Lee, Kibok Lee, Honglak Lee, Jinwoo Shin, A Simple Unified
+      Framework for Detecting Out-of-Distribution Samples and Adversarial
+      Attacks, 2018. (Features of all layers.)
+    """
+    _check_numbers(max_features, epochs)
+    last, old_head = embeddings_before_head(model)
+    if len(last.shape) != 2:
+        raise ValueError(
+            "Expected a classifier with one answer a sample. Received: a model "
+            f"whose head reads features of shape {last.shape}. For tokens and "
+            "pixels use `keras_halo.convert_head`."
+        )
+    num_classes = max(old_head.units, 2)
+    tensors = _blocks(model, last, blocks)
+    features = BlockFeatures(name=free_name(model, "halo_blocks"))(tensors)
+    data = labelled_data(x, y, sample_weight)
+    check_labels(data, num_classes, 1, 1)
+    check_readable(data, "x")
+    inputs = input_structure(model)
+
+    width = features.shape[-1]
+    if verbose:
+        print(
+            f"Features of {len(tensors)} blocks, {width} a sample: "
+            f"{width * 4 / 1000:.1f} MB for a thousand samples."
+        )
+    # The answers of the given model beside them: one pass for both.
+    answers = keras.layers.Flatten(dtype="float32")(model.outputs[0])
+    both = keras.layers.Concatenate(dtype="float32")([features, answers])
+    parts = []
+    collect(
+        keras.Model(inputs, both),
+        data,
+        batch_size,
+        verbose,
+        lambda *batch: parts.append(batch),
+    )
+    rows, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
+    labels = class_indices(labels, num_classes, labels.shape[:1])
+    check_counts(np.bincount(labels, minlength=num_classes), 1)
+    reduced, given = rows[:, :width], rows[:, width:]
+    check_finite(reduced, "features")
+    layers = []
+    if reduced.shape[-1] > max_features:
+        reduction = keras.layers.Dense(
+            max_features, name=free_name(model, "halo_reduction")
+        )
+        reduction.build(reduced.shape)
+        reduction.set_weights(principal_components(reduced, max_features))
+        reduced = ops.convert_to_numpy(reduction(reduced))
+        layers.append(reduction)
+    start = keras.Input((reduced.shape[-1],))
+    head_model = convert_head(
+        keras.Model(start, keras.layers.Identity()(start)),
+        reduced,
+        labels,
+        units=num_classes,
+        verbose=0,
+        **kwargs,
+    )
+    if epochs:
+        _train(head_model, reduced, labels, epochs, verbose)
+    embedding, head = head_model.layers[-2:]
+    named = keras.layers.Dense(
+        embedding.units, name=free_name(model, "halo_embedding")
+    )
+    named.build((None, reduced.shape[-1]))
+    named.set_weights(embedding.get_weights())
+    if old_head.units > 1:
+        scores = head_model.predict(reduced, batch_size=1024, verbose=0)
+        _compare(given, scores[:, :num_classes], labels)
+    outputs = features
+    for layer in (*layers, named, head):
+        outputs = layer(outputs)
+    return keras.Model(inputs, outputs)
+
+
+def _check_numbers(max_features, epochs):
+    for name, value, least in (
+        ("max_features", max_features, 2),
+        ("epochs", epochs, 0),
+    ):
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise ValueError(
+                f"`{name}` must be an integer of at least {least}. Received: "
+                f"{name}={value!r}."
+            )
+
+
+def _blocks(model, last, blocks):
+    if blocks is None:
+        found = find_blocks(model, last)
+        return found or [last]
+    if not isinstance(blocks, (list, tuple)) or not blocks:
+        raise ValueError(
+            "`blocks` must be a list of names of layers or of symbolic "
+            f"tensors. Received: blocks={blocks!r}."
+        )
+    names = {layer.name: layer for layer in model.layers}
+    unknown = [b for b in blocks if isinstance(b, str) and b not in names]
+    if unknown:
+        raise ValueError(
+            "`blocks` must name layers of the model. Received: "
+            f"{unknown[0]!r}; the model has {sorted(names)}."
+        )
+    return [names[b].output if isinstance(b, str) else b for b in blocks]
+
+
+def principal_components(rows, count):
+    """Kernel and bias of the map to the first principal components.
+
+    Features are scaled to a variance of one before, and components after. Found
+    by randomized subspace iteration, in the memory of `count` rows more.
+
+    Args:
+        rows: Array of shape `(N, F)`.
+        count: Integer, below `F`.
+
+    Returns:
+        Tuple of arrays of shapes `(F, count)` and `(count,)`, float32.
+
+    Example:
+
+    >>> rows = np.random.default_rng(0).normal(size=(50, 8))
+    >>> kernel, bias = principal_components(rows, 3)
+    >>> (rows @ kernel + bias).var(axis=0).round(3).tolist()
+    [1.0, 1.0, 1.0]
+
+    References:
+
+    - Nathan Halko, Per-Gunnar Martinsson, Joel A. Tropp, Finding Structure with
+      Randomness: Probabilistic Algorithms for Constructing Approximate Matrix
+      Decompositions, 2011.
+    """
+    mean, deviation = rows.mean(axis=0), rows.std(axis=0)
+    scale = 1.0 / np.where(deviation > 0.0, deviation, 1.0)
+    rows = (rows - mean) * scale
+    rng = np.random.default_rng(0)
+    basis = rng.normal(size=(rows.shape[1], count)).astype(rows.dtype)
+    for _ in range(_POWER_STEPS):
+        basis, _ = np.linalg.qr(rows.T @ (rows @ basis))
+    projected = rows @ basis
+    values, vectors = np.linalg.eigh(projected.T @ projected / len(rows))
+    floor = max(values.max() * 1e-6, np.finfo("float32").tiny)
+    kernel = basis @ (vectors / np.sqrt(np.maximum(values, floor)))
+    kernel = scale[:, None] * kernel[:, ::-1]
+    return kernel.astype("float32"), -(mean @ kernel).astype("float32")
+
+
+def _train(model, rows, labels, epochs, verbose):
+    """Trains embedding and head on features that were computed once."""
+    steps = epochs * -(-len(rows) // _BATCH_SIZE)
+    model.compile(
+        keras.optimizers.Adam(
+            keras.optimizers.schedules.CosineDecay(_LEARNING_RATE, steps)
+        ),
+        HALOLoss(label_smoothing=_LABEL_SMOOTHING, distill=False),
+    )
+    model.fit(
+        rows, labels, batch_size=_BATCH_SIZE, epochs=epochs, verbose=verbose
+    )
+
+
+def _compare(given, new, labels):
+    old = np.mean(given.argmax(axis=-1) == labels)
+    new = np.mean(new.argmax(axis=-1) == labels)
+    if new < old - _WARN_BELOW:
+        warnings.warn(
+            f"On the {len(labels)} given samples the new head is right in "
+            f"{new:.1%}, the given one in {old:.1%}. Pass more samples or more "
+            "`epochs`, or other `blocks`.",
+            stacklevel=3,
+        )

@@ -1,0 +1,115 @@
+"""Finds the blocks of a network: where it is done with something."""
+
+import keras
+from keras import layers
+
+from keras_halo.workflows.graph import free_name, input_structure, node_before
+
+# Vectors that say what another tensor says already.
+_REPEATING = (
+    layers.Dropout,
+    layers.Flatten,
+    layers.Identity,
+    layers.Reshape,
+    layers.GlobalAveragePooling1D,
+    layers.GlobalAveragePooling2D,
+    layers.GlobalAveragePooling3D,
+)
+
+# How many of the residual sums of a transformer are read.
+_NUM_SUMS = 4
+
+
+def find_blocks(model, features):
+    """Returns the tensors in which blocks of a network end.
+
+    These are the last feature map of every resolution, the last vector of every
+    width, and, of sequences of which all have one shape, such as in a
+    transformer, four of the residual sums, the last among them. What only pools
+    or rearranges another one is left out.
+
+    Args:
+        model: Functional or sequential Keras model, for names that are free.
+        features: Symbolic tensor of it, up to which blocks are looked for.
+
+    Returns:
+        List of symbolic tensors, from early to late.
+
+    Example:
+
+    >>> inputs = keras.Input((8, 8, 1))
+    >>> early = layers.Conv2D(4, 3, padding="same")(inputs)
+    >>> late = layers.Conv2D(6, 3)(layers.MaxPooling2D()(early))
+    >>> features = layers.GlobalAveragePooling2D()(late)
+    >>> model = keras.Model(inputs, layers.Dense(2)(features))
+    >>> [block.shape for block in find_blocks(model, features)]
+    [(None, 8, 8, 4), (None, 2, 2, 6)]
+    """
+    found = []
+    for operation, node in _in_order(features):
+        if _is_graph(operation):
+            inner = find_blocks(operation, operation.outputs[0])
+            if inner:
+                taps = keras.Model(
+                    input_structure(operation),
+                    inner,
+                    name=free_name(model, "blocks"),
+                )
+                tensors = taps(*node.arguments.args)
+                found.extend((None, tensor) for tensor in _listed(tensors))
+            continue
+        if isinstance(operation, layers.InputLayer):
+            continue
+        found.extend((operation, tensor) for tensor in node.output_tensors)
+    return _ends(found)
+
+
+def _ends(found):
+    last, sums, vectors = {}, {}, {}
+    for place, (operation, tensor) in enumerate(found):
+        shape = tuple(tensor.shape)
+        if (
+            len(shape) < 2
+            or shape[-1] is None
+            or not keras.backend.is_float_dtype(tensor.dtype)
+            or isinstance(operation, _REPEATING)
+        ):
+            continue
+        if len(shape) == 2:
+            vectors[shape] = place
+        elif len(shape) == 3 and isinstance(operation, layers.Add):
+            sums.setdefault(shape, []).append(place)
+        elif any(n != 1 for n in shape[1:-1]):
+            # A resolution, however many channels it has at its end.
+            last[shape[1:-1]] = place
+    chosen = {*last.values(), *vectors.values()}
+    for places in sums.values():
+        step = -(-len(places) // _NUM_SUMS)
+        chosen.update(places[::-1][::step])
+    return [found[place][1] for place in sorted(chosen)]
+
+
+def _in_order(tensor):
+    """Operations and calls up to a tensor, what is read before its reader."""
+    done, pending = {}, [(tensor, False)]
+    while pending:
+        tensor, ready = pending.pop()
+        operation, node = node_before(tensor)
+        if node in done:
+            continue
+        if ready:
+            done[node] = operation
+            continue
+        pending.append((tensor, True))
+        pending.extend((read, False) for read in reversed(node.input_tensors))
+    return [(operation, node) for node, operation in done.items()]
+
+
+def _is_graph(operation):
+    return isinstance(operation, keras.Model) and bool(
+        getattr(operation, "outputs", None)
+    )
+
+
+def _listed(tensors):
+    return list(tensors) if isinstance(tensors, (list, tuple)) else [tensors]
