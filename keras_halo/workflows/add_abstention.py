@@ -29,6 +29,7 @@ _BATCH_SIZE = 128
 
 # Of the randomized search for principal components.
 _POWER_STEPS = 3
+_OVERSAMPLED = 16
 
 # A loss of accuracy, on the given data, that nobody expects.
 _WARN_BELOW = 0.01
@@ -171,6 +172,7 @@ def add_abstention(
     reduced, given = rows[:, :width], rows[:, width:]
     check_finite(reduced, "features")
     layers = []
+    max_features = min(max_features, len(reduced))
     if reduced.shape[-1] > max_features:
         reduction = keras.layers.Dense(
             max_features, name=free_name(model, "halo_reduction")
@@ -219,8 +221,7 @@ def _check_numbers(max_features, epochs):
 
 def _blocks(model, last, blocks):
     if blocks is None:
-        found = find_blocks(model, last)
-        return found or [last]
+        return find_blocks(model, last)
     if not isinstance(blocks, (list, tuple)) or not blocks:
         raise ValueError(
             "`blocks` must be a list of names of layers or of symbolic "
@@ -244,7 +245,7 @@ def principal_components(rows, count):
 
     Args:
         rows: Array of shape `(N, F)`.
-        count: Integer, below `F`.
+        count: Integer, below `F` and at most `N`.
 
     Returns:
         Tuple of arrays of shapes `(F, count)` and `(count,)`, float32.
@@ -266,14 +267,15 @@ def principal_components(rows, count):
     scale = 1.0 / np.where(deviation > 0.0, deviation, 1.0)
     rows = (rows - mean) * scale
     rng = np.random.default_rng(0)
-    basis = rng.normal(size=(rows.shape[1], count)).astype(rows.dtype)
+    width = min(count + _OVERSAMPLED, *rows.shape)
+    basis = rng.normal(size=(rows.shape[1], width)).astype(rows.dtype)
     for _ in range(_POWER_STEPS):
         basis, _ = np.linalg.qr(rows.T @ (rows @ basis))
     projected = rows @ basis
     values, vectors = np.linalg.eigh(projected.T @ projected / len(rows))
     floor = max(values.max() * 1e-6, np.finfo("float32").tiny)
     kernel = basis @ (vectors / np.sqrt(np.maximum(values, floor)))
-    kernel = scale[:, None] * kernel[:, ::-1]
+    kernel = scale[:, None] * kernel[:, ::-1][:, :count]
     return kernel.astype("float32"), -(mean @ kernel).astype("float32")
 
 

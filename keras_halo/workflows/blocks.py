@@ -5,12 +5,25 @@ from keras import layers
 
 from keras_halo.workflows.graph import free_name, input_structure, node_before
 
-# Vectors that say what another tensor says already.
+# Tensors that say what another one says already, the inputs included.
 _REPEATING = (
+    layers.InputLayer,
+    layers.Normalization,
+    layers.Rescaling,
+    layers.Resizing,
+    layers.ZeroPadding1D,
+    layers.ZeroPadding2D,
+    layers.ZeroPadding3D,
+    layers.Cropping1D,
+    layers.Cropping2D,
+    layers.Cropping3D,
     layers.Dropout,
     layers.Flatten,
     layers.Identity,
     layers.Reshape,
+)
+
+_AVERAGES = (
     layers.GlobalAveragePooling1D,
     layers.GlobalAveragePooling2D,
     layers.GlobalAveragePooling3D,
@@ -25,8 +38,9 @@ def find_blocks(model, features):
 
     These are the last feature map of every resolution, the last vector of every
     width, and, of sequences of which all have one shape, such as in a
-    transformer, four of the residual sums, the last among them. What only pools
-    or rearranges another one is left out.
+    transformer, four of the residual sums, the last among them. What only
+    averages or rearranges another one is left out, but for the features
+    themselves where they are a map that was flattened.
 
     Args:
         model: Functional or sequential Keras model, for names that are free.
@@ -58,10 +72,20 @@ def find_blocks(model, features):
                 tensors = taps(*node.arguments.args)
                 found.extend((None, tensor) for tensor in _listed(tensors))
             continue
-        if isinstance(operation, layers.InputLayer):
-            continue
         found.extend((operation, tensor) for tensor in node.output_tensors)
-    return _ends(found)
+    ends = _ends(found)
+    # Flattened maps know where something is, which averages do not.
+    if not (_is_average(features) or any(features is end for end in ends)):
+        ends.append(features)
+    return ends
+
+
+def _is_average(tensor):
+    """Whether a tensor is the mean of a map over its positions."""
+    operation, node = node_before(tensor)
+    while isinstance(operation, (layers.Dropout, layers.Identity)):
+        operation, node = node_before(node.input_tensors[0])
+    return isinstance(operation, _AVERAGES)
 
 
 def _ends(found):
@@ -72,7 +96,7 @@ def _ends(found):
             len(shape) < 2
             or shape[-1] is None
             or not keras.backend.is_float_dtype(tensor.dtype)
-            or isinstance(operation, _REPEATING)
+            or isinstance(operation, (*_REPEATING, *_AVERAGES))
         ):
             continue
         if len(shape) == 2:
@@ -82,10 +106,13 @@ def _ends(found):
         elif any(n != 1 for n in shape[1:-1]):
             # A resolution, however many channels it has at its end.
             last[shape[1:-1]] = place
-    chosen = {*last.values(), *vectors.values()}
-    for places in sums.values():
+    chosen = {*vectors.values()}
+    for shape, places in sums.items():
         step = -(-len(places) // _NUM_SUMS)
         chosen.update(places[::-1][::step])
+        # What is done to the last sum says little more.
+        last.pop(shape[1:-1], None)
+    chosen.update(last.values())
     return [found[place][1] for place in sorted(chosen)]
 
 

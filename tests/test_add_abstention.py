@@ -1,0 +1,238 @@
+"""Any trained classifier learns to say that it does not know."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_halo
+from keras_halo import add_abstention
+from keras_halo.metrics import auroc
+from keras_halo.workflows.add_abstention import principal_components
+from keras_halo.workflows.blocks import find_blocks
+
+
+@pytest.fixture(scope="module")
+def digits():
+    datasets = pytest.importorskip("sklearn.datasets")
+    data = datasets.load_digits()
+    return (data.images[..., None] / 16.0).astype("float32"), data.target
+
+
+def small_convnet():
+    inputs = keras.Input((8, 8, 1))
+    x = layers.Conv2D(16, 3, padding="same", activation="relu")(inputs)
+    x = layers.MaxPooling2D()(x)
+    x = layers.Conv2D(32, 3, padding="same", activation="relu")(x)
+    x = layers.Dropout(0.2)(layers.GlobalAveragePooling2D()(x))
+    return keras.Model(inputs, layers.Dense(10, activation="softmax")(x))
+
+
+def small_perceptron():
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Flatten(),
+            layers.Dense(64, activation="relu"),
+            layers.BatchNormalization(),
+            layers.Dense(32, activation="relu"),
+            layers.Dense(10),
+            layers.Softmax(),
+        ]
+    )
+
+
+def small_lstm():
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Reshape((8, 8)),
+            layers.LSTM(32, return_sequences=True),
+            layers.LSTM(32),
+            layers.Dense(10, activation="softmax"),
+        ]
+    )
+
+
+def small_transformer():
+    inputs = keras.Input((8, 8, 1))
+    x = layers.Dense(24)(layers.Reshape((8, 8))(inputs))
+    for _ in range(2):
+        x = layers.Add()([x, layers.MultiHeadAttention(2, 12)(x, x)])
+        y = layers.Dense(48, activation="relu")(layers.LayerNormalization()(x))
+        x = layers.Add()([x, layers.Dense(24)(y)])
+    x = layers.Flatten()(layers.LayerNormalization()(x))
+    return keras.Model(inputs, layers.Dense(10, activation="softmax")(x))
+
+
+def pretrained_inside():
+    """A backbone that is a model by itself, as in transfer learning."""
+    inputs = keras.Input((8, 8, 1))
+    x = layers.Conv2D(16, 3, padding="same", activation="relu")(inputs)
+    x = layers.Conv2D(32, 3, strides=2, activation="relu")(x)
+    backbone = keras.Model(inputs, x, name="backbone")
+    outer = keras.Input((8, 8, 1))
+    x = layers.GlobalAveragePooling2D()(backbone(outer))
+    return keras.Model(outer, layers.Dense(10, activation="softmax")(x))
+
+
+NETWORKS = {
+    function.__name__: function
+    for function in (
+        small_convnet,
+        small_perceptron,
+        small_lstm,
+        small_transformer,
+        pretrained_inside,
+    )
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_trained_classifier_learns_to_abstain(digits, name, tmp_path):
+    x, y = digits
+    train, test = slice(1300), slice(1300, None)
+    keras.utils.set_random_seed(0)
+    model = NETWORKS[name]()
+    model.compile(
+        keras.optimizers.Adam(5e-3), "sparse_categorical_crossentropy"
+    )
+    model.fit(x[train], y[train], batch_size=100, epochs=12, verbose=0)
+    probabilities = model.predict(x[test], verbose=0)
+    weights = model.get_weights()
+    flags = [layer.trainable for layer in model.layers]
+
+    guarded = add_abstention(model, x[train], y[train], verbose=0)
+
+    for before, after in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert flags == [layer.trainable for layer in model.layers]
+    assert model.compiled
+    scores = guarded.predict(x[test], verbose=0)
+    answered = keras_halo.decode_predictions(scores)
+    given = np.mean(probabilities.argmax(axis=-1) == y[test])
+    right = np.mean(scores[:, :10].argmax(axis=-1) == y[test])
+    assert given > 0.7
+    assert right >= given - 0.02
+    assert answered.abstained.mean() < 0.3
+    noise = np.random.default_rng(0).normal(0.3, 1.0, size=(300, 8, 8, 1))
+    noise = noise.astype("float32")
+    area = auroc(
+        keras_halo.ood_score(scores),
+        keras_halo.ood_score(guarded.predict(noise, verbose=0)),
+    )
+    assert area > 0.95
+    guarded.save(tmp_path / "guarded.keras")
+    loaded = keras.saving.load_model(tmp_path / "guarded.keras")
+    np.testing.assert_allclose(
+        loaded.predict(x[test], verbose=0), scores, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_blocks_are_where_something_ends(digits):
+    shapes = {
+        "small_convnet": [(8, 8, 16), (4, 4, 32)],
+        "small_perceptron": [(64,), (32,)],
+        "small_transformer": [*[(8, 24)] * 4, (192,)],
+        "pretrained_inside": [(8, 8, 16), (3, 3, 32)],
+    }
+    for name, expected in shapes.items():
+        model = NETWORKS[name]()
+        features = keras_halo.workflows.last_layer.embeddings_before_head(
+            model
+        )[0]
+        found = find_blocks(model, features)
+        assert [block.shape[1:] for block in found] == expected, name
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: keras.applications.MobileNetV2((32, 32, 3), 0.35, weights=None),
+        lambda: keras.applications.ResNet50V2(
+            input_shape=(32, 32, 3), weights=None
+        ),
+        lambda: keras.applications.DenseNet121(
+            input_shape=(32, 32, 3), weights=None, classes=10
+        ),
+    ],
+    ids=["MobileNetV2", "ResNet50V2", "DenseNet121"],
+)
+def test_blocks_of_keras_applications_are_their_stages(build):
+    model = build()
+    features = keras_halo.workflows.last_layer.embeddings_before_head(model)[0]
+    found = find_blocks(model, features)
+    sizes = [block.shape[1] for block in found if len(block.shape) == 4]
+    assert 4 <= len(sizes) <= 6
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(block.shape[-1] for block in found) < 6000
+
+
+def test_layers_can_be_named_and_many_features_are_reduced(digits):
+    x, y = digits
+    keras.utils.set_random_seed(0)
+    model = small_convnet()
+    first = model.layers[1]
+    guarded = add_abstention(
+        model,
+        x[:300],
+        y[:300],
+        blocks=[first.name, model.layers[3].output],
+        epochs=0,
+        max_features=24,
+        abstain_rate=0.05,
+        verbose=0,
+    )
+    assert guarded.layers[-1].abstain_rate == 0.05
+    assert guarded.layers[-2].units == 24
+    scores = guarded.predict(x[:300], verbose=0)
+    assert np.mean(scores[:, :10].argmax(axis=-1) == y[:300]) > 0.7
+    # Once more on top of itself: names stay apart.
+    again = add_abstention(guarded, x[:300], y[:300], epochs=0, verbose=0)
+    assert again.predict(x[:3], verbose=0).shape == (3, 16)
+
+
+def test_a_sigmoid_unit_becomes_two_classes(digits):
+    x, y = digits
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 1))
+    hidden = layers.Dense(32, activation="relu")(layers.Flatten()(inputs))
+    model = keras.Model(inputs, layers.Dense(1, activation="sigmoid")(hidden))
+    guarded = add_abstention(model, x[:500], y[:500] % 2, verbose=0)
+    labels = guarded.predict(x[:500], verbose=0)[:, :2].argmax(axis=-1)
+    assert np.mean(labels == y[:500] % 2) > 0.9
+
+
+def test_principal_components_are_those_of_scikit_learn():
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(200, 30)) @ np.diag(np.geomspace(1, 1e-3, 30))
+    rows = (rows @ rng.normal(size=(30, 30))).astype("float32")
+    kernel, bias = principal_components(rows, 4)
+    scaled = (rows - rows.mean(axis=0)) / rows.std(axis=0)
+    expected = decomposition.PCA(4, whiten=True).fit_transform(scaled)
+    # scikit-learn divides by one sample less.
+    expected *= np.sqrt(200 / 199)
+    found = rows @ kernel + bias
+    signs = np.sign((found * expected).sum(axis=0))
+    np.testing.assert_allclose(found * signs, expected, rtol=0.02, atol=0.02)
+
+
+def test_what_cannot_be_done_is_refused(digits):
+    x, y = digits
+    model = small_convnet()
+    tokens = keras.Sequential([keras.Input((5, 4)), layers.Dense(3)])
+    headless = keras.Model(model.inputs[0], model.layers[1].output)
+    refused = {
+        "one answer a sample": (tokens, x, y, {}),
+        "`units=`": (headless, x, y, {}),
+        "name layers of the model": (model, x, y, {"blocks": ["nobody"]}),
+        "must be a list": (model, x, y, {"blocks": "conv2d"}),
+        "`epochs` must be": (model, x, y, {"epochs": -1}),
+        "`max_features` must be": (model, x, y, {"max_features": 1.5}),
+        "at least 1 sample": (model, x[y < 9], y[y < 9], {}),
+        "one label for every input": (model, x, y[1:], {}),
+    }
+    for message, (given, inputs, labels, arguments) in refused.items():
+        with pytest.raises(ValueError, match=message):
+            add_abstention(given, inputs, labels, verbose=0, **arguments)
