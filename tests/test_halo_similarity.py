@@ -502,6 +502,25 @@ def test_config_round_trips():
     assert revived.label_smoothing == 0.02 and revived.radial_weight == 0.5
 
 
+def test_each_loss_has_its_own_arguments_and_no_other():
+    common = ["name", "reduction", "label_smoothing", "distill"]
+    common += ["radial_weight", "dtype"]
+    assert set(HALOContrastiveLoss().get_config()) == set(common)
+    assert set(HALOLoss().get_config()) == {
+        *common,
+        "ignore_class",
+        "block_size",
+    }
+    assert not isinstance(HALOContrastiveLoss(), HALOLoss)
+    # Before, it had these two all the same, and they were not saved.
+    assert not hasattr(HALOContrastiveLoss(), "ignore_class")
+    assert not hasattr(HALOContrastiveLoss(), "block_size")
+    with pytest.raises(ValueError, match="`radial_weight`.*Received"):
+        HALOContrastiveLoss(radial_weight=-1.0)
+    with pytest.raises(ValueError, match="`label_smoothing`.*Received"):
+        HALOContrastiveLoss(1.0)
+
+
 def test_a_fixed_temperature_is_not_trained():
     layer = HALOSimilarity(learn_gamma=False)
     layer.build([(None, D), (None, D)])

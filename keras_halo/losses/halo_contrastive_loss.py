@@ -1,13 +1,18 @@
 import keras
 from keras import ops
 
-from keras_halo.losses.halo_loss import HALOLoss
+from keras_halo.losses.halo_loss import halo_loss
+from keras_halo.losses.packed_scores_loss import (
+    PackedScoresLoss,
+    checked_scores,
+    without_masked_labels,
+)
 from keras_halo.ops import packing
 from keras_halo.ops.labels import matches
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
-class HALOContrastiveLoss(HALOLoss):
+class HALOContrastiveLoss(PackedScoresLoss):
     """The HALO loss of two towers, from the ids of the pairs in a batch.
 
     Takes the place of the symmetric cross-entropy (InfoNCE) in a model that
@@ -75,39 +80,35 @@ class HALOContrastiveLoss(HALOLoss):
         dtype=None,
     ):
         super().__init__(
-            label_smoothing=label_smoothing,
-            distill=distill,
-            radial_weight=radial_weight,
-            reduction=reduction,
-            name=name,
-            dtype=dtype,
+            label_smoothing, distill, radial_weight, reduction, name, dtype
         )
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         # Before the base class turns them into floats: a float32 cannot tell
         # 2^24 from its successor.
         labels = ops.convert_to_tensor(matches(y_true, dtype=self.dtype))
-        y_pred = ops.convert_to_tensor(y_pred)
+        y_pred = checked_scores(ops.convert_to_tensor(y_pred))
         _check_pairs(labels.shape, y_pred.shape)
         if len(y_pred.shape) == 3:
             labels = ops.stack([labels, labels], axis=1)
             sample_weight = _per_pair(sample_weight)
+        labels = without_masked_labels(labels, y_pred)
         return super().__call__(labels, y_pred, sample_weight=sample_weight)
 
     def call(self, y_true, y_pred):
         if y_pred.shape[-1] == packing.packed_width(1):
             # Not bare zeros, which have no gradient.
             return y_pred[..., 0] * 0.0
-        losses = super().call(y_true, y_pred)
+        losses = halo_loss(
+            y_true,
+            y_pred,
+            label_smoothing=self.label_smoothing,
+            distill=self.distill,
+            radial_weight=self.radial_weight,
+        )
         if y_pred.shape[-1] is None:
             losses = ops.where(packing.class_count(y_pred) > 1, losses, 0.0)
         return losses
-
-    def get_config(self):
-        config = super().get_config()
-        # They need integer labels.
-        del config["ignore_class"], config["block_size"]
-        return config
 
 
 def _per_pair(sample_weight):

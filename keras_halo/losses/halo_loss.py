@@ -3,17 +3,18 @@ import numpy as np
 from keras import ops
 from keras.src import backend
 
+from keras_halo.losses.packed_scores_loss import (
+    PackedScoresLoss,
+    checked_scores,
+    without_masked_labels,
+)
 from keras_halo.ops import blockwise, fused, geometry, packing
 from keras_halo.ops.labels import (
     are_distributions,
     are_integer_labels,
     check_distributions,
 )
-from keras_halo.utils.checks import (
-    check_block_size,
-    check_label_smoothing,
-    check_numeric_labels,
-)
+from keras_halo.utils.checks import check_block_size, check_numeric_labels
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.shapes import axis_length
 
@@ -141,7 +142,7 @@ def _losses_of_distribution(
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
-class HALOLoss(keras.losses.Loss):
+class HALOLoss(PackedScoresLoss):
     """Cross-entropy on distances to centroids, with embeddings kept on shells.
 
     Takes the place of `CategoricalCrossentropy` or
@@ -244,37 +245,17 @@ class HALOLoss(keras.losses.Loss):
         name="halo_loss",
         dtype=None,
     ):
-        check_label_smoothing(label_smoothing)
-        if not radial_weight >= 0.0:
-            raise ValueError(
-                "`radial_weight` must be non-negative: a negative weight would "
-                "reward embeddings for leaving their shell. Received: "
-                f"radial_weight={radial_weight}. Use 0 to switch the radial "
-                "term off."
-            )
         check_block_size(block_size)
-        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         super().__init__(
-            name=name,
-            reduction=reduction,
-            dtype=computation_dtype(policy.compute_dtype),
+            label_smoothing, distill, radial_weight, reduction, name, dtype
         )
-        self.label_smoothing = label_smoothing
-        self.distill = distill
-        self.radial_weight = radial_weight
         self.ignore_class = ignore_class
         self.block_size = block_size
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        if isinstance(y_pred, (np.ndarray, list, tuple)):
-            y_pred = np.asarray(y_pred)
-            packing.check_packed(y_pred, argument="y_pred")
-        elif hasattr(y_pred, "dtype"):
-            # Before Keras casts them, and what is lost cannot be seen.
-            packing.check_precision(y_pred.dtype, "y_pred")
-        mask = backend.get_keras_mask(y_pred)
-        if mask is not None:
-            y_true = _without_masked_labels(y_true, y_pred.shape, mask)
+        y_pred = checked_scores(y_pred)
+        if backend.get_keras_mask(y_pred) is not None:
+            y_true = without_masked_labels(y_true, y_pred)
         elif isinstance(y_true, (np.ndarray, list, tuple)):
             y_true = np.asarray(y_true)
             _check_labels(y_true, y_pred.shape, self.ignore_class)
@@ -292,27 +273,11 @@ class HALOLoss(keras.losses.Loss):
         )
 
     def get_config(self):
-        config = super().get_config()
-        config.update(
-            {
-                "label_smoothing": self.label_smoothing,
-                "distill": self.distill,
-                "radial_weight": self.radial_weight,
-                "ignore_class": self.ignore_class,
-                "block_size": self.block_size,
-                "dtype": self.dtype,
-            }
-        )
-        return config
-
-
-def _without_masked_labels(y_true, y_pred_shape, mask):
-    """Replaces labels at masked positions, often -1, by a harmless class."""
-    y_true = ops.convert_to_tensor(y_true)
-    are_integer_labels(y_true.shape, y_pred_shape)
-    if len(y_true.shape) == len(y_pred_shape):
-        mask = ops.expand_dims(mask, axis=-1)
-    return ops.where(mask, y_true, ops.zeros_like(y_true))
+        return {
+            **super().get_config(),
+            "ignore_class": self.ignore_class,
+            "block_size": self.block_size,
+        }
 
 
 def _check_labels(y_true, y_pred_shape, ignore_class):
