@@ -13,6 +13,10 @@ from keras_halo.utils.checks import (
     check_label_smoothing,
     check_units,
 )
+from keras_halo.utils.keras_private import (
+    leave_out_of_remat,
+    own_variables,
+)
 from keras_halo.utils.precision import exact_constant
 
 # Centroids start close together, so that class logits start near zero: a head
@@ -175,7 +179,7 @@ class HALODense(TemperatureLayer):
             )
         super().__init__(learn_gamma=learn_gamma, **kwargs)
         # Running statistics could not leave the trace of a rematerialized call.
-        self._remat_mode = None
+        leave_out_of_remat(self)
         self.units = units
         self.embedding_dim = embedding_dim
         self.abstain_rate = abstain_rate
@@ -463,7 +467,7 @@ class HALODense(TemperatureLayer):
             )
 
     def _own_weights(self):
-        return self._trainable_variables + self._non_trainable_variables
+        return own_variables(self)
 
     def get_config(self):
         config = super().get_config()

@@ -263,7 +263,7 @@ class HALOSimilarity(TemperatureLayer):
         # Relative to the same start: the embeddings are of one size.
         head.raw_gamma.assign(
             ops.convert_to_tensor(self.raw_gamma)
-            + (self._gamma_origin - head._gamma_origin)
+            + (self.gamma_origin - head.gamma_origin)
         )
         return head
 

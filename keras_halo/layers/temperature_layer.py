@@ -37,8 +37,8 @@ class TemperatureLayer(keras.layers.Layer):
         # Inputs and weights are cast in `call`, never down to 16 bits.
         self.autocast = False
         self.learn_gamma = learn_gamma
-        self._version = self.VERSION
-        self._gamma_origin = 0.0
+        self.layout_version = self.VERSION
+        self.gamma_origin = 0.0
 
     @property
     def head_dtype(self):
@@ -49,7 +49,7 @@ class TemperatureLayer(keras.layers.Layer):
     def temperature(self):
         """Scalar tensor, the current inverse temperature `gamma`."""
         raw_gamma = ops.convert_to_tensor(self.raw_gamma, self.head_dtype)
-        return geometry.to_temperature(raw_gamma + self._gamma_origin)
+        return geometry.to_temperature(raw_gamma + self.gamma_origin)
 
     def assign_temperature(self, value):
         """Sets the inverse temperature.
@@ -58,18 +58,18 @@ class TemperatureLayer(keras.layers.Layer):
             value: Positive float.
         """
         raw_gamma = geometry.inverse_softplus(float(value))
-        self.raw_gamma.assign(raw_gamma - self._gamma_origin)
+        self.raw_gamma.assign(raw_gamma - self.gamma_origin)
 
     def _add_temperature(self, embedding_dim):
         start = geometry.inverse_softplus(
             geometry.initial_temperature(embedding_dim)
         )
-        if self._version > 1:
-            self._gamma_origin = start
+        if self.layout_version > 1:
+            self.gamma_origin = start
         self.raw_gamma = self._add_head_weight(
             name="raw_gamma",
             shape=(),
-            initializer=exact_constant(start - self._gamma_origin),
+            initializer=exact_constant(start - self.gamma_origin),
             trainable=self.learn_gamma,
         )
 
@@ -78,8 +78,8 @@ class TemperatureLayer(keras.layers.Layer):
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
-        if self._gamma_origin:
-            store[_MARK] = np.array(self._gamma_origin)
+        if self.gamma_origin:
+            store[_MARK] = np.array(self.gamma_origin)
 
     def load_own_variables(self, store):
         # What Keras passes need not be a dictionary.
@@ -89,9 +89,9 @@ class TemperatureLayer(keras.layers.Layer):
         origin = 0.0 if is_old else float(np.array(store[_MARK]))
         self._check_number_of_weights(values, is_old)
         super().load_own_variables(values)
-        if origin != self._gamma_origin:
+        if origin != self.gamma_origin:
             raw_gamma = np.float64(ops.convert_to_numpy(self.raw_gamma))
-            self.raw_gamma.assign(raw_gamma + (origin - self._gamma_origin))
+            self.raw_gamma.assign(raw_gamma + (origin - self.gamma_origin))
 
     def _check_number_of_weights(self, values, are_old):
         """Names the cure where the weights are those of another layer."""
@@ -100,7 +100,7 @@ class TemperatureLayer(keras.layers.Layer):
         return {
             **super().get_config(),
             "learn_gamma": self.learn_gamma,
-            "version": self._version,
+            "version": self.layout_version,
         }
 
     @classmethod
@@ -116,7 +116,7 @@ class TemperatureLayer(keras.layers.Layer):
         if version == 1:
             config = cls._config_of_version_1(config)
         layer = super().from_config(config)
-        layer._version = version
+        layer.layout_version = version
         return layer
 
     @classmethod

@@ -1,7 +1,6 @@
 import keras
 import numpy as np
 from keras import ops
-from keras.src import backend
 
 from keras_halo.losses.packed_scores_loss import (
     PackedScoresLoss,
@@ -15,6 +14,7 @@ from keras_halo.ops.labels import (
     check_distributions,
 )
 from keras_halo.utils.checks import check_block_size, check_numeric_labels
+from keras_halo.utils.keras_private import mask_of, set_mask
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.shapes import axis_length
 
@@ -84,7 +84,7 @@ def halo_loss(
         if counted is not None:
             losses = ops.where(counted, losses, 0.0)
             # As Keras's own losses do, so that ignored samples leave the mean.
-            backend.set_keras_mask(losses, mask=counted)
+            set_mask(losses, counted)
         return losses
     if ignore_class is not None:
         raise ValueError(
@@ -254,7 +254,7 @@ class HALOLoss(PackedScoresLoss):
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         y_pred = checked_scores(y_pred)
-        if backend.get_keras_mask(y_pred) is not None:
+        if mask_of(y_pred) is not None:
             y_true = without_masked_labels(y_true, y_pred)
         elif isinstance(y_true, (np.ndarray, list, tuple)):
             y_true = np.asarray(y_true)

@@ -1,11 +1,11 @@
 import keras
 import numpy as np
 from keras import ops
-from keras.src import backend
 
 from keras_halo.ops import packing
 from keras_halo.ops.labels import are_integer_labels
 from keras_halo.utils.checks import check_label_smoothing
+from keras_halo.utils.keras_private import mask_of
 from keras_halo.utils.precision import computation_dtype
 
 
@@ -100,7 +100,7 @@ def without_masked_labels(y_true, y_pred):
     >>> without_masked_labels([0, 1], ops.zeros((2, 16)))
     [0, 1]
     """
-    mask = backend.get_keras_mask(y_pred)
+    mask = mask_of(y_pred)
     if mask is None:
         return y_true
     y_true = ops.convert_to_tensor(y_true)

@@ -2,6 +2,7 @@ import keras
 from keras import ops
 
 from keras_halo.metrics.packed_mean import PackedMean
+from keras_halo.utils.keras_private import set_direction
 
 
 def abstained(logits):
@@ -74,7 +75,7 @@ class AbstentionRate(PackedMean):
     def __init__(self, ignore_class=None, name="abstention_rate", dtype=None):
         super().__init__(ignore_class=ignore_class, name=name, dtype=dtype)
         # Metric should be minimized during optimization.
-        self._direction = "down"
+        set_direction(self, "down")
 
     def values_and_weights(self, samples, weights):
         return ops.cast(abstained(samples.logits), self.dtype), weights

@@ -3,6 +3,7 @@ from keras import ops
 
 from keras_halo.metrics.abstention_rate import abstained
 from keras_halo.metrics.packed_mean import PackedMean
+from keras_halo.utils.keras_private import set_direction
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -44,7 +45,7 @@ class Coverage(PackedMean):
     def __init__(self, ignore_class=None, name="coverage", dtype=None):
         super().__init__(ignore_class=ignore_class, name=name, dtype=dtype)
         # Metric should be maximized during optimization.
-        self._direction = "up"
+        set_direction(self, "up")
 
     def values_and_weights(self, samples, weights):
         answered = ops.logical_not(abstained(samples.logits))

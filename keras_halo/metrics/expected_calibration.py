@@ -9,6 +9,7 @@ from keras_halo.metrics.samples import (
     class_probabilities,
     one_hot,
 )
+from keras_halo.utils.keras_private import set_direction
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -83,7 +84,7 @@ class ExpectedCalibrationError(PackedMean):
         self.num_bins = num_bins
         self.renormalize = renormalize
         # Metric should be minimized during optimization.
-        self._direction = "down"
+        set_direction(self, "down")
 
     def values_and_weights(self, samples, weights):
         probabilities = class_probabilities(samples.logits, self.renormalize)

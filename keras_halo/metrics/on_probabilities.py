@@ -8,6 +8,11 @@ from keras_halo.metrics.samples import (
     one_hot,
     to_samples,
 )
+from keras_halo.utils.keras_private import (
+    direction_of,
+    function_of,
+    set_direction,
+)
 from keras_halo.utils.precision import computation_dtype
 
 
@@ -120,8 +125,7 @@ class OnProbabilities(keras.Metric):
         self.one_hot_labels = one_hot_labels
         self.ignore_class = ignore_class
         # Callbacks ask for it to tell better from worse.
-        if hasattr(metric, "_direction"):
-            self._direction = metric._direction
+        set_direction(self, direction_of(metric))
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         """Feeds a batch to the wrapped metric.
@@ -208,7 +212,7 @@ def _one_against_rest(labels, probabilities, class_id):
 def _takes_integers(metric):
     if hasattr(metric, "sparse_y_true"):
         return metric.sparse_y_true
-    function = getattr(metric, "_fn", None)
+    function = function_of(metric)
     return type(metric).__name__.startswith("Sparse") or getattr(
         function, "__name__", ""
     ).startswith("sparse")

@@ -6,13 +6,14 @@ masks are broadcast over positions as Keras's own metrics do it.
 
 import collections
 
+import keras
 import numpy as np
 from keras import ops
-from keras.src import backend
 
 from keras_halo.ops import packing
 from keras_halo.ops.labels import are_integer_labels, check_distributions
 from keras_halo.utils.checks import check_numeric_labels
+from keras_halo.utils.keras_private import mask_of
 
 Samples = collections.namedtuple(
     "Samples", ["logits", "labels", "weights", "packed"]
@@ -66,7 +67,7 @@ def to_samples(
         packing.check_packed(y_pred, argument="y_pred")
     elif hasattr(y_pred, "dtype"):
         packing.check_precision(y_pred.dtype, "y_pred")
-    mask = backend.get_keras_mask(y_pred)
+    mask = mask_of(y_pred)
     y_pred = ops.cast(ops.convert_to_tensor(y_pred), dtype)
     num_classes = packing.count_classes(y_pred.shape)
 
@@ -76,7 +77,7 @@ def to_samples(
         y_true = ops.convert_to_tensor(y_true)
         if are_integer_labels(y_true.shape, y_pred.shape):
             labels = ops.reshape(y_true, (-1,))
-            is_float = "float" in backend.standardize_dtype(labels.dtype)
+            is_float = "float" in keras.backend.standardize_dtype(labels.dtype)
             integral = labels == ops.floor(labels) if is_float else None
             labels = ops.cast(labels, "int32")
             if is_float:

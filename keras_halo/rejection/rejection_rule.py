@@ -152,6 +152,14 @@ class RejectionRule:
             threshold, calibration, reading.fingerprint, scores
         )
 
+    def restore(self, fitted):
+        """Takes over what a rule learned that was saved.
+
+        Args:
+            fitted: `keras_halo.rejection.fitted.Fitted`.
+        """
+        self._fitted = fitted
+
     def predict(self, scores):
         """Decides which inputs are accepted.
 

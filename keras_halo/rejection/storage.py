@@ -165,7 +165,7 @@ def _to_rule(document, version):
         raise ValueError("its method does not fit its fingerprint")
     if rule.keeps_scores != (scores is not None):
         raise ValueError("its calibration scores are missing or unexpected")
-    rule._fitted = fitted
+    rule.restore(fitted)
     return rule
 
 

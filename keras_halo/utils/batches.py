@@ -5,8 +5,8 @@ import types
 import keras
 import numpy as np
 from keras import ops
-from keras.src.trainers import data_adapters
 
+from keras_halo.utils import keras_private
 from keras_halo.utils.checks import check_numeric_labels
 
 
@@ -41,7 +41,7 @@ def check_readable(data, where, again=False):
     infinite = (
         isinstance(data, keras.utils.PyDataset) and data.num_batches is None
     )
-    if data_adapters.is_tf_dataset(data) and hasattr(data, "cardinality"):
+    if keras_private.is_tf_dataset(data) and hasattr(data, "cardinality"):
         # tf.data.INFINITE_CARDINALITY
         infinite = int(data.cardinality()) == -1
     if infinite:
@@ -50,7 +50,7 @@ def check_readable(data, where, again=False):
             f"{type(data).__name__}. Leave out `repeat()`, or take a number of "
             "batches of it."
         )
-    if not data_adapters.is_tf_dataset(data):
+    if not keras_private.is_tf_dataset(data):
         count_batches(data)
 
 
@@ -91,7 +91,7 @@ def read_batches(data, batch_size=None):
     adapter = _to_adapter(data, batch_size)
     adapter.on_epoch_begin()
     try:
-        if data_adapters.is_torch_dataloader(data):
+        if keras_private.is_torch_dataloader(data):
             batches = _torch_batches(data)
         else:
             batches = adapter.get_numpy_iterator()
@@ -143,11 +143,8 @@ def _to_adapter(data, batch_size):
         if isinstance(data, tuple)
         else (data, None, None)
     )
-    return data_adapters.get_data_adapter(
-        x,
-        _listed(y),
-        sample_weight=_listed(sample_weight),
-        batch_size=batch_size,
+    return keras_private.data_adapter(
+        x, _listed(y), _listed(sample_weight), batch_size
     )
 
 
@@ -174,8 +171,8 @@ def is_dataset(x):
     """
     return (
         isinstance(x, (types.GeneratorType, keras.utils.PyDataset))
-        or data_adapters.is_tf_dataset(x)
-        or data_adapters.is_torch_dataloader(x)
+        or keras_private.is_tf_dataset(x)
+        or keras_private.is_torch_dataloader(x)
         or hasattr(x, "as_numpy_iterator")
         or (isinstance(x, list) and any(isinstance(b, tuple) for b in x))
     )
