@@ -9,6 +9,7 @@ from keras_halo.losses.packed_scores_loss import (
 )
 from keras_halo.ops import packing
 from keras_halo.ops.labels import matches
+from keras_halo.utils.weights import weight_tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -91,7 +92,10 @@ class HALOContrastiveLoss(PackedScoresLoss):
         _check_pairs(labels.shape, y_pred.shape)
         if len(y_pred.shape) == 3:
             labels = ops.stack([labels, labels], axis=1)
-            sample_weight = _per_pair(sample_weight)
+            if sample_weight is not None:
+                # That of a pair is that of both directions.
+                positions = y_pred.shape[:-1]
+                sample_weight = weight_tensor(sample_weight, positions)
         labels = without_masked_labels(labels, y_pred)
         return super().__call__(labels, y_pred, sample_weight=sample_weight)
 
@@ -109,16 +113,6 @@ class HALOContrastiveLoss(PackedScoresLoss):
         if y_pred.shape[-1] is None:
             losses = ops.where(packing.class_count(y_pred) > 1, losses, 0.0)
         return losses
-
-
-def _per_pair(sample_weight):
-    """Weights of pairs, made to broadcast over both directions."""
-    if sample_weight is None:
-        return None
-    sample_weight = ops.convert_to_tensor(sample_weight)
-    if len(sample_weight.shape) == 1:
-        sample_weight = ops.expand_dims(sample_weight, axis=-1)
-    return sample_weight
 
 
 def _check_pairs(labels_shape, y_pred_shape):

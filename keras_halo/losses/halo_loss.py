@@ -11,9 +11,11 @@ from keras_halo.ops import blockwise, fused, geometry, packing
 from keras_halo.ops.labels import (
     are_distributions,
     are_integer_labels,
-    check_distributions,
+    check_ignore_class,
+    label_tensor,
+    read_labels,
 )
-from keras_halo.utils.checks import check_block_size, check_numeric_labels
+from keras_halo.utils.checks import check_block_size
 from keras_halo.utils.keras_private import mask_of, set_mask
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.shapes import axis_length
@@ -66,10 +68,8 @@ def halo_loss(
     """
     y_pred = ops.convert_to_tensor(y_pred)
     y_pred = ops.cast(y_pred, computation_dtype(y_pred.dtype))
-    y_true = ops.convert_to_tensor(y_true)
-    if are_integer_labels(y_true.shape, y_pred.shape):
-        if len(y_true.shape) == len(y_pred.shape):
-            y_true = ops.squeeze(y_true, axis=-1)
+    y_true, are_integers = label_tensor(y_true, y_pred.shape)
+    if are_integers:
         counted = None
         if ignore_class is not None:
             counted = ops.not_equal(y_true, ignore_class)
@@ -86,20 +86,14 @@ def halo_loss(
             # As Keras's own losses do, so that ignored samples leave the mean.
             set_mask(losses, counted)
         return losses
-    if ignore_class is not None:
-        raise ValueError(
-            "`ignore_class` needs integer labels of shape "
-            f"{tuple(y_pred.shape[:-1])}. Received: labels of shape "
-            f"{tuple(y_true.shape)} with ignore_class={ignore_class}. Pass "
-            "integer labels, or give the samples to ignore a `sample_weight` "
-            "of zero."
-        )
+    received = f"labels of shape {tuple(y_true.shape)}"
+    check_ignore_class(ignore_class, are_integers, received)
     if block_size is not None:
         raise ValueError(
             "`block_size` needs integer labels of shape "
             f"{tuple(y_pred.shape[:-1])}: a distribution over so many classes "
-            "would take the memory that blocks save. Received: labels of "
-            f"shape {tuple(y_true.shape)} with block_size={block_size}."
+            f"would take the memory that blocks save. Received: {received} "
+            f"with block_size={block_size}."
         )
     return _losses_of_distribution(
         ops.cast(y_true, y_pred.dtype),
@@ -257,8 +251,7 @@ class HALOLoss(PackedScoresLoss):
         if mask_of(y_pred) is not None:
             y_true = without_masked_labels(y_true, y_pred)
         elif isinstance(y_true, (np.ndarray, list, tuple)):
-            y_true = np.asarray(y_true)
-            _check_labels(y_true, y_pred.shape, self.ignore_class)
+            y_true = _checked_labels(y_true, y_pred.shape, self.ignore_class)
         return super().__call__(y_true, y_pred, sample_weight=sample_weight)
 
     def call(self, y_true, y_pred):
@@ -280,21 +273,16 @@ class HALOLoss(PackedScoresLoss):
         }
 
 
-def _check_labels(y_true, y_pred_shape, ignore_class):
-    check_numeric_labels(y_true)
-    if not are_integer_labels(y_true.shape, y_pred_shape):
-        check_distributions(y_true)
-        return
-    num_classes = packing.count_classes(y_pred_shape)
-    wrong = ~((y_true >= 0) & (y_true < num_classes))
-    wrong |= y_true != np.floor(y_true)
-    if ignore_class is not None:
-        wrong &= y_true != ignore_class
-    if wrong.any():
-        raise ValueError(
-            f"Labels must be integers in [0, {num_classes})"
-            + ("" if ignore_class is None else f" or {ignore_class}")
-            + f". Received: {int(wrong.sum())} of {wrong.size} labels out of "
-            f"range, among them {y_true[wrong].flat[0]}. Number the classes "
-            "from zero, or name the label to leave out as `ignore_class`."
-        )
+def _checked_labels(y_true, y_pred_shape, ignore_class):
+    are_integer_labels(np.shape(y_true), y_pred_shape)
+    num_classes = None
+    if y_pred_shape[-1] is not None:
+        num_classes = packing.count_classes(y_pred_shape)
+    return read_labels(
+        y_true,
+        y_pred_shape[:-1],
+        num_classes,
+        ignore_class,
+        remedy="Number the classes from zero, or name the label to leave out "
+        "as `ignore_class`.",
+    )

@@ -3,7 +3,7 @@ import numpy as np
 from keras import ops
 
 from keras_halo.ops import packing
-from keras_halo.ops.labels import are_integer_labels
+from keras_halo.ops.labels import label_tensor
 from keras_halo.utils.checks import check_label_smoothing
 from keras_halo.utils.keras_private import mask_of
 from keras_halo.utils.precision import computation_dtype
@@ -103,8 +103,7 @@ def without_masked_labels(y_true, y_pred):
     mask = mask_of(y_pred)
     if mask is None:
         return y_true
-    y_true = ops.convert_to_tensor(y_true)
-    are_integer_labels(y_true.shape, y_pred.shape)
-    if len(y_true.shape) == len(y_pred.shape):
+    y_true, are_integers = label_tensor(y_true, y_pred.shape)
+    if not are_integers:
         mask = ops.expand_dims(mask, axis=-1)
     return ops.where(mask, y_true, ops.zeros_like(y_true))

@@ -4,10 +4,10 @@ import types
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_halo.utils import keras_private
-from keras_halo.utils.checks import check_numeric_labels
+from keras_halo.utils.checks import label_array
+from keras_halo.utils.weights import counted_positions
 
 
 def check_readable(data, where, again=False):
@@ -99,41 +99,6 @@ def read_batches(data, batch_size=None):
             yield keras.utils.unpack_x_y_sample_weight(batch)
     finally:
         adapter.on_epoch_end()
-
-
-def counted_positions(sample_weight, shape, where):
-    """Tells which samples or positions have a weight other than zero.
-
-    Args:
-        sample_weight: Weights of shape `(batch_size,)`, of the `shape` of the
-            positions, or `(*shape, 1)`; or `None`.
-        shape: Tuple, that of one number a position.
-        where: String, the name by which an error calls the data.
-
-    Returns:
-        Boolean array of the given shape.
-
-    Raises:
-        ValueError: If the shapes do not fit.
-
-    Example:
-
-    >>> counted_positions([1.0, 0.0], (2, 3), "x").tolist()
-    [[True, True, True], [False, False, False]]
-    """
-    counted = np.ones(shape, "bool")
-    if sample_weight is None:
-        return counted
-    weight = np.asarray(sample_weight)
-    if weight.shape == (*shape, 1):
-        weight = weight[..., 0]
-    if weight.shape != shape[: weight.ndim]:
-        raise ValueError(
-            f"The sample weights of `{where}` must have the shape "
-            f"{shape[:1]} or {shape}. Received: shape={weight.shape}."
-        )
-    weight = weight.reshape(weight.shape + (1,) * (counted.ndim - weight.ndim))
-    return counted & (weight != 0)
 
 
 def _to_adapter(data, batch_size):
@@ -234,8 +199,7 @@ def labelled_data(x, y=None, sample_weight=None):
             "y=None. Pass `y`, or a dataset of batches `(x, y)`."
         )
     leaves = [v for v in keras.tree.flatten(x) if hasattr(v, "shape")]
-    y = np.asarray(ops.convert_to_numpy(y))
-    check_numeric_labels(y)
+    y = label_array(y)
     if leaves and len(y) != len(leaves[0]):
         raise ValueError(
             "Expected one label for every input. Received: "
@@ -266,10 +230,8 @@ def counted(values, labels, sample_weight):
     """
     if sample_weight is None:
         return values, labels
-    kept = counted_positions(
-        ops.convert_to_numpy(sample_weight), values.shape[:-1], "x"
-    )
-    labels = np.asarray(ops.convert_to_numpy(labels))
+    kept = counted_positions(sample_weight, values.shape[:-1], "x")
+    labels = label_array(labels)
     if labels.shape[: kept.ndim] != kept.shape:
         raise ValueError(
             "Expected one label for every sample or position, of shape "
