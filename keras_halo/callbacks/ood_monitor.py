@@ -160,7 +160,7 @@ class OODMonitor(keras.callbacks.Callback):
     def _compare(self, known, unknown):
         return {
             "auroc": metrics.auroc(known.score, unknown.score),
-            "fpr95": metrics.fpr_at_95(
+            "fpr95": metrics.fpr_at_recall(
                 known.score, unknown.score, positive="known"
             ),
             "abstention_rate": float(unknown.abstained.mean()),

@@ -104,7 +104,7 @@ class HALOSimilarity(TemperatureLayer):
     ```
 
     `HALOLoss` trains a direction from labels of any other kind, such as
-    `keras_halo.matches(query_ids, key_ids)`.
+    `keras_halo.pair_labels(query_ids, key_ids)`.
 
     **Inference.** `model.predict` on pairs compares within each batch only, and
     needs a number of pairs that `batch_size` divides: a smaller last batch has

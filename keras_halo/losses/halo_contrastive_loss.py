@@ -8,7 +8,7 @@ from keras_halo.losses.packed_scores_loss import (
     without_masked_labels,
 )
 from keras_halo.ops import packing
-from keras_halo.ops.labels import matches
+from keras_halo.ops.labels import pair_labels
 from keras_halo.utils.weights import weight_tensor
 
 
@@ -20,8 +20,8 @@ class HALOContrastiveLoss(PackedScoresLoss):
     ends in `HALOSimilarity`. A query is to find the keys of its own id among
     all keys of the batch; where an id occurs several times in a batch, all of
     its keys are right, in equal parts. It is `HALOLoss` on the soft labels
-    `keras_halo.matches(ids)`, made anew for every batch, whatever its size. In
-    a batch of one pair there is nothing to tell apart: its loss is zero.
+    `keras_halo.pair_labels(ids)`, made anew for every batch, whatever its size.
+    In a batch of one pair there is nothing to tell apart: its loss is zero.
 
     Ids are compared as the integers they are, not as floats.
 
@@ -87,7 +87,7 @@ class HALOContrastiveLoss(PackedScoresLoss):
     def __call__(self, y_true, y_pred, sample_weight=None):
         # Before the base class turns them into floats: a float32 cannot tell
         # 2^24 from its successor.
-        labels = ops.convert_to_tensor(matches(y_true, dtype=self.dtype))
+        labels = ops.convert_to_tensor(pair_labels(y_true, dtype=self.dtype))
         y_pred = checked_scores(ops.convert_to_tensor(y_pred))
         _check_pairs(labels.shape, y_pred.shape)
         if len(y_pred.shape) == 3:
@@ -111,7 +111,7 @@ class HALOContrastiveLoss(PackedScoresLoss):
             radial_weight=self.radial_weight,
         )
         if y_pred.shape[-1] is None:
-            losses = ops.where(packing.class_count(y_pred) > 1, losses, 0.0)
+            losses = ops.where(packing.count_classes(y_pred) > 1, losses, 0.0)
         return losses
 
 
@@ -134,5 +134,5 @@ def _check_pairs(labels_shape, y_pred_shape):
             f"{labels_shape[0]} ids and scores of shape "
             f"{tuple(y_pred_shape)}. For keys that are not paired with the "
             "queries use `keras_halo.HALOLoss` with the labels "
-            "`keras_halo.matches(query_ids, key_ids)`."
+            "`keras_halo.pair_labels(query_ids, key_ids)`."
         )

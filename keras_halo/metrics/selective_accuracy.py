@@ -12,7 +12,8 @@ class SelectiveAccuracy(PackedMean):
     """Accuracy among the samples on which the model names a class.
 
     `"accuracy"` counts an abstention as a mistake; this metric leaves it out.
-    Read it together with `Coverage`.
+    Read it together with `AbstentionRate`: an
+    accuracy among the answered samples means little without their share.
 
     Formula:
 

@@ -338,7 +338,7 @@ def remedy_for_labels(labels, num_classes):
     )
 
 
-def matches(query_ids, key_ids=None, dtype="float32"):
+def pair_labels(query_ids, key_ids=None, dtype="float32"):
     """Soft labels of queries among keys: even over the keys of the same id.
 
     What `keras_halo.HALOSimilarity` is trained on. Ids are only compared: they
@@ -372,7 +372,7 @@ def matches(query_ids, key_ids=None, dtype="float32"):
 
     Example:
 
-    >>> matches([3, 5, 3])
+    >>> pair_labels([3, 5, 3])
     array([[0.5, 0. , 0.5],
            [0. , 1. , 0. ],
            [0.5, 0. , 0.5]], dtype=float32)

@@ -95,24 +95,31 @@ def packed_width(num_classes):
     return num_classes + NUM_EXTRA_COLUMNS
 
 
-def count_classes(shape):
-    """Returns the number of classes in packed scores of a given shape.
+def count_classes(scores):
+    """Returns the number of classes in packed scores.
 
     Args:
-        shape: Tuple, the shape `(..., K + 6)` of packed scores.
+        scores: Tensor or array of shape `(..., K + 6)`; or a tuple, its shape.
+            With a tensor `K` may be known only when a graph runs: where the
+            classes are a batch of keys.
 
     Returns:
-        Integer, `K`.
+        Integer, `K`; or a scalar tensor of the dtype of `scores` where it is
+        known only when a graph runs.
 
     Raises:
-        ValueError: If the width is unknown or leaves fewer than two classes.
+        ValueError: If the width leaves fewer than two classes, or is unknown
+            in a shape.
 
     Example:
 
-    >>> count_classes((5, 16))
-    10
+    >>> count_classes((5, 16)), count_classes(ops.zeros((5, 16)))
+    (10, 10)
     """
+    shape = getattr(scores, "shape", scores)
     width = shape[-1] if len(shape) else None
+    if width is None and len(shape) and shape is not scores:
+        return axis_length(scores, -1) - NUM_EXTRA_COLUMNS
     if width is None or width < MIN_COLUMNS:
         raise ValueError(
             "Expected packed scores of shape `(..., num_classes + "
@@ -120,29 +127,6 @@ def count_classes(shape):
             f"Received: shape={tuple(shape)}. {_WHAT_TO_DO}"
         )
     return width - NUM_EXTRA_COLUMNS
-
-
-def class_count(scores):
-    """Returns the number of classes in packed scores, also inside a graph.
-
-    Args:
-        scores: Tensor of shape `(..., K + 6)`. `K` may be known only when the
-            graph runs: where the classes are a batch of keys.
-
-    Returns:
-        Integer; or a scalar tensor of the dtype of `scores`.
-
-    Raises:
-        ValueError: If the width is known and leaves fewer than two classes.
-
-    Example:
-
-    >>> class_count(ops.zeros((5, 16)))
-    10
-    """
-    if len(scores.shape) and scores.shape[-1] is None:
-        return axis_length(scores, -1) - NUM_EXTRA_COLUMNS
-    return count_classes(scores.shape)
 
 
 def _to_neutral(value):
@@ -225,7 +209,7 @@ def unpack(scores):
     >>> float(unpack(packed).temperature[0, 0])
     2.0
     """
-    class_count(scores)
+    count_classes(scores)
     geometry = _from_neutral(scores[..., -_NUM_NEUTRAL:])
     parts = _split(scores, geometry)
     where = np.where if isinstance(scores, np.ndarray) else ops.where

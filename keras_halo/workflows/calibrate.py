@@ -28,7 +28,7 @@ _NUM_BINS = 15
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Calibration:
+class CalibrationReport:
     """What `calibrate` changed, what it gained, and the way back.
 
     The likelihood and the calibration error are those of the class
@@ -158,7 +158,7 @@ def calibrate(
             `None`.
 
     Returns:
-        `Calibration`, with the values before and after and with `undo()`.
+        `CalibrationReport`, with the values before and after and `undo()`.
 
     Raises:
         ValueError: If an argument is unknown, the model has not exactly one
@@ -282,7 +282,7 @@ def calibrate(
     weights = [head.raw_gamma, head.abstain_bias]
     if new.far is not None:
         weights.append(head.far_bias)
-    calibration = Calibration(
+    calibration = CalibrationReport(
         old_temperature=old_gamma,
         temperature=gamma,
         old_abstain_bias=old.near,

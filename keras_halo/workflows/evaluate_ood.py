@@ -198,10 +198,10 @@ def _unknown_result(name, known_scores, answers):
             known_scores, score, positive="unknown"
         ),
         aupr_known_positive=metrics.aupr(known_scores, score, positive="known"),
-        fpr95_known_positive=metrics.fpr_at_95(
+        fpr95_known_positive=metrics.fpr_at_recall(
             known_scores, score, positive="known"
         ),
-        fpr95_unknown_positive=metrics.fpr_at_95(
+        fpr95_unknown_positive=metrics.fpr_at_recall(
             known_scores, score, positive="unknown"
         ),
         abstention_rate=float(answers.abstained.mean()),

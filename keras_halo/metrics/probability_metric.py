@@ -17,7 +17,7 @@ from keras_halo.utils.precision import computation_dtype
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
-class OnProbabilities(keras.Metric):
+class ProbabilityMetric(keras.Metric):
     """Feeds any Keras metric with the class probabilities of packed scores.
 
     `"accuracy"` and the other metrics that only look for the largest column
@@ -85,7 +85,7 @@ class OnProbabilities(keras.Metric):
     ...     2, centroid_initializer=keras.initializers.Identity()
     ... )
     >>> scores = layer(np.array([[0.3, 0], [0.2, 0.1], [0.1, 0.2], [0, 0.3]]))
-    >>> auc = keras_halo.metrics.OnProbabilities(
+    >>> auc = keras_halo.metrics.ProbabilityMetric(
     ...     keras.metrics.AUC(name="auc"), class_id=1
     ... )
     >>> auc.update_state(np.array([0, 1, 0, 1]), scores)
@@ -98,7 +98,7 @@ class OnProbabilities(keras.Metric):
     model.compile(
         "adam",
         loss=keras_halo.HALOLoss(),
-        metrics=[keras_halo.metrics.OnProbabilities(keras.metrics.F1Score())],
+        metrics=[keras_halo.metrics.ProbabilityMetric(keras.metrics.F1Score())],
     )
     ```
     """
