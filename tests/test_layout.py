@@ -87,6 +87,16 @@ def test_the_root_holds_packages_only():
     assert loose == {"__init__.py", "version.py", "py.typed"}
 
 
+def test_what_is_run_by_itself_lies_in_scripts():
+    tests = pathlib.Path(__file__).parent
+    for path in tests.rglob("*.py"):
+        is_script = "__main__" in path.read_text("utf-8")
+        folder = path.relative_to(tests).parts[0]
+        # This test and the maker of fixtures aside.
+        if path.name not in ("test_layout.py", "make_models.py"):
+            assert not is_script or folder == "scripts", path
+
+
 def test_a_graph_with_a_cycle_is_found(tmp_path):
     root = tmp_path / "keras_halo"
     for name in ("ops", "layers"):

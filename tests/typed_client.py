@@ -1,4 +1,4 @@
-"""What a user writes, for pyright to check; see `check_release.py`."""
+"""What a user writes, for pyright to check; see `scripts/check_release.py`."""
 
 import keras
 import numpy as np
