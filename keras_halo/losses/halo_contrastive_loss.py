@@ -1,3 +1,5 @@
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -9,6 +11,7 @@ from keras_halo.losses.packed_scores_loss import (
 )
 from keras_halo.ops import packing
 from keras_halo.ops.labels import pair_labels
+from keras_halo.utils.types import DType, Tensor
 from keras_halo.utils.weights import weight_tensor
 
 
@@ -73,18 +76,20 @@ class HALOContrastiveLoss(PackedScoresLoss):
 
     def __init__(
         self,
-        label_smoothing=0.1,
-        distill=True,
-        radial_weight=1.0,
-        reduction="sum_over_batch_size",
-        name="halo_contrastive_loss",
-        dtype=None,
-    ):
+        label_smoothing: float = 0.1,
+        distill: bool = True,
+        radial_weight: float = 1.0,
+        reduction: str | None = "sum_over_batch_size",
+        name: str | None = "halo_contrastive_loss",
+        dtype: DType = None,
+    ) -> None:
         super().__init__(
             label_smoothing, distill, radial_weight, reduction, name, dtype
         )
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
+    def __call__(
+        self, y_true: Any, y_pred: Tensor, sample_weight: Any = None
+    ) -> Tensor:
         # Before the base class turns them into floats: a float32 cannot tell
         # 2^24 from its successor.
         labels = ops.convert_to_tensor(pair_labels(y_true, dtype=self.dtype))
@@ -99,7 +104,7 @@ class HALOContrastiveLoss(PackedScoresLoss):
         labels = without_masked_labels(labels, y_pred)
         return super().__call__(labels, y_pred, sample_weight=sample_weight)
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
         if y_pred.shape[-1] == packing.packed_width(1):
             # Not bare zeros, which have no gradient.
             return y_pred[..., 0] * 0.0

@@ -1,3 +1,5 @@
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -19,18 +21,19 @@ from keras_halo.utils.checks import check_block_size
 from keras_halo.utils.keras_private import mask_of, set_mask
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.shapes import axis_length
+from keras_halo.utils.types import DType, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
 def halo_loss(
-    y_true,
-    y_pred,
-    label_smoothing=0.1,
-    distill=True,
-    radial_weight=1.0,
-    ignore_class=None,
-    block_size=None,
-):
+    y_true: Any,
+    y_pred: Tensor,
+    label_smoothing: float = 0.1,
+    distill: bool = True,
+    radial_weight: float = 1.0,
+    ignore_class: int | None = None,
+    block_size: int | None = None,
+) -> Tensor:
     """Computes the HALO loss of packed scores, sample by sample.
 
     Formula:
@@ -230,15 +233,15 @@ class HALOLoss(PackedScoresLoss):
 
     def __init__(
         self,
-        label_smoothing=0.1,
-        distill=True,
-        radial_weight=1.0,
-        ignore_class=None,
-        block_size=None,
-        reduction="sum_over_batch_size",
-        name="halo_loss",
-        dtype=None,
-    ):
+        label_smoothing: float = 0.1,
+        distill: bool = True,
+        radial_weight: float = 1.0,
+        ignore_class: int | None = None,
+        block_size: int | None = None,
+        reduction: str | None = "sum_over_batch_size",
+        name: str | None = "halo_loss",
+        dtype: DType = None,
+    ) -> None:
         check_block_size(block_size)
         super().__init__(
             label_smoothing, distill, radial_weight, reduction, name, dtype
@@ -246,7 +249,9 @@ class HALOLoss(PackedScoresLoss):
         self.ignore_class = ignore_class
         self.block_size = block_size
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
+    def __call__(
+        self, y_true: Any, y_pred: Tensor, sample_weight: Any = None
+    ) -> Tensor:
         y_pred = checked_scores(y_pred)
         if mask_of(y_pred) is not None:
             y_true = without_masked_labels(y_true, y_pred)
@@ -254,7 +259,7 @@ class HALOLoss(PackedScoresLoss):
             y_true = _checked_labels(y_true, y_pred.shape, self.ignore_class)
         return super().__call__(y_true, y_pred, sample_weight=sample_weight)
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
         return halo_loss(
             y_true,
             y_pred,
@@ -265,7 +270,7 @@ class HALOLoss(PackedScoresLoss):
             block_size=self.block_size,
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "ignore_class": self.ignore_class,

@@ -1,3 +1,5 @@
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -7,6 +9,7 @@ from keras_halo.ops.labels import label_tensor
 from keras_halo.utils.checks import check_label_smoothing
 from keras_halo.utils.keras_private import mask_of
 from keras_halo.utils.precision import computation_dtype
+from keras_halo.utils.types import DType
 
 
 class PackedScoresLoss(keras.losses.Loss):
@@ -26,8 +29,14 @@ class PackedScoresLoss(keras.losses.Loss):
     """
 
     def __init__(
-        self, label_smoothing, distill, radial_weight, reduction, name, dtype
-    ):
+        self,
+        label_smoothing: float,
+        distill: bool,
+        radial_weight: float,
+        reduction: str | None,
+        name: str | None,
+        dtype: DType,
+    ) -> None:
         check_label_smoothing(label_smoothing)
         if not radial_weight >= 0.0:
             raise ValueError(
@@ -46,7 +55,7 @@ class PackedScoresLoss(keras.losses.Loss):
         self.distill = distill
         self.radial_weight = radial_weight
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "label_smoothing": self.label_smoothing,

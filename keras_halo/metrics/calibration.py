@@ -13,6 +13,7 @@ import numpy as np
 
 from keras_halo.ops.labels import read_labels
 from keras_halo.utils.checks import check_finite, to_array
+from keras_halo.utils.types import Array, ArrayLike
 
 # The smallest normal float32: about what a float32 model can output at all.
 PROBABILITY_FLOOR = float(np.finfo("float32").tiny)
@@ -65,7 +66,7 @@ def bin_edges(num_bins):
     return np.linspace(0.0, 1.0, num_bins + 1)
 
 
-def renormalize(probabilities):
+def renormalize(probabilities: ArrayLike) -> Array:
     """Class probabilities under the condition that the model answers.
 
     Formula:
@@ -100,7 +101,9 @@ def renormalize(probabilities):
     return scaled / scaled.sum(axis=-1, keepdims=True)
 
 
-def reliability_bins(labels, probabilities, num_bins=15):
+def reliability_bins(
+    labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 15
+) -> ReliabilityBins:
     """Sorts samples into bins of confidence: what a reliability diagram shows.
 
     The confidence of a sample is the largest of its class probabilities. The
@@ -154,7 +157,9 @@ def reliability_bins(labels, probabilities, num_bins=15):
     return ReliabilityBins(mean(confidence), mean(accuracy), count, edges)
 
 
-def expected_calibration_error(labels, probabilities, num_bins=15):
+def expected_calibration_error(
+    labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 15
+) -> float:
     """Expected distance between confidence and accuracy.
 
     Formula:
@@ -196,7 +201,7 @@ def expected_calibration_error(labels, probabilities, num_bins=15):
     return float(np.sum(bins.count[filled] * gap) / bins.count.sum())
 
 
-def brier_score(labels, probabilities):
+def brier_score(labels: ArrayLike, probabilities: ArrayLike) -> float:
     """Mean squared distance between probabilities and labels.
 
     Formula:
@@ -234,7 +239,9 @@ def brier_score(labels, probabilities):
     return float(np.mean(np.sum((probabilities - labels) ** 2, axis=-1)))
 
 
-def negative_log_likelihood(labels, probabilities):
+def negative_log_likelihood(
+    labels: ArrayLike, probabilities: ArrayLike
+) -> float:
     """Mean negative log-probability of the labels, in nats.
 
     Formula:

@@ -1,3 +1,5 @@
+from typing import Any, Self
+
 import keras
 from keras import ops
 
@@ -14,6 +16,7 @@ from keras_halo.utils.keras_private import (
     set_direction,
 )
 from keras_halo.utils.precision import computation_dtype
+from keras_halo.utils.types import DType, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -105,14 +108,14 @@ class ProbabilityMetric(keras.Metric):
 
     def __init__(
         self,
-        metric,
-        renormalize=True,
-        class_id=None,
-        one_hot_labels=None,
-        ignore_class=None,
-        name=None,
-        dtype=None,
-    ):
+        metric: keras.Metric,
+        renormalize: bool = True,
+        class_id: int | None = None,
+        one_hot_labels: bool | None = None,
+        ignore_class: int | None = None,
+        name: str | None = None,
+        dtype: DType = None,
+    ) -> None:
         _check_arguments(metric, class_id, one_hot_labels)
         policy = keras.dtype_policies.get(dtype or keras.config.floatx())
         super().__init__(
@@ -127,7 +130,9 @@ class ProbabilityMetric(keras.Metric):
         # Callbacks ask for it to tell better from worse.
         set_direction(self, direction_of(metric))
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    def update_state(
+        self, y_true: Any, y_pred: Tensor, sample_weight: Any = None
+    ) -> None:
         """Feeds a batch to the wrapped metric.
 
         Args:
@@ -171,13 +176,13 @@ class ProbabilityMetric(keras.Metric):
             return one_hot(labels, num_classes, self.dtype)
         return ops.cast(ops.argmax(labels, axis=-1), "int32")
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         self.metric.reset_state()
 
-    def result(self):
+    def result(self) -> Tensor:
         return self.metric.result()
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {
@@ -191,7 +196,7 @@ class ProbabilityMetric(keras.Metric):
         return config
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         metric = keras.saving.deserialize_keras_object(config["metric"])
         return cls(**{**config, "metric": metric})
 

@@ -9,11 +9,12 @@ import numpy as np
 
 from keras_halo.utils.checks import finite_vector
 from keras_halo.utils.extras import require
+from keras_halo.utils.types import ArrayLike
 
 SIDES = ("known", "unknown")
 
 
-def auroc(known, unknown):
+def auroc(known: ArrayLike, unknown: ArrayLike) -> float:
     """Area under the ROC curve: how often an unknown outscores a known input.
 
     The same whichever side is called positive.
@@ -47,7 +48,9 @@ def auroc(known, unknown):
     return float(sklearn_metrics.auc(false_positive_rate, true_positive_rate))
 
 
-def aupr(known, unknown, positive="unknown"):
+def aupr(
+    known: ArrayLike, unknown: ArrayLike, positive: str = "unknown"
+) -> float:
     """Area under the precision-recall curve, as average precision.
 
     Unlike `auroc` it depends on how many inputs either side has, and on the
@@ -86,7 +89,12 @@ def aupr(known, unknown, positive="unknown"):
     )
 
 
-def fpr_at_recall(known, unknown, recall=0.95, positive="known"):
+def fpr_at_recall(
+    known: ArrayLike,
+    unknown: ArrayLike,
+    recall: float = 0.95,
+    positive: str = "known",
+) -> float:
     """False positive rate at a recall; FPR@95 by default.
 
     The share of the other side that is let in when a recall must be reached.

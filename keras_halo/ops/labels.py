@@ -5,6 +5,8 @@ Which of them is told by the shape. Values of arrays are checked; those of
 tensors, which cannot be inspected without a stop, are left to the formulas.
 """
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -338,7 +340,9 @@ def remedy_for_labels(labels, num_classes):
     )
 
 
-def pair_labels(query_ids, key_ids=None, dtype="float32"):
+def pair_labels(
+    query_ids: Any, key_ids: Any = None, dtype: str = "float32"
+) -> Any:
     """Soft labels of queries among keys: even over the keys of the same id.
 
     What `keras_halo.HALOSimilarity` is trained on. Ids are only compared: they

@@ -1,24 +1,27 @@
+from collections.abc import Sequence
+
 import numpy as np
 
 from keras_halo.ops.labels import class_indices
 from keras_halo.plots import drawing
 from keras_halo.plots.projection import principal_plane, shell_radius
 from keras_halo.utils.checks import check_finite, to_array
+from keras_halo.utils.types import ArrayLike, Axes
 
 # More classes than this get a colour bar instead of labels at their centroids.
 _MAX_LABELLED = 20
 
 
 def embedding_map(
-    embeddings,
-    labels=None,
-    centroids=None,
-    unknown=None,
-    ax=None,
-    class_names=None,
-    shell_mass=0.95,
-    max_points=2000,
-):
+    embeddings: ArrayLike,
+    labels: ArrayLike | None = None,
+    centroids: ArrayLike | None = None,
+    unknown: ArrayLike | None = None,
+    ax: Axes = None,
+    class_names: Sequence[str] | None = None,
+    shell_mass: float | None = 0.95,
+    max_points: int | None = 2000,
+) -> Axes:
     """Draws embeddings, centroids, shells and the origin in two dimensions.
 
     The map is an orthogonal projection onto the plane in which the centroids

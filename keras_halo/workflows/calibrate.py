@@ -2,7 +2,9 @@
 
 import dataclasses
 import warnings
+from typing import Any
 
+import keras
 import numpy as np
 
 from keras_halo.metrics import expected_calibration_error
@@ -16,6 +18,7 @@ from keras_halo.utils.batches import (
     labelled_data,
 )
 from keras_halo.utils.extras import require
+from keras_halo.utils.types import Data
 from keras_halo.workflows.graph import find_head
 from keras_halo.workflows.predicting import predict_answers
 
@@ -62,9 +65,9 @@ class CalibrationReport:
     old_abstain_probability: float
     abstain_probability: float
     error_rate: float
-    _old_weights: tuple = dataclasses.field(repr=False)
+    _old_weights: tuple[Any, ...] = dataclasses.field(repr=False)
 
-    def undo(self):
+    def undo(self) -> None:
         """Puts temperature and abstain biases back, to the bit."""
         for variable, value in self._old_weights:
             variable.assign(value)
@@ -87,15 +90,15 @@ class CalibrationReport:
 
 
 def calibrate(
-    model,
-    x,
-    y=None,
-    unknown=None,
-    bias="mistakes",
-    batch_size=None,
-    verbose="auto",
-    sample_weight=None,
-):
+    model: keras.Model,
+    x: Data,
+    y: Any = None,
+    unknown: Data = None,
+    bias: str = "mistakes",
+    batch_size: int | None = None,
+    verbose: str | int = "auto",
+    sample_weight: Any = None,
+) -> CalibrationReport:
     """Refits temperature and abstain bias on validation data, in place.
 
     The temperature is the one of largest likelihood of the labels among the
