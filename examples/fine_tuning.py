@@ -34,7 +34,7 @@ from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 
 import keras_halo
-from keras_halo.metrics import auroc, fpr_at_95
+from keras_halo.metrics import auroc, fpr_at_recall
 
 CLASSES = (5, 6, 7)
 PER_CLASS = 60
@@ -160,7 +160,7 @@ for name, model in models.items():
         scores[name][what] = outliers = read(model, images)[1]
         for metric, value in (
             ("AUROC", auroc(known, outliers)),
-            ("FPR@95", fpr_at_95(known, outliers)),
+            ("FPR@95", fpr_at_recall(known, outliers)),
         ):
             figures.setdefault(f"{metric}, {what}", []).append(value)
 for name, values in figures.items():

@@ -27,7 +27,7 @@ from matplotlib import pyplot as plt
 from sklearn.datasets import make_classification
 
 import keras_halo
-from keras_halo.metrics import OnProbabilities
+from keras_halo.metrics import ProbabilityMetric
 
 keras.utils.set_random_seed(0)
 
@@ -80,7 +80,7 @@ unknown = {name: (x - mean) / std for name, x in unknown.items()}
 
 For a yes-or-no question HALO needs two classes, each with its centre, so the
 one sigmoid becomes `HALODense(2)`. Precision and recall ask for the
-probability of "yes", which `OnProbabilities` hands to them.
+probability of "yes", which `ProbabilityMetric` hands to them.
 """
 
 model = keras.Sequential(
@@ -99,10 +99,12 @@ model.compile(
     loss=keras_halo.HALOLoss(),
     metrics=[
         # was: keras.metrics.Precision(name="precision"), and so on
-        OnProbabilities(keras.metrics.Precision(name="precision"), class_id=1),
-        OnProbabilities(keras.metrics.Recall(name="recall"), class_id=1),
-        OnProbabilities(keras.metrics.TruePositives(name="tp"), class_id=1),
-        OnProbabilities(keras.metrics.FalsePositives(name="fp"), class_id=1),
+        ProbabilityMetric(
+            keras.metrics.Precision(name="precision"), class_id=1
+        ),
+        ProbabilityMetric(keras.metrics.Recall(name="recall"), class_id=1),
+        ProbabilityMetric(keras.metrics.TruePositives(name="tp"), class_id=1),
+        ProbabilityMetric(keras.metrics.FalsePositives(name="fp"), class_id=1),
     ],
 )
 
@@ -201,7 +203,7 @@ figure.savefig("imbalanced_classification.png", dpi=90)
 ## Conclusion
 
 Class weights, uint8 labels and the metrics of a yes-or-no question carry over;
-two outputs and `OnProbabilities` are the price. In return each answer comes
+two outputs and `ProbabilityMetric` are the price. In return each answer comes
 with a second number that tells whether the row should have been asked about.
 It does not see everything: zeros are ordinary values in this table, so an empty
 form passes. What is plausible as a whole must be refused by other means.

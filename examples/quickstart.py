@@ -27,7 +27,7 @@ from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 
 from keras_halo import HALODense, HALOLoss, decode_predictions, ood_score
-from keras_halo.metrics import auroc, expected_calibration_error, fpr_at_95
+from keras_halo.metrics import auroc, expected_calibration_error, fpr_at_recall
 
 NUM_KNOWN = 8
 EPOCHS = 30
@@ -164,7 +164,7 @@ def evaluate(kind, model, data):
     for name in ("unknown digits", "noise"):
         _, unknown, abstained = read(kind, model, data[name])
         figures[f"AUROC, {name}"] = auroc(known, unknown)
-        figures[f"FPR@95, {name}"] = fpr_at_95(known, unknown)
+        figures[f"FPR@95, {name}"] = fpr_at_recall(known, unknown)
         shares[name] = np.mean(abstained)
     for name, share in shares.items():
         figures[f"abstained, {name}"] = share

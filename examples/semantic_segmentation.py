@@ -31,7 +31,7 @@ from matplotlib import pyplot as plt
 
 import keras_halo
 from keras_halo import HALODense, HALOLoss
-from keras_halo.metrics import AbstentionRate, OnProbabilities, auroc
+from keras_halo.metrics import AbstentionRate, ProbabilityMetric, auroc
 
 CLASSES = ("water", "forest", "field", "town")
 SOLAR = len(CLASSES)
@@ -111,7 +111,7 @@ pixels with `ignore_class`.
 Metrics that only look for the largest column, such as `"accuracy"`, can read
 the output of `HALODense` as it is. `MeanIoU` counts columns, of which there are
 more than classes: "I don't know", and three with the geometry that the loss
-needs. `OnProbabilities` hands it what a softmax would have.
+needs. `ProbabilityMetric` hands it what a softmax would have.
 """
 
 
@@ -137,7 +137,7 @@ model.compile(
     keras.optimizers.Adam(3e-3),
     HALOLoss(distill=False, ignore_class=VOID),
     metrics=[
-        OnProbabilities(
+        ProbabilityMetric(
             keras.metrics.MeanIoU(len(CLASSES), sparse_y_pred=False),
             ignore_class=VOID,
             name="iou",

@@ -37,7 +37,7 @@ from keras import layers, ops
 from matplotlib import pyplot as plt
 
 import keras_halo
-from keras_halo.metrics import auroc, fpr_at_95
+from keras_halo.metrics import auroc, fpr_at_recall
 
 SEEDS = (0, 1, 2)
 EPOCHS = 12
@@ -193,7 +193,7 @@ class ScaledCosine(layers.Layer):
 
 
 def info_nce(ids, logits):
-    labels = keras_halo.matches(ops.cast(ids, "int32"))
+    labels = keras_halo.pair_labels(ops.cast(ids, "int32"))
     return -ops.sum(labels[:, None] * ops.log_softmax(logits), axis=-1)
 
 
@@ -304,7 +304,7 @@ def evaluate(kind, model, pairs):
             f"recall@1, {direction}": np.mean(rank < 1),
             f"recall@5, {direction}": np.mean(rank < 5),
             f"AUROC, {direction}": auroc(known, unknown),
-            f"FPR@95, {direction}": fpr_at_95(known, unknown),
+            f"FPR@95, {direction}": fpr_at_recall(known, unknown),
         }
     return figures
 

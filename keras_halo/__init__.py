@@ -13,11 +13,11 @@ from keras_halo import (
 from keras_halo.callbacks import OODMonitor
 from keras_halo.layers import HALODense, HALOSimilarity, HALOSoftmax
 from keras_halo.losses import HALOContrastiveLoss, HALOLoss
-from keras_halo.ops.labels import matches
+from keras_halo.ops.labels import pair_labels
 from keras_halo.ops.ood_scores import OOD_METHODS, ood_score
 from keras_halo.version import __version__
 from keras_halo.workflows import (
-    Calibration,
+    CalibrationReport,
     OODReport,
     Predictions,
     add_abstention,
@@ -31,7 +31,7 @@ from keras_halo.workflows import (
 
 __all__ = [
     "OOD_METHODS",
-    "Calibration",
+    "CalibrationReport",
     "HALOContrastiveLoss",
     "HALODense",
     "HALOLoss",
@@ -50,10 +50,10 @@ __all__ = [
     "fit_class_gaussians",
     "layers",
     "losses",
-    "matches",
     "metrics",
     "ood_score",
     "ops",
+    "pair_labels",
     "pair_log_odds",
     "plots",
     "rejection",

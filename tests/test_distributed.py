@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cases import THOROUGH, passed
 
-SCRIPT = pathlib.Path(__file__).with_name("trainings.py")
+SCRIPT = pathlib.Path(__file__).parent / "scripts" / "trainings.py"
 
 BACKEND = keras.backend.backend()
 

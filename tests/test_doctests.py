@@ -11,7 +11,7 @@ import pytest
 import keras_halo
 
 # Read, not made, by users: the functions that return them have the example.
-RESULTS = {"Calibration", "OODReport", "Predictions"}
+RESULTS = {"CalibrationReport", "OODReport", "Predictions"}
 
 MODULES = [
     module.name

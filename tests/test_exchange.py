@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from cases import passed
 
-SCRIPT = pathlib.Path(__file__).with_name("exchanged.py")
+SCRIPT = pathlib.Path(__file__).parent / "scripts" / "exchanged.py"
 
 BACKENDS = ("jax", "tensorflow", "torch")
 

@@ -17,7 +17,7 @@ from cases import THOROUGH, passed
 import keras_halo
 from keras_halo import HALODense, HALOLoss
 
-SCRIPT = pathlib.Path(__file__).with_name("interrupted.py")
+SCRIPT = pathlib.Path(__file__).parent / "scripts" / "interrupted.py"
 DATA = pathlib.Path(__file__).with_name("data")
 BACKEND = keras.backend.backend()
 TIME_LIMIT = 300

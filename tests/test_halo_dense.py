@@ -501,7 +501,7 @@ def test_old_weights_in_a_new_head_name_the_cure(tmp_path):
     path = tmp_path / "old.weights.h5"
     layer = old.layers[-1]
     raw_gamma = geometry.inverse_softplus(7.0)
-    layer._gamma_origin = 0.0
+    layer.gamma_origin = 0.0
     layer.raw_gamma.assign(raw_gamma)
     old.save_weights(path)
     new = keras.Sequential([keras.layers.Input((8,)), HALODense(3)])

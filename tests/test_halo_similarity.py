@@ -239,7 +239,7 @@ ids_strategy = st.lists(st.integers(-3, 3), min_size=1, max_size=8)
 @settings(max_examples=50, deadline=None)
 @given(queries=ids_strategy, keys=ids_strategy)
 def test_matches_are_even_over_the_keys_of_the_same_id(queries, keys):
-    labels = keras_halo.matches(queries, keys)
+    labels = keras_halo.pair_labels(queries, keys)
     assert labels.shape == (len(queries), len(keys))
     for query, row in zip(queries, labels, strict=True):
         count = keys.count(query)
@@ -258,7 +258,7 @@ def test_matches_of_tensors_columns_and_large_ids():
         ops.convert_to_tensor(ids[:, None]),
     ):
         np.testing.assert_array_equal(
-            to_numpy(keras_halo.matches(given_ids)), expected
+            to_numpy(keras_halo.pair_labels(given_ids)), expected
         )
     scores = HALOSimilarity()(_pairs(3, 3))
     loss = HALOContrastiveLoss(reduction=None)
@@ -293,7 +293,7 @@ def test_halo_loss_takes_positions_one_hot_and_matches():
     for labels in (
         positions,
         np.eye(7)[positions],
-        keras_halo.matches(positions, np.arange(7)),
+        keras_halo.pair_labels(positions, np.arange(7)),
     ):
         np.testing.assert_allclose(
             to_numpy(loss(labels, scores)), expected, rtol=1e-4
@@ -303,7 +303,7 @@ def test_halo_loss_takes_positions_one_hot_and_matches():
 @pytest.mark.parametrize("distill", [True, False])
 def test_a_query_without_a_match_does_not_count(distill):
     q, k = _pairs(3, 5)
-    labels = keras_halo.matches([0, 77, 2], np.arange(5))
+    labels = keras_halo.pair_labels([0, 77, 2], np.arange(5))
     losses = to_numpy(
         HALOLoss(distill=distill, reduction=None)(
             labels, HALOSimilarity()([q, k])
@@ -502,6 +502,25 @@ def test_config_round_trips():
     assert revived.label_smoothing == 0.02 and revived.radial_weight == 0.5
 
 
+def test_each_loss_has_its_own_arguments_and_no_other():
+    common = ["name", "reduction", "label_smoothing", "distill"]
+    common += ["radial_weight", "dtype"]
+    assert set(HALOContrastiveLoss().get_config()) == set(common)
+    assert set(HALOLoss().get_config()) == {
+        *common,
+        "ignore_class",
+        "block_size",
+    }
+    assert not isinstance(HALOContrastiveLoss(), HALOLoss)
+    # Before, it had these two all the same, and they were not saved.
+    assert not hasattr(HALOContrastiveLoss(), "ignore_class")
+    assert not hasattr(HALOContrastiveLoss(), "block_size")
+    with pytest.raises(ValueError, match="`radial_weight`.*Received"):
+        HALOContrastiveLoss(radial_weight=-1.0)
+    with pytest.raises(ValueError, match="`label_smoothing`.*Received"):
+        HALOContrastiveLoss(1.0)
+
+
 def test_a_fixed_temperature_is_not_trained():
     layer = HALOSimilarity(learn_gamma=False)
     layer.build([(None, D), (None, D)])
@@ -544,7 +563,7 @@ def test_other_bad_arguments_are_refused():
     for gallery in (k[:1], k[:, :3], k[0]):
         with pytest.raises(ValueError, match="gallery of shape.*Received"):
             layer.to_head(gallery)
-    with pytest.raises(ValueError, match="Expected ids.*matches"):
+    with pytest.raises(ValueError, match="Expected ids.*pair_labels"):
         HALOContrastiveLoss()(np.arange(4), scores)
     with pytest.raises(ValueError, match="Expected ids.*Received: 3 ids"):
         HALOContrastiveLoss()(np.arange(3), layer([k, k]))
@@ -562,7 +581,7 @@ def test_ids_that_are_no_integers_are_refused(kind):
         ids = np.array(["a", "b"])
     if kind == "tensor":
         ids = ops.convert_to_tensor(ids.astype("float32"))
-    read = keras_halo.matches
+    read = keras_halo.pair_labels
     if kind == "loss":
         pairs = np.eye(2, 4, dtype="float32")
         scores = keras_halo.HALOSimilarity()([pairs, pairs])

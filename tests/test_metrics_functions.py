@@ -154,9 +154,9 @@ def test_fpr_is_read_off_the_roc_curve_of_scikit_learn(positive):
         if positive == "known":
             labels, scores = 1 - labels, -scores
         fpr, tpr, _ = oracle.roc_curve(labels, scores, drop_intermediate=False)
-        assert metrics.fpr_at_95(known, unknown, positive) == pytest.approx(
-            fpr[tpr >= 0.95].min(), abs=1e-12
-        ), seed
+        assert metrics.fpr_at_recall(
+            known, unknown, positive=positive
+        ) == pytest.approx(fpr[tpr >= 0.95].min(), abs=1e-12), seed
 
 
 def test_the_two_conventions_of_fpr_at_95_by_hand():
@@ -164,9 +164,9 @@ def test_the_two_conventions_of_fpr_at_95_by_hand():
     known = np.arange(100.0)
     unknown = np.concatenate([np.arange(90.0, 95.0), np.full(95, 98.5)])
     # 95 of 100 known are at or below 94, and so are 5 of the unknown.
-    assert metrics.fpr_at_95(known, unknown) == 0.05
+    assert metrics.fpr_at_recall(known, unknown) == 0.05
     # 95 of 100 unknown are at or above 98.5, and so is 1 of the known.
-    assert metrics.fpr_at_95(known, unknown, positive="unknown") == 0.01
+    assert metrics.fpr_at_recall(known, unknown, positive="unknown") == 0.01
 
 
 def test_tied_scores_pass_the_threshold_together():
@@ -180,7 +180,7 @@ def test_scores_of_thousands_stay_apart():
     known, unknown = [5000.0, 5001.0], [5002.0, 5003.0]
     assert metrics.auroc(known, unknown) == 1.0
     assert metrics.aupr(known, unknown, "known") == 1.0
-    assert metrics.fpr_at_95(known, unknown) == 0.0
+    assert metrics.fpr_at_recall(known, unknown) == 0.0
 
 
 @given(seed=st.integers(0, 10**6))
@@ -188,7 +188,7 @@ def test_ranking_depends_on_neither_scale_nor_order(seed):
     pytest.importorskip("sklearn")
     rng = np.random.default_rng(seed)
     known, unknown = rng.integers(0, 9, 12), rng.integers(3, 12, 7)
-    for metric in (metrics.auroc, metrics.aupr, metrics.fpr_at_95):
+    for metric in (metrics.auroc, metrics.aupr, metrics.fpr_at_recall):
         result = metric(known, unknown)
         assert result == metric(np.exp(0.1 * known), np.exp(0.1 * unknown))
         assert result == metric(rng.permutation(known), unknown[::-1])
@@ -201,13 +201,13 @@ def test_swapping_the_sides_mirrors_the_ranking():
         assert metrics.auroc(known, unknown) == pytest.approx(
             metrics.auroc(-unknown, -known)
         )
-        assert metrics.fpr_at_95(known, unknown, "unknown") == (
-            metrics.fpr_at_95(-unknown, -known, "known")
+        assert metrics.fpr_at_recall(known, unknown, positive="unknown") == (
+            metrics.fpr_at_recall(-unknown, -known)
         )
 
 
 @pytest.mark.parametrize(
-    "metric", [metrics.auroc, metrics.aupr, metrics.fpr_at_95]
+    "metric", [metrics.auroc, metrics.aupr, metrics.fpr_at_recall]
 )
 @pytest.mark.parametrize(
     ("known", "unknown", "message"),

@@ -9,6 +9,7 @@ from keras.src import backend
 
 import keras_halo
 from keras_halo import metrics
+from keras_halo.metrics.names_of_0_1_0 import Coverage
 from keras_halo.metrics.packed_mean import compensated_add
 
 # Keras's confusion matrix asks JAX for int64.
@@ -20,7 +21,7 @@ CENTROIDS = np.array([[2.0, 0, 0, 0], [0, 2.0, 0, 0], [-2.0, -2.0, 0, 0]])
 OWN_METRICS = [
     metrics.ExpectedCalibrationError,
     metrics.AbstentionRate,
-    metrics.Coverage,
+    Coverage,
     metrics.SelectiveAccuracy,
 ]
 
@@ -168,7 +169,7 @@ def test_results_agree_with_decoded_predictions():
     predictions = keras_halo.decode_predictions(scores)
     answered = ~predictions.abstained
     batch = (labels, scores)
-    assert result_of(metrics.Coverage(), batch) == pytest.approx(
+    assert result_of(Coverage(), batch) == pytest.approx(
         answered.mean(), abs=1e-6
     )
     assert result_of(metrics.AbstentionRate(), batch) == pytest.approx(
@@ -289,12 +290,12 @@ def test_labels_out_of_range_are_never_right(outside):
 def test_labels_are_not_needed_to_count_abstentions():
     _, scores = make_batch()
     rate = result_of(metrics.AbstentionRate(), (None, scores))
-    assert result_of(metrics.Coverage(), (None, scores)) == pytest.approx(
+    assert result_of(Coverage(), (None, scores)) == pytest.approx(
         1 - rate, abs=1e-6
     )
     for metric in (
         metrics.SelectiveAccuracy(),
-        metrics.OnProbabilities(keras.metrics.F1Score()),
+        metrics.ProbabilityMetric(keras.metrics.F1Score()),
     ):
         with pytest.raises(ValueError, match="needs labels"):
             metric.update_state(None, scores)
@@ -481,7 +482,7 @@ def test_binary_metrics_get_one_probability(make, renormalize):
     for weight in (None, weights):
         expected = result_of(make(), (labels[:, None], column, weight))
         for form in (labels, labels[:, None], np.eye(2)[labels]):
-            metric = metrics.OnProbabilities(
+            metric = metrics.ProbabilityMetric(
                 make(), renormalize=renormalize, class_id=1
             )
             result = result_of(metric, (form, scores, weight))
@@ -497,7 +498,9 @@ def test_a_class_is_asked_for_against_the_rest():
             keras.metrics.AUC(),
             (labels == class_id, probabilities[:, class_id]),
         )
-        metric = metrics.OnProbabilities(keras.metrics.AUC(), class_id=class_id)
+        metric = metrics.ProbabilityMetric(
+            keras.metrics.AUC(), class_id=class_id
+        )
         result = result_of(metric, (labels, scores))
         assert result == pytest.approx(expected, abs=1e-6)
         assert result > 0.6
@@ -539,7 +542,7 @@ def test_metrics_of_many_classes_get_labels_in_the_form_they_take(make):
     for weight in (None, weights):
         expected = result_of(make(), (taken, probabilities, weight))
         for form in (labels, labels[:, None], one_hot):
-            metric = metrics.OnProbabilities(make())
+            metric = metrics.ProbabilityMetric(make())
             result = result_of(metric, (form, scores, weight))
             assert result == pytest.approx(expected, abs=1e-6)
     assert 0.2 < expected < 1.0 or "entropy" in metric.name
@@ -549,10 +552,10 @@ def test_mean_iou_gets_classes_where_it_asks_for_them():
     labels, scores = make_batch(20, shape=(4, 3))
     named = probabilities_of(scores).argmax(axis=-1)
     expected = result_of(keras.metrics.MeanIoU(NUM_CLASSES), (labels, named))
-    metric = metrics.OnProbabilities(keras.metrics.MeanIoU(NUM_CLASSES))
+    metric = metrics.ProbabilityMetric(keras.metrics.MeanIoU(NUM_CLASSES))
     assert result_of(metric, (labels[..., None], scores)) == expected
     one_hot = np.eye(NUM_CLASSES)[labels]
-    metric = metrics.OnProbabilities(
+    metric = metrics.ProbabilityMetric(
         keras.metrics.MeanIoU(NUM_CLASSES, sparse_y_true=False)
     )
     assert result_of(metric, (one_hot, scores)) == expected
@@ -564,7 +567,7 @@ def test_the_form_of_labels_can_be_stated():
 
     labels, scores = make_batch()
     probabilities = probabilities_of(scores)
-    metric = metrics.OnProbabilities(
+    metric = metrics.ProbabilityMetric(
         keras.metrics.MeanMetricWrapper(agreement, name="agreement"),
         one_hot_labels=True,
     )
@@ -575,7 +578,7 @@ def test_the_form_of_labels_can_be_stated():
     def first_is_zero(y_true, y_pred):
         return ops.equal(ops.cast(y_true, "int32"), 0)
 
-    metric = metrics.OnProbabilities(
+    metric = metrics.ProbabilityMetric(
         keras.metrics.MeanMetricWrapper(first_is_zero, name="zeros"),
         one_hot_labels=False,
     )
@@ -599,11 +602,11 @@ def test_wrapped_metrics_honour_masks_ignored_labels_and_batches(make):
     mask, ignored = (fate > 0).reshape(40, 5), (fate == 1).reshape(40, 5)
     counted = mask & ~ignored
     expected = result_of(
-        metrics.OnProbabilities(make()), (labels[counted], scores[counted])
+        metrics.ProbabilityMetric(make()), (labels[counted], scores[counted])
     )
     labels[~mask] = -1
     labels[ignored] = 255
-    metric = metrics.OnProbabilities(make(), ignore_class=255)
+    metric = metrics.ProbabilityMetric(make(), ignore_class=255)
     for rows in np.split(np.arange(40), 4):
         y_pred = ops.convert_to_tensor(scores[rows])
         backend.set_keras_mask(y_pred, ops.convert_to_tensor(mask[rows]))
@@ -621,16 +624,19 @@ def test_out_of_range_labels_are_never_right_for_wrapped_metrics():
         keras.metrics.F1Score(average="macro"),
         keras.metrics.Precision(),
     ):
-        assert result_of(metrics.OnProbabilities(metric), batch) == 0.0
+        assert result_of(metrics.ProbabilityMetric(metric), batch) == 0.0
     metric = keras.metrics.TruePositives()
-    assert result_of(metrics.OnProbabilities(metric, class_id=1), batch) == 0.0
+    assert (
+        result_of(metrics.ProbabilityMetric(metric, class_id=1), batch) == 0.0
+    )
 
 
 def test_wrapped_metrics_are_reset():
-    metric = metrics.OnProbabilities(keras.metrics.F1Score(average="macro"))
+    metric = metrics.ProbabilityMetric(keras.metrics.F1Score(average="macro"))
     first, second = make_batch(seed=0), make_batch(seed=1)
     expected = result_of(
-        metrics.OnProbabilities(keras.metrics.F1Score(average="macro")), second
+        metrics.ProbabilityMetric(keras.metrics.F1Score(average="macro")),
+        second,
     )
     result_of(metric, first)
     metric.reset_state()
@@ -638,7 +644,7 @@ def test_wrapped_metrics_are_reset():
 
 
 def test_wrapped_config_round_trip():
-    metric = metrics.OnProbabilities(
+    metric = metrics.ProbabilityMetric(
         keras.metrics.AUC(num_thresholds=50, name="area"),
         renormalize=False,
         class_id=2,
@@ -651,25 +657,25 @@ def test_wrapped_config_round_trip():
     assert copy.metric.num_thresholds == 50
     batch = make_batch()
     assert result_of(copy, batch) == result_of(metric, batch)
-    metric = metrics.OnProbabilities(
+    metric = metrics.ProbabilityMetric(
         keras.metrics.F1Score(), one_hot_labels=True, name="mine"
     )
-    copy = metrics.OnProbabilities.from_config(metric.get_config())
+    copy = metrics.ProbabilityMetric.from_config(metric.get_config())
     assert (copy.one_hot_labels, copy.name) == (True, "mine")
 
 
 def test_wrapper_refuses():
     auc = keras.metrics.AUC()
     with pytest.raises(ValueError, match="must be a `keras.Metric`"):
-        metrics.OnProbabilities("auc")
+        metrics.ProbabilityMetric("auc")
     with pytest.raises(ValueError, match="`class_id` must be a non-negative"):
-        metrics.OnProbabilities(auc, class_id=-1)
+        metrics.ProbabilityMetric(auc, class_id=-1)
     with pytest.raises(ValueError, match="Give one of the two"):
-        metrics.OnProbabilities(auc, class_id=1, one_hot_labels=True)
+        metrics.ProbabilityMetric(auc, class_id=1, one_hot_labels=True)
     with pytest.raises(ValueError, match="`BinaryIoU` asks about one class"):
-        metrics.OnProbabilities(keras.metrics.BinaryIoU())
+        metrics.ProbabilityMetric(keras.metrics.BinaryIoU())
     with pytest.raises(ValueError, match="below the number of classes, 3"):
-        metrics.OnProbabilities(auc, class_id=3).update_state(*make_batch())
+        metrics.ProbabilityMetric(auc, class_id=3).update_state(*make_batch())
 
 
 # In a model
@@ -696,10 +702,10 @@ def make_metrics():
     return [
         metrics.ExpectedCalibrationError(num_bins=5),
         metrics.AbstentionRate(),
-        metrics.Coverage(),
+        Coverage(),
         metrics.SelectiveAccuracy(),
-        metrics.OnProbabilities(keras.metrics.F1Score(average="macro")),
-        metrics.OnProbabilities(keras.metrics.AUC(name="auc"), class_id=1),
+        metrics.ProbabilityMetric(keras.metrics.F1Score(average="macro")),
+        metrics.ProbabilityMetric(keras.metrics.AUC(name="auc"), class_id=1),
     ]
 
 
@@ -801,7 +807,7 @@ def test_masks_of_a_model_reach_the_metrics():
     own = [
         metrics.ExpectedCalibrationError(num_bins=5),
         metrics.SelectiveAccuracy(),
-        metrics.OnProbabilities(keras.metrics.F1Score(average="macro")),
+        metrics.ProbabilityMetric(keras.metrics.F1Score(average="macro")),
     ]
     model.compile("sgd", loss=keras_halo.HALOLoss(), metrics=own)
     logs = model.evaluate(
@@ -818,13 +824,13 @@ def test_callbacks_know_which_way_is_better():
     directions = {
         metrics.ExpectedCalibrationError(): "down",
         metrics.AbstentionRate(): "down",
-        metrics.Coverage(): "up",
+        Coverage(): "up",
         metrics.SelectiveAccuracy(): "up",
-        metrics.OnProbabilities(keras.metrics.AUC()): "up",
+        metrics.ProbabilityMetric(keras.metrics.AUC()): "up",
     }
     for metric, direction in directions.items():
         assert metric._direction == direction
-    unknown = metrics.OnProbabilities(keras.metrics.Mean())
+    unknown = metrics.ProbabilityMetric(keras.metrics.Mean())
     assert not hasattr(unknown, "_direction")
 
 
@@ -876,3 +882,26 @@ def test_a_fractional_label_is_none_to_ignore():
         metric.update_state(y_true, scores, sample_weight=np.array([1.0, 3.0]))
         results.append(float(metric.result()))
     assert results[0] == results[1]
+
+
+def test_metrics_that_0_1_0_saved_load_under_their_old_names():
+    batch = make_batch()
+    new = metrics.ProbabilityMetric(keras.metrics.AUC(), class_id=1)
+    for name, config, expected in (
+        ("OnProbabilities", new.get_config(), result_of(new, batch)),
+        ("Coverage", {}, 1.0 - result_of(metrics.AbstentionRate(), batch)),
+    ):
+        loaded = keras.saving.deserialize_keras_object(
+            {
+                "module": "keras_halo.metrics",
+                "class_name": name,
+                "config": config,
+                "registered_name": f"keras_halo>{name}",
+            }
+        )
+        assert result_of(loaded, batch) == pytest.approx(expected, abs=1e-6)
+        # Saved again, they load again.
+        again = keras.saving.deserialize_keras_object(
+            keras.saving.serialize_keras_object(loaded)
+        )
+        assert type(again) is type(loaded)

@@ -425,7 +425,7 @@ REFUSED = {
     ),
     "labels of another length": (
         lambda: plots.embedding_map(np.eye(3), [0, 1]),
-        "3 integers",
+        r"integers of shape \(3,\)",
     ),
     "centroids of another size": (
         lambda: plots.embedding_map(np.eye(3), centroids=np.eye(4)),

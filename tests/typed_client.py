@@ -1,24 +1,190 @@
-"""What a user writes, for pyright to check; see `check_release.py`."""
+"""Every public name as users write it, for `scripts/check_release.py`."""
+
+# pyright: strict
+# Keras has no types of its own: what pyright guesses of its classes is partly
+# unknown, and so is what it inherits from them.
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
+from numpy.typing import NDArray
 
 import keras_halo
-from keras_halo import HALODense, HALOLoss, HALOSoftmax, layers, rejection
+from keras_halo import (
+    OOD_METHODS,
+    CalibrationReport,
+    HALOContrastiveLoss,
+    HALODense,
+    HALOLoss,
+    HALOSimilarity,
+    HALOSoftmax,
+    OODMonitor,
+    OODReport,
+    Predictions,
+    callbacks,
+    layers,
+    losses,
+    metrics,
+    ops,
+    plots,
+    rejection,
+    workflows,
+)
 
-model = keras.Sequential([keras.layers.Dense(64), HALODense(10)])
-model.compile("adam", loss=HALOLoss(label_smoothing=0.1))
-scores = np.zeros((5, 14), "float32")
-predictions = keras_halo.decode_predictions(scores)
-labels: np.ndarray = predictions.labels
-embedding_dim: int = predictions.embedding_dim
-rule = rejection.CoverageRule(0.95, delta=0.05).fit(scores)
-accepted: np.ndarray = rule.predict(scores).accepted
-decision: layers.Decision = rule.to_layer(name="label")
-coverage: float = rule.predict(scores).coverage
+version: str = keras_halo.__version__
+x = np.zeros((5, 8), "float32")
+y = np.zeros(5, "int64")
+scores = np.zeros((5, 16), "float32")
+
+# Layers and losses.
 head = HALODense(10, learn_gamma=False, dtype="mixed_float16")
+published = HALODense.reference(10, label_smoothing=0.1)
+published_again: HALODense = HALODense.reference(10)
+model = keras.Sequential([keras.layers.Dense(64), head])
+model.compile("adam", loss=HALOLoss(label_smoothing=0.1, ignore_class=255))
 deployed = keras.Sequential([model, HALOSoftmax(abstain=False)])
-score = keras_halo.ood_score(scores, method="nearest")
-fitted = keras_halo.fit_class_gaussians(model, scores, labels)
-report = keras_halo.evaluate_ood(model, (scores, labels), {"noise": scores})
-text: str = rule.summary()
+similarity = HALOSimilarity(bidirectional=True, name="similarity")
+gallery: HALODense = similarity.to_head(x, name="gallery")
+contrastive = HALOContrastiveLoss(0.1, distill=False, radial_weight=0.5)
+head_config: dict[str, Any] = head.get_config()
+loss_config: dict[str, Any] = contrastive.get_config()
+loss = HALOLoss()(y, scores, sample_weight=np.ones(5))
+each = losses.halo_loss(y, scores, block_size=2048)
+blocks = layers.BlockFeatures(places=False)
+gaussians = layers.ClassGaussians(10)
+normalization = layers.FeatureNormalization(name="normalization")
+decision_by_score = layers.Decision(1.5, method="nearest")
+score_layer = layers.OODScore("gap")
+same: list[type[object]] = [
+    layers.HALODense,
+    layers.HALOSimilarity,
+    layers.HALOSoftmax,
+    losses.HALOContrastiveLoss,
+    losses.HALOLoss,
+    callbacks.OODMonitor,
+    workflows.CalibrationReport,
+    workflows.OODReport,
+    workflows.Predictions,
+]
+
+# Predictions and scores.
+predictions: Predictions = keras_halo.decode_predictions(scores)
+of_fitted = keras_halo.decode_predictions({"scores": scores, "ood": scores[0]})
+labels: NDArray[Any] = predictions.labels
+abstained: NDArray[Any] = predictions.abstained
+embedding_dim: int = predictions.embedding_dim
+probabilities = predictions.probabilities
+score: NDArray[Any] = keras_halo.ood_score(scores, method="nearest")
+every: list[NDArray[Any]] = [
+    keras_halo.ood_score(scores, method) for method in OOD_METHODS
+]
+log_odds: NDArray[Any] = keras_halo.pair_log_odds(scores)
+pairs = keras_halo.pair_labels([3, 5, 3], dtype="float64")
+
+# Rejection.
+rule = rejection.CoverageRule(0.95, delta=0.05).fit(scores)
+same_class: rejection.CoverageRule = rule
+decisions: rejection.Decisions = rule.predict(scores)
+accepted: NDArray[Any] = decisions.accepted
+rejected: NDArray[Any] = decisions.rejected
+decided: NDArray[Any] | None = decisions.labels
+coverage: float = decisions.coverage
+number: int = len(decisions)
+decision: layers.Decision = rule.to_layer(name="label")
+text: str = rule.summary() + rule.guarantee
+threshold: float = rule.threshold
+bound: float = rule.coverage_bound(delta=0.05)
+rule.save("rule.json")
+loaded: rejection.RejectionRule = rejection.load_rule("rule.json")
+conformal = rejection.ConformalRule(0.05, fdr=True).fit(scores)
+p_values: NDArray[Any] = conformal.p_values(scores)
+selective = rejection.SelectiveRiskRule(0.05).fit(scores, labels=y)
+outliers = rejection.FalsePositiveRateRule(0.05, method=None)
+outliers.fit([0.5, 1.0], known=[0.1])
+false_positives: float = outliers.false_positive_bound()
+
+
+class MedianRule(rejection.RejectionRule):
+    def __init__(self, method: str | None = "abstain") -> None:
+        super().__init__(method)
+
+    def find_threshold(
+        self, scores: NDArray[Any], wrong: NDArray[Any] | None
+    ) -> tuple[float, NDArray[Any] | None]:
+        return float(np.median(scores)), None
+
+    def state_guarantee(self) -> str:
+        return "Keeps half of the calibration data."
+
+
+# Workflows.
+calibration: CalibrationReport = keras_halo.calibrate(model, x, y, verbose=0)
+nll: float = calibration.nll
+calibration.undo()
+report: OODReport = keras_halo.evaluate_ood(model, (x, y), {"noise": x})
+known: workflows.KnownResult = report.known
+noise: workflows.UnknownResult = report.unknown[0]
+auroc_of_noise: float = noise.auroc
+table: str = report.to_markdown()
+numbers: dict[str, Any] = report.to_dict()
+mean: workflows.UnknownResult = report.mean
+one: workflows.UnknownResult = report["noise"]
+monitor = OODMonitor((x, y), {"noise": x}, method="gen", frequency=2)
+measured: Mapping[str, float] = monitor.measure()
+
+# Metrics.
+model.compile(
+    "adam",
+    loss=HALOLoss(),
+    metrics=[
+        metrics.AbstentionRate(),
+        metrics.SelectiveAccuracy(ignore_class=255),
+        metrics.ExpectedCalibrationError(num_bins=10),
+        metrics.ProbabilityMetric(keras.metrics.AUC(), class_id=1),
+    ],
+)
+floats: list[float] = [
+    metrics.auroc([0.1], [0.2]),
+    metrics.aupr([0.1], [0.2], positive="known"),
+    metrics.fpr_at_recall([0.1], [0.2], recall=0.9),
+    metrics.aurc([0, 1], [0.1, 0.2]),
+    metrics.augrc([False, True], [0.1, 0.2]),
+    metrics.brier_score(y, probabilities),
+    metrics.negative_log_likelihood(y, probabilities),
+    metrics.expected_calibration_error(y, probabilities, num_bins=5),
+]
+bins: metrics.ReliabilityBins = metrics.reliability_bins(y, probabilities)
+curve: metrics.RiskCoverageCurve = metrics.risk_coverage_curve([0], [0.1])
+conditional: NDArray[Any] = metrics.renormalize(probabilities)
+
+# Plots.
+ax = plots.abstention_over_training({"abstention_rate": [0.1]}, frequency=1)
+plots.embedding_map(x, labels=y, class_names=["a"], shell_mass=None, ax=ax)
+plots.reliability_diagram(y, probabilities, ax=ax)
+plots.risk_coverage([0, 1], [0.1, 0.2], label="model")
+plots.score_histograms([0.1], {"noise": [0.2]}, threshold=0.15)
+radius: float = plots.shell_radius(64, mass=0.9)
+
+# Mathematics.
+gamma: float = ops.geometry.initial_temperature(64)
+shell: float = ops.geometry.shell(64)
+logits = ops.geometry.class_logits(x, x, gamma)
+parts: ops.packing.PackedScores = ops.packing.unpack(scores)
+packed = ops.packing.pack(logits, -1.0, x[:, :1], gamma, 8)
+upgraded: NDArray[Any] = ops.packing.upgrade_scores(scores)
+ops.packing.check_packed(scores, argument="scores")
+
+# Models that come back, and what is left of the workflows.
+converted: keras.Model = keras_halo.convert_head(model, x, y)
+fitted: keras.Model = keras_halo.fit_class_gaussians(model, x, y)
+converted_again = workflows.convert_head(model, x, y)
+fitted_again = workflows.fit_class_gaussians(model, x, y)
+workflows_again = (
+    workflows.calibrate,
+    workflows.decode_predictions,
+    workflows.evaluate_ood,
+    workflows.pair_log_odds,
+)

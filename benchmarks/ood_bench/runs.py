@@ -303,10 +303,10 @@ def separation(known, unknown):
     """How well a score tells known from unknown, by every convention."""
     return {
         "auroc": metrics.auroc(known, unknown),
-        "fpr95_known_positive": metrics.fpr_at_95(
+        "fpr95_known_positive": metrics.fpr_at_recall(
             known, unknown, positive="known"
         ),
-        "fpr95_unknown_positive": metrics.fpr_at_95(
+        "fpr95_unknown_positive": metrics.fpr_at_recall(
             known, unknown, positive="unknown"
         ),
         "aupr_unknown_positive": metrics.aupr(

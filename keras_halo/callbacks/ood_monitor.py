@@ -1,10 +1,13 @@
 import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_halo import metrics
 from keras_halo.utils.batches import check_readable
+from keras_halo.utils.types import Data
 from keras_halo.workflows.predicting import (
     check_score_method,
     check_sets,
@@ -74,8 +77,13 @@ class OODMonitor(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, known, unknown, method="abstain", batch_size=None, frequency=1
-    ):
+        self,
+        known: Data,
+        unknown: Mapping[str, Data],
+        method: str | Callable[..., Any] = "abstain",
+        batch_size: int | None = None,
+        frequency: int = 1,
+    ) -> None:
         super().__init__()
         check_score_method(method)
         check_sets(unknown, reserved=RESERVED_NAMES)
@@ -97,13 +105,15 @@ class OODMonitor(keras.callbacks.Callback):
         self.batch_size = batch_size
         self.frequency = frequency
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._measured = self._unmeasured()
         known = self._answers(None, max_batches=1)
         for name in self.unknown:
             self._compare(known, self._answers(name, max_batches=1))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         if logs is None:
             return
         if (epoch + 1) % self.frequency == 0:
@@ -125,7 +135,7 @@ class OODMonitor(keras.callbacks.Callback):
         names += [f"{name}_{key}" for name in self.unknown for key in _KEYS]
         return dict.fromkeys(names, float("nan"))
 
-    def measure(self):
+    def measure(self) -> dict[str, float]:
         """Measures the model as it is now.
 
         Returns:
@@ -160,7 +170,7 @@ class OODMonitor(keras.callbacks.Callback):
     def _compare(self, known, unknown):
         return {
             "auroc": metrics.auroc(known.score, unknown.score),
-            "fpr95": metrics.fpr_at_95(
+            "fpr95": metrics.fpr_at_recall(
                 known.score, unknown.score, positive="known"
             ),
             "abstention_rate": float(unknown.abstained.mean()),

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -8,6 +9,7 @@ from keras_halo.ops import geometry
 from keras_halo.utils.checks import check_floating
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.shapes import axis_length
+from keras_halo.utils.types import Shape, Tensor
 
 # Squared lengths below this count as it: the logarithm of zero has no value,
 # and its slope nearby no bound.
@@ -203,7 +205,9 @@ class BlockFeatures(keras.layers.Layer):
       via Feature Normalization, 2025. (Features of one length.)
     """
 
-    def __init__(self, places=True, data_format=None, **kwargs):
+    def __init__(
+        self, places: bool = True, data_format: str | None = None, **kwargs: Any
+    ) -> None:
         if data_format is None:
             data_format = keras.config.image_data_format()
         if data_format not in ("channels_last", "channels_first"):
@@ -218,7 +222,7 @@ class BlockFeatures(keras.layers.Layer):
         self.data_format = data_format
         self.supports_masking = True
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self._check_shapes(input_shape)
         specs = [
             keras.layers.InputSpec(
@@ -231,11 +235,11 @@ class BlockFeatures(keras.layers.Layer):
         self.built = True
 
     @property
-    def head_dtype(self):
+    def head_dtype(self) -> str:
         """String, the dtype in which the layer computes and answers."""
         return computation_dtype(self.compute_dtype)
 
-    def call(self, inputs, mask=None):
+    def call(self, inputs: Tensor, mask: Tensor = None) -> Tensor:
         shapes = [x.shape for x in _as_list(inputs)]
         if mask is None or not isinstance(mask, (list, tuple)):
             mask = [mask] * len(shapes)
@@ -259,11 +263,11 @@ class BlockFeatures(keras.layers.Layer):
             x = pooled(x, mask, places)
         return direction_and_length(x)
 
-    def compute_mask(self, inputs, mask=None):
+    def compute_mask(self, inputs: Tensor, mask: Tensor = None) -> Tensor:
         # The axis that was masked is gone.
         return None
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         self._check_shapes(input_shape)
         shapes = _as_list(input_shape)
         width = len(shapes)
@@ -275,7 +279,7 @@ class BlockFeatures(keras.layers.Layer):
             width += copies * self._channels(shape)
         return (shapes[0][0], width)
 
-    def compute_output_spec(self, inputs, mask=None):
+    def compute_output_spec(self, inputs: Tensor, mask: Tensor = None) -> Any:
         for x in _as_list(inputs):
             check_floating(x.dtype, self)
         shapes = [tuple(x.shape) for x in _as_list(inputs)]
@@ -283,7 +287,7 @@ class BlockFeatures(keras.layers.Layer):
             self.compute_output_shape(shapes), dtype=self.head_dtype
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "places": self.places,

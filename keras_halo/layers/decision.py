@@ -1,6 +1,7 @@
 import math
 import numbers
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,6 +12,7 @@ from keras_halo.ops import ood_scores, packing
 from keras_halo.ops.labels import ABSTAINED
 from keras_halo.ops.model_output import FITTED
 from keras_halo.utils.precision import computation_dtype
+from keras_halo.utils.types import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -78,7 +80,12 @@ class Decision(ScoreLayer):
     [-1, 0]
     """
 
-    def __init__(self, threshold=None, method="abstain", **kwargs):
+    def __init__(
+        self,
+        threshold: float | None = None,
+        method: str | None = "abstain",
+        **kwargs: Any,
+    ) -> None:
         _check_threshold(threshold)
         if method is not None:
             ood_scores.check_method(method, allow_fitted=True)
@@ -93,7 +100,7 @@ class Decision(ScoreLayer):
         self.method = method
         self.supports_masking = True
 
-    def build(self, scores_shape, ood_shape=None):
+    def build(self, scores_shape: Shape, ood_shape: Shape = None) -> None:
         self._check_shapes(*self._both(scores_shape, ood_shape))
         self.built = True
 
@@ -144,11 +151,11 @@ class Decision(ScoreLayer):
             )
 
     @property
-    def head_dtype(self):
+    def head_dtype(self) -> str:
         """String, the dtype in which the layer compares."""
         return computation_dtype(self.compute_dtype)
 
-    def call(self, scores, ood=None):
+    def call(self, scores: Tensor, ood: Tensor = None) -> Tensor:
         scores, ood = self._both(scores, ood)
         self._check_shapes(scores.shape, None if ood is None else ood.shape)
         scores = ops.cast(scores, self.head_dtype)
@@ -173,20 +180,24 @@ class Decision(ScoreLayer):
             return ops.cast(given, self.head_dtype)
         return ood_scores.ood_score(scores, self.method)
 
-    def compute_output_shape(self, scores_shape, ood_shape=None):
+    def compute_output_shape(
+        self, scores_shape: Shape, ood_shape: Shape = None
+    ) -> Shape:
         return tuple(self._both(scores_shape, ood_shape)[0][:-1])
 
-    def compute_mask(self, inputs, previous_mask=None):
+    def compute_mask(
+        self, inputs: Tensor, previous_mask: Tensor = None
+    ) -> Tensor:
         if isinstance(previous_mask, Mapping):
             return previous_mask["scores"]
         return previous_mask
 
-    def compute_output_spec(self, scores, ood=None):
+    def compute_output_spec(self, scores: Tensor, ood: Tensor = None) -> Any:
         scores, ood = self._both(scores, ood)
         self._check_shapes(scores.shape, None if ood is None else ood.shape)
         return keras.KerasTensor(tuple(scores.shape[:-1]), dtype="int32")
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "threshold": self.threshold,

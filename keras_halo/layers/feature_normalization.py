@@ -1,8 +1,11 @@
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_halo.ops import fused, geometry
 from keras_halo.utils.precision import computation_dtype
+from keras_halo.utils.types import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -32,22 +35,22 @@ class FeatureNormalization(keras.layers.Layer):
     1.1284
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.autocast = False
         self.supports_masking = True
 
     @property
-    def head_dtype(self):
+    def head_dtype(self) -> str:
         """String, the dtype in which the layer computes and answers."""
         return computation_dtype(self.compute_dtype)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.built = True
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         features = fused.saturated(ops.cast(inputs, self.head_dtype))
         return geometry.normalized_features(features)
 
-    def compute_output_spec(self, inputs):
+    def compute_output_spec(self, inputs: Tensor) -> Any:
         return keras.KerasTensor(inputs.shape, dtype=self.head_dtype)

@@ -1,4 +1,5 @@
 import warnings
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -13,7 +14,12 @@ from keras_halo.utils.checks import (
     check_label_smoothing,
     check_units,
 )
+from keras_halo.utils.keras_private import (
+    leave_out_of_remat,
+    own_variables,
+)
 from keras_halo.utils.precision import exact_constant
+from keras_halo.utils.types import ArrayLike, Identifier, Shape, Tensor
 
 # Centroids start close together, so that class logits start near zero: a head
 # whose centroids start on their shells abstains from everything at first.
@@ -138,19 +144,19 @@ class HALODense(TemperatureLayer):
 
     def __init__(
         self,
-        units,
-        embedding_dim="auto",
-        abstain_rate=0.01,
-        normalize=True,
-        label_smoothing=None,
-        learn_gamma=True,
-        kernel_initializer=None,
-        kernel_regularizer=None,
-        centroid_initializer=None,
-        centroid_regularizer=None,
-        centroid_constraint=None,
-        **kwargs,
-    ):
+        units: int,
+        embedding_dim: int | str | None = "auto",
+        abstain_rate: float | None = 0.01,
+        normalize: bool = True,
+        label_smoothing: float | None = None,
+        learn_gamma: bool = True,
+        kernel_initializer: Identifier = None,
+        kernel_regularizer: Identifier = None,
+        centroid_initializer: Identifier = None,
+        centroid_regularizer: Identifier = None,
+        centroid_constraint: Identifier = None,
+        **kwargs: Any,
+    ) -> None:
         check_units(units)
         check_embedding_dim(embedding_dim)
         check_abstain_rate(abstain_rate)
@@ -175,7 +181,7 @@ class HALODense(TemperatureLayer):
             )
         super().__init__(learn_gamma=learn_gamma, **kwargs)
         # Running statistics could not leave the trace of a rematerialized call.
-        self._remat_mode = None
+        leave_out_of_remat(self)
         self.units = units
         self.embedding_dim = embedding_dim
         self.abstain_rate = abstain_rate
@@ -195,8 +201,12 @@ class HALODense(TemperatureLayer):
 
     @classmethod
     def reference(
-        cls, units, label_smoothing=0.1, centroid_initializer=None, **kwargs
-    ):
+        cls,
+        units: int,
+        label_smoothing: float | None = 0.1,
+        centroid_initializer: Identifier = None,
+        **kwargs: Any,
+    ) -> Self:
         """Makes the head of the published method.
 
         It takes its input as the embedding, its centroids start on their
@@ -232,7 +242,7 @@ class HALODense(TemperatureLayer):
             **kwargs,
         )
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         num_features = input_shape[-1]
         least = 2 if self.embedding_dim is None else 1
         if num_features is None or num_features < least:
@@ -316,7 +326,7 @@ class HALODense(TemperatureLayer):
         return self.embedding_dim
 
     @property
-    def margin_smoothing(self):
+    def margin_smoothing(self) -> float:
         """Float, the label smoothing that the margin is made of."""
         return 0.1 if self.label_smoothing is None else self.label_smoothing
 
@@ -330,7 +340,9 @@ class HALODense(TemperatureLayer):
             aggregation="mean",
         )
 
-    def call(self, inputs, training=None, mask=None):
+    def call(
+        self, inputs: Tensor, training: bool | None = None, mask: Tensor = None
+    ) -> Tensor:
         check_floating(inputs.dtype, self)
         embeddings = self._embed(ops.cast(inputs, self.head_dtype))
         if len(inputs.shape) > 2:
@@ -384,7 +396,7 @@ class HALODense(TemperatureLayer):
             return False
         return bool(training)
 
-    def assign_evidence(self, samples):
+    def assign_evidence(self, samples: ArrayLike) -> None:
         """Places the abstain biases by evidence that was measured elsewhere.
 
         Training goes on from there.
@@ -440,10 +452,12 @@ class HALODense(TemperatureLayer):
         self.evidence_offset.assign(state.offset)
         self.evidence_count.assign(state.count)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (*input_shape[:-1], packing.packed_width(self.units))
 
-    def compute_output_spec(self, inputs, training=None, mask=None):
+    def compute_output_spec(
+        self, inputs: Tensor, training: bool | None = None, mask: Tensor = None
+    ) -> Any:
         # The base class would announce the 16-bit compute dtype of a mixed
         # policy, which is not what `call` returns.
         check_floating(inputs.dtype, self)
@@ -463,9 +477,9 @@ class HALODense(TemperatureLayer):
             )
 
     def _own_weights(self):
-        return self._trainable_variables + self._non_trainable_variables
+        return own_variables(self)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {

@@ -1,3 +1,5 @@
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -6,6 +8,7 @@ from keras_halo.layers.temperature_layer import TemperatureLayer
 from keras_halo.ops import fused, geometry, packing
 from keras_halo.utils.checks import check_floating, check_label_smoothing
 from keras_halo.utils.shapes import axis_length
+from keras_halo.utils.types import ArrayLike, Shape, Tensor
 
 
 def similarity_scores(queries, keys, temperature, label_smoothing):
@@ -104,7 +107,7 @@ class HALOSimilarity(TemperatureLayer):
     ```
 
     `HALOLoss` trains a direction from labels of any other kind, such as
-    `keras_halo.matches(query_ids, key_ids)`.
+    `keras_halo.pair_labels(query_ids, key_ids)`.
 
     **Inference.** `model.predict` on pairs compares within each batch only, and
     needs a number of pairs that `batch_size` divides: a smaller last batch has
@@ -175,24 +178,24 @@ class HALOSimilarity(TemperatureLayer):
 
     def __init__(
         self,
-        label_smoothing=0.1,
-        learn_gamma=True,
-        bidirectional=False,
-        **kwargs,
-    ):
+        label_smoothing: float = 0.1,
+        learn_gamma: bool = True,
+        bidirectional: bool = False,
+        **kwargs: Any,
+    ) -> None:
         check_label_smoothing(label_smoothing)
         super().__init__(learn_gamma=learn_gamma, **kwargs)
         self.label_smoothing = label_smoothing
         self.bidirectional = bidirectional
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         dim = self._check_shapes(input_shape)
         self._add_temperature(dim)
         spec = keras.layers.InputSpec(ndim=2, axes={-1: dim})
         self.input_spec = [spec, spec]
         self.built = True
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         self._check_shapes([x.shape for x in inputs])
         queries, keys = (self._as_embeddings(x) for x in inputs)
         scores = self._score(queries, keys)
@@ -209,7 +212,7 @@ class HALOSimilarity(TemperatureLayer):
             queries, keys, self.temperature, self.label_smoothing
         )
 
-    def to_head(self, keys, **kwargs):
+    def to_head(self, keys: ArrayLike, **kwargs: Any) -> HALODense:
         """Makes a `HALODense` whose classes are the keys of a fixed gallery.
 
         The head answers as the layer does, and goes wherever a head does:
@@ -263,7 +266,7 @@ class HALOSimilarity(TemperatureLayer):
         # Relative to the same start: the embeddings are of one size.
         head.raw_gamma.assign(
             ops.convert_to_tensor(self.raw_gamma)
-            + (self._gamma_origin - head._gamma_origin)
+            + (self.gamma_origin - head.gamma_origin)
         )
         return head
 
@@ -295,7 +298,7 @@ class HALOSimilarity(TemperatureLayer):
             )
         return dim
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         self._check_shapes(input_shape)
         (num_queries, _), (num_keys, _) = input_shape
         if self.bidirectional:
@@ -304,7 +307,7 @@ class HALOSimilarity(TemperatureLayer):
         middle = (2,) if self.bidirectional else ()
         return (num_queries, *middle, width)
 
-    def compute_output_spec(self, inputs):
+    def compute_output_spec(self, inputs: Tensor) -> Any:
         for x in inputs:
             check_floating(x.dtype, self)
         # The base class would announce the 16-bit compute dtype of a mixed
@@ -314,7 +317,7 @@ class HALOSimilarity(TemperatureLayer):
             dtype=self.head_dtype,
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "label_smoothing": self.label_smoothing,

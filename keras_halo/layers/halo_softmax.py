@@ -1,8 +1,11 @@
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_halo.layers.score_layer import ScoreLayer
 from keras_halo.ops import packing
+from keras_halo.utils.types import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -46,33 +49,33 @@ class HALOSoftmax(ScoreLayer):
     (2, 3)
     """
 
-    def __init__(self, abstain=True, **kwargs):
+    def __init__(self, abstain: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.abstain = abstain
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self._count_outputs(input_shape)
         self.input_spec = keras.layers.InputSpec(
             min_ndim=2, axes={-1: input_shape[-1]}
         )
         self.built = True
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         logits = packing.answer_logits(ops.cast(inputs, self.head_dtype))
         return ops.softmax(logits if self.abstain else logits[..., :-1])
 
     def _count_outputs(self, input_shape):
         return packing.count_classes(input_shape) + int(self.abstain)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (*input_shape[:-1], self._count_outputs(input_shape))
 
-    def compute_output_spec(self, inputs):
+    def compute_output_spec(self, inputs: Tensor) -> Any:
         return keras.KerasTensor(
             self.compute_output_shape(inputs.shape), dtype=self.head_dtype
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "abstain": self.abstain}

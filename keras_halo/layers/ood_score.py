@@ -1,8 +1,11 @@
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_halo.layers.score_layer import ScoreLayer
 from keras_halo.ops import ood_scores, packing
+from keras_halo.utils.types import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -37,33 +40,33 @@ class OODScore(ScoreLayer):
     (2,)
     """
 
-    def __init__(self, method="abstain", **kwargs):
+    def __init__(self, method: str = "abstain", **kwargs: Any) -> None:
         ood_scores.check_method(method)
         super().__init__(**kwargs)
         self.method = method
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         packing.count_classes(input_shape)
         self.input_spec = keras.layers.InputSpec(
             min_ndim=2, axes={-1: input_shape[-1]}
         )
         self.built = True
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         return ood_scores.ood_score(
             ops.cast(inputs, self.head_dtype), self.method
         )
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return tuple(input_shape[:-1])
 
-    def compute_output_spec(self, inputs):
+    def compute_output_spec(self, inputs: Tensor) -> Any:
         packing.count_classes(inputs.shape)
         return keras.KerasTensor(
             self.compute_output_shape(inputs.shape), dtype=self.head_dtype
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "method": self.method}

@@ -1,3 +1,5 @@
+from typing import Any
+
 import keras
 
 from keras_halo.ops.packing import (
@@ -6,6 +8,7 @@ from keras_halo.ops.packing import (
     check_precision,
 )
 from keras_halo.utils.precision import computation_dtype
+from keras_halo.utils.types import Tensor
 
 _MARK = "packed_columns"
 
@@ -29,16 +32,16 @@ class ScoreLayer(keras.layers.Layer):
     # The place of packed scores among the arguments of a call.
     _SCORES_AT = 0
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.autocast = False
 
     @property
-    def head_dtype(self):
+    def head_dtype(self) -> str:
         """String, the dtype in which the layer computes and answers."""
         return computation_dtype(self.compute_dtype)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         scores = kwargs.get("scores")
         if scores is None and len(args) > self._SCORES_AT:
             scores = args[self._SCORES_AT]
@@ -47,11 +50,11 @@ class ScoreLayer(keras.layers.Layer):
                 check_precision(tensor.dtype)
         return super().__call__(*args, **kwargs)
 
-    def get_build_config(self):
+    def get_build_config(self) -> Any:
         config = super().get_build_config()
         return config and {**config, _MARK: NUM_EXTRA_COLUMNS}
 
-    def build_from_config(self, config):
+    def build_from_config(self, config: dict[str, Any]) -> None:
         config = dict(config)
         if config.pop(_MARK, None) is None:
             config = _with_all_columns(config, self._SHAPES)

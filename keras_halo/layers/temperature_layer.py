@@ -1,9 +1,12 @@
+from typing import Any, Self
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_halo.ops import geometry
 from keras_halo.utils.precision import computation_dtype, exact_constant
+from keras_halo.utils.types import Tensor
 
 # What marks weights whose `raw_gamma` is zero at the start of training.
 _MARK = "raw_gamma_origin"
@@ -32,56 +35,56 @@ class TemperatureLayer(keras.layers.Layer):
 
     VERSION = 2
 
-    def __init__(self, learn_gamma=True, **kwargs):
+    def __init__(self, learn_gamma: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # Inputs and weights are cast in `call`, never down to 16 bits.
         self.autocast = False
         self.learn_gamma = learn_gamma
-        self._version = self.VERSION
-        self._gamma_origin = 0.0
+        self.layout_version = self.VERSION
+        self.gamma_origin = 0.0
 
     @property
-    def head_dtype(self):
+    def head_dtype(self) -> str:
         """String, the dtype in which the layer computes and answers."""
         return computation_dtype(self.compute_dtype)
 
     @property
-    def temperature(self):
+    def temperature(self) -> Tensor:
         """Scalar tensor, the current inverse temperature `gamma`."""
         raw_gamma = ops.convert_to_tensor(self.raw_gamma, self.head_dtype)
-        return geometry.to_temperature(raw_gamma + self._gamma_origin)
+        return geometry.to_temperature(raw_gamma + self.gamma_origin)
 
-    def assign_temperature(self, value):
+    def assign_temperature(self, value: float) -> None:
         """Sets the inverse temperature.
 
         Args:
             value: Positive float.
         """
         raw_gamma = geometry.inverse_softplus(float(value))
-        self.raw_gamma.assign(raw_gamma - self._gamma_origin)
+        self.raw_gamma.assign(raw_gamma - self.gamma_origin)
 
     def _add_temperature(self, embedding_dim):
         start = geometry.inverse_softplus(
             geometry.initial_temperature(embedding_dim)
         )
-        if self._version > 1:
-            self._gamma_origin = start
+        if self.layout_version > 1:
+            self.gamma_origin = start
         self.raw_gamma = self._add_head_weight(
             name="raw_gamma",
             shape=(),
-            initializer=exact_constant(start - self._gamma_origin),
+            initializer=exact_constant(start - self.gamma_origin),
             trainable=self.learn_gamma,
         )
 
     def _add_head_weight(self, **kwargs):
         return self.add_weight(dtype=self.head_dtype, autocast=False, **kwargs)
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
-        if self._gamma_origin:
-            store[_MARK] = np.array(self._gamma_origin)
+        if self.gamma_origin:
+            store[_MARK] = np.array(self.gamma_origin)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         # What Keras passes need not be a dictionary.
         keys = list(store.keys())
         values = {key: store[key] for key in keys if key != _MARK}
@@ -89,22 +92,22 @@ class TemperatureLayer(keras.layers.Layer):
         origin = 0.0 if is_old else float(np.array(store[_MARK]))
         self._check_number_of_weights(values, is_old)
         super().load_own_variables(values)
-        if origin != self._gamma_origin:
+        if origin != self.gamma_origin:
             raw_gamma = np.float64(ops.convert_to_numpy(self.raw_gamma))
-            self.raw_gamma.assign(raw_gamma + (origin - self._gamma_origin))
+            self.raw_gamma.assign(raw_gamma + (origin - self.gamma_origin))
 
     def _check_number_of_weights(self, values, are_old):
         """Names the cure where the weights are those of another layer."""
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "learn_gamma": self.learn_gamma,
-            "version": self._version,
+            "version": self.layout_version,
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         config = dict(config)
         version = config.pop("version", 1)
         if version not in range(1, cls.VERSION + 1):
@@ -116,7 +119,7 @@ class TemperatureLayer(keras.layers.Layer):
         if version == 1:
             config = cls._config_of_version_1(config)
         layer = super().from_config(config)
-        layer._version = version
+        layer.layout_version = version
         return layer
 
     @classmethod

@@ -1,21 +1,30 @@
+from typing import Any
+
 import keras
 from keras import ops
 
-from keras_halo.losses.halo_loss import HALOLoss
+from keras_halo.losses.halo_loss import halo_loss
+from keras_halo.losses.packed_scores_loss import (
+    PackedScoresLoss,
+    checked_scores,
+    without_masked_labels,
+)
 from keras_halo.ops import packing
-from keras_halo.ops.labels import matches
+from keras_halo.ops.labels import pair_labels
+from keras_halo.utils.types import DType, Tensor
+from keras_halo.utils.weights import weight_tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
-class HALOContrastiveLoss(HALOLoss):
+class HALOContrastiveLoss(PackedScoresLoss):
     """The HALO loss of two towers, from the ids of the pairs in a batch.
 
     Takes the place of the symmetric cross-entropy (InfoNCE) in a model that
     ends in `HALOSimilarity`. A query is to find the keys of its own id among
     all keys of the batch; where an id occurs several times in a batch, all of
     its keys are right, in equal parts. It is `HALOLoss` on the soft labels
-    `keras_halo.matches(ids)`, made anew for every batch, whatever its size. In
-    a batch of one pair there is nothing to tell apart: its loss is zero.
+    `keras_halo.pair_labels(ids)`, made anew for every batch, whatever its size.
+    In a batch of one pair there is nothing to tell apart: its loss is zero.
 
     Ids are compared as the integers they are, not as floats.
 
@@ -67,57 +76,48 @@ class HALOContrastiveLoss(HALOLoss):
 
     def __init__(
         self,
-        label_smoothing=0.1,
-        distill=True,
-        radial_weight=1.0,
-        reduction="sum_over_batch_size",
-        name="halo_contrastive_loss",
-        dtype=None,
-    ):
+        label_smoothing: float = 0.1,
+        distill: bool = True,
+        radial_weight: float = 1.0,
+        reduction: str | None = "sum_over_batch_size",
+        name: str | None = "halo_contrastive_loss",
+        dtype: DType = None,
+    ) -> None:
         super().__init__(
-            label_smoothing=label_smoothing,
-            distill=distill,
-            radial_weight=radial_weight,
-            reduction=reduction,
-            name=name,
-            dtype=dtype,
+            label_smoothing, distill, radial_weight, reduction, name, dtype
         )
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
+    def __call__(
+        self, y_true: Any, y_pred: Tensor, sample_weight: Any = None
+    ) -> Tensor:
         # Before the base class turns them into floats: a float32 cannot tell
         # 2^24 from its successor.
-        labels = ops.convert_to_tensor(matches(y_true, dtype=self.dtype))
-        y_pred = ops.convert_to_tensor(y_pred)
+        labels = ops.convert_to_tensor(pair_labels(y_true, dtype=self.dtype))
+        y_pred = checked_scores(ops.convert_to_tensor(y_pred))
         _check_pairs(labels.shape, y_pred.shape)
         if len(y_pred.shape) == 3:
             labels = ops.stack([labels, labels], axis=1)
-            sample_weight = _per_pair(sample_weight)
+            if sample_weight is not None:
+                # That of a pair is that of both directions.
+                positions = y_pred.shape[:-1]
+                sample_weight = weight_tensor(sample_weight, positions)
+        labels = without_masked_labels(labels, y_pred)
         return super().__call__(labels, y_pred, sample_weight=sample_weight)
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
         if y_pred.shape[-1] == packing.packed_width(1):
             # Not bare zeros, which have no gradient.
             return y_pred[..., 0] * 0.0
-        losses = super().call(y_true, y_pred)
+        losses = halo_loss(
+            y_true,
+            y_pred,
+            label_smoothing=self.label_smoothing,
+            distill=self.distill,
+            radial_weight=self.radial_weight,
+        )
         if y_pred.shape[-1] is None:
-            losses = ops.where(packing.class_count(y_pred) > 1, losses, 0.0)
+            losses = ops.where(packing.count_classes(y_pred) > 1, losses, 0.0)
         return losses
-
-    def get_config(self):
-        config = super().get_config()
-        # They need integer labels.
-        del config["ignore_class"], config["block_size"]
-        return config
-
-
-def _per_pair(sample_weight):
-    """Weights of pairs, made to broadcast over both directions."""
-    if sample_weight is None:
-        return None
-    sample_weight = ops.convert_to_tensor(sample_weight)
-    if len(sample_weight.shape) == 1:
-        sample_weight = ops.expand_dims(sample_weight, axis=-1)
-    return sample_weight
 
 
 def _check_pairs(labels_shape, y_pred_shape):
@@ -139,5 +139,5 @@ def _check_pairs(labels_shape, y_pred_shape):
             f"{labels_shape[0]} ids and scores of shape "
             f"{tuple(y_pred_shape)}. For keys that are not paired with the "
             "queries use `keras_halo.HALOLoss` with the labels "
-            "`keras_halo.matches(query_ids, key_ids)`."
+            "`keras_halo.pair_labels(query_ids, key_ids)`."
         )

@@ -1,33 +1,39 @@
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
-from keras.src import backend
 
+from keras_halo.losses.packed_scores_loss import (
+    PackedScoresLoss,
+    checked_scores,
+    without_masked_labels,
+)
 from keras_halo.ops import blockwise, fused, geometry, packing
 from keras_halo.ops.labels import (
     are_distributions,
     are_integer_labels,
-    check_distributions,
+    check_ignore_class,
+    label_tensor,
+    read_labels,
 )
-from keras_halo.utils.checks import (
-    check_block_size,
-    check_label_smoothing,
-    check_numeric_labels,
-)
+from keras_halo.utils.checks import check_block_size
+from keras_halo.utils.keras_private import mask_of, set_mask
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.shapes import axis_length
+from keras_halo.utils.types import DType, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
 def halo_loss(
-    y_true,
-    y_pred,
-    label_smoothing=0.1,
-    distill=True,
-    radial_weight=1.0,
-    ignore_class=None,
-    block_size=None,
-):
+    y_true: Any,
+    y_pred: Tensor,
+    label_smoothing: float = 0.1,
+    distill: bool = True,
+    radial_weight: float = 1.0,
+    ignore_class: int | None = None,
+    block_size: int | None = None,
+) -> Tensor:
     """Computes the HALO loss of packed scores, sample by sample.
 
     Formula:
@@ -65,10 +71,8 @@ def halo_loss(
     """
     y_pred = ops.convert_to_tensor(y_pred)
     y_pred = ops.cast(y_pred, computation_dtype(y_pred.dtype))
-    y_true = ops.convert_to_tensor(y_true)
-    if are_integer_labels(y_true.shape, y_pred.shape):
-        if len(y_true.shape) == len(y_pred.shape):
-            y_true = ops.squeeze(y_true, axis=-1)
+    y_true, are_integers = label_tensor(y_true, y_pred.shape)
+    if are_integers:
         counted = None
         if ignore_class is not None:
             counted = ops.not_equal(y_true, ignore_class)
@@ -83,22 +87,16 @@ def halo_loss(
         if counted is not None:
             losses = ops.where(counted, losses, 0.0)
             # As Keras's own losses do, so that ignored samples leave the mean.
-            backend.set_keras_mask(losses, mask=counted)
+            set_mask(losses, counted)
         return losses
-    if ignore_class is not None:
-        raise ValueError(
-            "`ignore_class` needs integer labels of shape "
-            f"{tuple(y_pred.shape[:-1])}. Received: labels of shape "
-            f"{tuple(y_true.shape)} with ignore_class={ignore_class}. Pass "
-            "integer labels, or give the samples to ignore a `sample_weight` "
-            "of zero."
-        )
+    received = f"labels of shape {tuple(y_true.shape)}"
+    check_ignore_class(ignore_class, are_integers, received)
     if block_size is not None:
         raise ValueError(
             "`block_size` needs integer labels of shape "
             f"{tuple(y_pred.shape[:-1])}: a distribution over so many classes "
-            "would take the memory that blocks save. Received: labels of "
-            f"shape {tuple(y_true.shape)} with block_size={block_size}."
+            f"would take the memory that blocks save. Received: {received} "
+            f"with block_size={block_size}."
         )
     return _losses_of_distribution(
         ops.cast(y_true, y_pred.dtype),
@@ -141,7 +139,7 @@ def _losses_of_distribution(
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
-class HALOLoss(keras.losses.Loss):
+class HALOLoss(PackedScoresLoss):
     """Cross-entropy on distances to centroids, with embeddings kept on shells.
 
     Takes the place of `CategoricalCrossentropy` or
@@ -235,52 +233,33 @@ class HALOLoss(keras.losses.Loss):
 
     def __init__(
         self,
-        label_smoothing=0.1,
-        distill=True,
-        radial_weight=1.0,
-        ignore_class=None,
-        block_size=None,
-        reduction="sum_over_batch_size",
-        name="halo_loss",
-        dtype=None,
-    ):
-        check_label_smoothing(label_smoothing)
-        if not radial_weight >= 0.0:
-            raise ValueError(
-                "`radial_weight` must be non-negative: a negative weight would "
-                "reward embeddings for leaving their shell. Received: "
-                f"radial_weight={radial_weight}. Use 0 to switch the radial "
-                "term off."
-            )
+        label_smoothing: float = 0.1,
+        distill: bool = True,
+        radial_weight: float = 1.0,
+        ignore_class: int | None = None,
+        block_size: int | None = None,
+        reduction: str | None = "sum_over_batch_size",
+        name: str | None = "halo_loss",
+        dtype: DType = None,
+    ) -> None:
         check_block_size(block_size)
-        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         super().__init__(
-            name=name,
-            reduction=reduction,
-            dtype=computation_dtype(policy.compute_dtype),
+            label_smoothing, distill, radial_weight, reduction, name, dtype
         )
-        self.label_smoothing = label_smoothing
-        self.distill = distill
-        self.radial_weight = radial_weight
         self.ignore_class = ignore_class
         self.block_size = block_size
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
-        if isinstance(y_pred, (np.ndarray, list, tuple)):
-            y_pred = np.asarray(y_pred)
-            packing.check_packed(y_pred, argument="y_pred")
-        elif hasattr(y_pred, "dtype"):
-            # Before Keras casts them, and what is lost cannot be seen.
-            packing.check_precision(y_pred.dtype, "y_pred")
-        mask = backend.get_keras_mask(y_pred)
-        if mask is not None:
-            y_true = _without_masked_labels(y_true, y_pred.shape, mask)
+    def __call__(
+        self, y_true: Any, y_pred: Tensor, sample_weight: Any = None
+    ) -> Tensor:
+        y_pred = checked_scores(y_pred)
+        if mask_of(y_pred) is not None:
+            y_true = without_masked_labels(y_true, y_pred)
         elif isinstance(y_true, (np.ndarray, list, tuple)):
-            y_true = np.asarray(y_true)
-            _check_labels(y_true, y_pred.shape, self.ignore_class)
+            y_true = _checked_labels(y_true, y_pred.shape, self.ignore_class)
         return super().__call__(y_true, y_pred, sample_weight=sample_weight)
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
         return halo_loss(
             y_true,
             y_pred,
@@ -291,45 +270,24 @@ class HALOLoss(keras.losses.Loss):
             block_size=self.block_size,
         )
 
-    def get_config(self):
-        config = super().get_config()
-        config.update(
-            {
-                "label_smoothing": self.label_smoothing,
-                "distill": self.distill,
-                "radial_weight": self.radial_weight,
-                "ignore_class": self.ignore_class,
-                "block_size": self.block_size,
-                "dtype": self.dtype,
-            }
-        )
-        return config
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "ignore_class": self.ignore_class,
+            "block_size": self.block_size,
+        }
 
 
-def _without_masked_labels(y_true, y_pred_shape, mask):
-    """Replaces labels at masked positions, often -1, by a harmless class."""
-    y_true = ops.convert_to_tensor(y_true)
-    are_integer_labels(y_true.shape, y_pred_shape)
-    if len(y_true.shape) == len(y_pred_shape):
-        mask = ops.expand_dims(mask, axis=-1)
-    return ops.where(mask, y_true, ops.zeros_like(y_true))
-
-
-def _check_labels(y_true, y_pred_shape, ignore_class):
-    check_numeric_labels(y_true)
-    if not are_integer_labels(y_true.shape, y_pred_shape):
-        check_distributions(y_true)
-        return
-    num_classes = packing.count_classes(y_pred_shape)
-    wrong = ~((y_true >= 0) & (y_true < num_classes))
-    wrong |= y_true != np.floor(y_true)
-    if ignore_class is not None:
-        wrong &= y_true != ignore_class
-    if wrong.any():
-        raise ValueError(
-            f"Labels must be integers in [0, {num_classes})"
-            + ("" if ignore_class is None else f" or {ignore_class}")
-            + f". Received: {int(wrong.sum())} of {wrong.size} labels out of "
-            f"range, among them {y_true[wrong].flat[0]}. Number the classes "
-            "from zero, or name the label to leave out as `ignore_class`."
-        )
+def _checked_labels(y_true, y_pred_shape, ignore_class):
+    are_integer_labels(np.shape(y_true), y_pred_shape)
+    num_classes = None
+    if y_pred_shape[-1] is not None:
+        num_classes = packing.count_classes(y_pred_shape)
+    return read_labels(
+        y_true,
+        y_pred_shape[:-1],
+        num_classes,
+        ignore_class,
+        remedy="Number the classes from zero, or name the label to leave out "
+        "as `ignore_class`.",
+    )

@@ -7,10 +7,9 @@ from keras_halo.metrics.calibration import (
     reliability_bins,
     renormalize,
 )
-from keras_halo.metrics.coverage import Coverage
 from keras_halo.metrics.expected_calibration import ExpectedCalibrationError
-from keras_halo.metrics.on_probabilities import OnProbabilities
-from keras_halo.metrics.ranking import aupr, auroc, fpr_at_95, fpr_at_recall
+from keras_halo.metrics.probability_metric import ProbabilityMetric
+from keras_halo.metrics.ranking import aupr, auroc, fpr_at_recall
 from keras_halo.metrics.selective import (
     RiskCoverageCurve,
     augrc,
@@ -21,9 +20,8 @@ from keras_halo.metrics.selective_accuracy import SelectiveAccuracy
 
 __all__ = [
     "AbstentionRate",
-    "Coverage",
     "ExpectedCalibrationError",
-    "OnProbabilities",
+    "ProbabilityMetric",
     "ReliabilityBins",
     "RiskCoverageCurve",
     "SelectiveAccuracy",
@@ -33,7 +31,6 @@ __all__ = [
     "auroc",
     "brier_score",
     "expected_calibration_error",
-    "fpr_at_95",
     "fpr_at_recall",
     "negative_log_likelihood",
     "reliability_bins",

@@ -1,7 +1,11 @@
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_halo.metrics.packed_mean import PackedMean
+from keras_halo.utils.keras_private import set_direction
+from keras_halo.utils.types import DType, Tensor
 
 
 def abstained(logits):
@@ -71,10 +75,17 @@ class AbstentionRate(PackedMean):
 
     reads_labels = False
 
-    def __init__(self, ignore_class=None, name="abstention_rate", dtype=None):
+    def __init__(
+        self,
+        ignore_class: int | None = None,
+        name: str | None = "abstention_rate",
+        dtype: DType = None,
+    ) -> None:
         super().__init__(ignore_class=ignore_class, name=name, dtype=dtype)
         # Metric should be minimized during optimization.
-        self._direction = "down"
+        set_direction(self, "down")
 
-    def values_and_weights(self, samples, weights):
+    def values_and_weights(
+        self, samples: Any, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return ops.cast(abstained(samples.logits), self.dtype), weights

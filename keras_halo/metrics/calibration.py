@@ -11,7 +11,9 @@ import collections
 
 import numpy as np
 
+from keras_halo.ops.labels import read_labels
 from keras_halo.utils.checks import check_finite, to_array
+from keras_halo.utils.types import Array, ArrayLike
 
 # The smallest normal float32: about what a float32 model can output at all.
 PROBABILITY_FLOOR = float(np.finfo("float32").tiny)
@@ -64,7 +66,7 @@ def bin_edges(num_bins):
     return np.linspace(0.0, 1.0, num_bins + 1)
 
 
-def renormalize(probabilities):
+def renormalize(probabilities: ArrayLike) -> Array:
     """Class probabilities under the condition that the model answers.
 
     Formula:
@@ -99,7 +101,9 @@ def renormalize(probabilities):
     return scaled / scaled.sum(axis=-1, keepdims=True)
 
 
-def reliability_bins(labels, probabilities, num_bins=15):
+def reliability_bins(
+    labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 15
+) -> ReliabilityBins:
     """Sorts samples into bins of confidence: what a reliability diagram shows.
 
     The confidence of a sample is the largest of its class probabilities. The
@@ -153,7 +157,9 @@ def reliability_bins(labels, probabilities, num_bins=15):
     return ReliabilityBins(mean(confidence), mean(accuracy), count, edges)
 
 
-def expected_calibration_error(labels, probabilities, num_bins=15):
+def expected_calibration_error(
+    labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 15
+) -> float:
     """Expected distance between confidence and accuracy.
 
     Formula:
@@ -195,7 +201,7 @@ def expected_calibration_error(labels, probabilities, num_bins=15):
     return float(np.sum(bins.count[filled] * gap) / bins.count.sum())
 
 
-def brier_score(labels, probabilities):
+def brier_score(labels: ArrayLike, probabilities: ArrayLike) -> float:
     """Mean squared distance between probabilities and labels.
 
     Formula:
@@ -233,7 +239,9 @@ def brier_score(labels, probabilities):
     return float(np.mean(np.sum((probabilities - labels) ** 2, axis=-1)))
 
 
-def negative_log_likelihood(labels, probabilities):
+def negative_log_likelihood(
+    labels: ArrayLike, probabilities: ArrayLike
+) -> float:
     """Mean negative log-probability of the labels, in nats.
 
     Formula:
@@ -274,28 +282,17 @@ def _checked(labels, probabilities):
     """Labels as a distribution of shape `(N, K)`, and the probabilities."""
     probabilities = _checked_probabilities(probabilities)
     num_samples, num_classes = probabilities.shape
-    labels = to_array(labels)
-    if labels.shape == (num_samples, num_classes):
-        _check_distribution(labels)
-        return labels, probabilities
-    if labels.shape not in ((num_samples,), (num_samples, 1)):
-        raise ValueError(
-            "Labels do not fit the probabilities: expected integers of shape "
-            f"{(num_samples,)} or a distribution of shape "
-            f"{(num_samples, num_classes)}. Received: labels of shape "
-            f"{labels.shape}. Pass both for the same samples; flatten "
-            "positions of tokens or pixels into samples."
-        )
-    labels = labels.reshape(num_samples)
-    wrong = ~np.isin(labels, np.arange(num_classes))
-    if wrong.any():
-        raise ValueError(
-            f"Labels must be integers in [0, {num_classes}). Received: "
-            f"{int(wrong.sum())} of {wrong.size} labels out of range, among "
-            f"them {labels[wrong][0]:g}. Leave samples of no class out."
-        )
+    labels = read_labels(
+        labels,
+        (num_samples,),
+        num_classes,
+        remedy="Leave samples of no class out.",
+    )
+    if labels.ndim > 1:
+        _check_no_zeros(labels)
+        return labels.astype("float64"), probabilities
     one_hot = np.zeros_like(probabilities)
-    one_hot[np.arange(num_samples), labels.astype("int64")] = 1.0
+    one_hot[np.arange(num_samples), labels] = 1.0
     return one_hot, probabilities
 
 
@@ -326,15 +323,11 @@ def _checked_probabilities(probabilities):
     return probabilities
 
 
-def _check_distribution(labels):
-    check_finite(labels, "labels")
-    wrong = (labels < 0.0).any(axis=-1) | (
-        np.abs(labels.sum(axis=-1) - 1.0) > _TOLERANCE
-    )
-    if wrong.any():
+def _check_no_zeros(labels):
+    empty = ~labels.any(axis=-1)
+    if empty.any():
         raise ValueError(
-            "Labels with one column a class must be distributions: "
-            "non-negative rows that sum to one. Received: "
-            f"{int(wrong.sum())} of {wrong.size} rows that do not, the first "
-            f"{labels[wrong][0]}."
+            "Rows of labels must be distributions over the classes, with a sum "
+            f"of one. Received: {int(empty.sum())} of {empty.size} rows of "
+            "zeros. Leave samples of no class out."
         )

@@ -1,3 +1,5 @@
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -9,6 +11,8 @@ from keras_halo.metrics.samples import (
     class_probabilities,
     one_hot,
 )
+from keras_halo.utils.keras_private import set_direction
+from keras_halo.utils.types import DType, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -70,12 +74,12 @@ class ExpectedCalibrationError(PackedMean):
 
     def __init__(
         self,
-        num_bins=15,
-        renormalize=True,
-        ignore_class=None,
-        name="expected_calibration_error",
-        dtype=None,
-    ):
+        num_bins: int = 15,
+        renormalize: bool = True,
+        ignore_class: int | None = None,
+        name: str | None = "expected_calibration_error",
+        dtype: DType = None,
+    ) -> None:
         check_num_bins(num_bins)
         super().__init__(
             shape=(num_bins,), ignore_class=ignore_class, name=name, dtype=dtype
@@ -83,9 +87,11 @@ class ExpectedCalibrationError(PackedMean):
         self.num_bins = num_bins
         self.renormalize = renormalize
         # Metric should be minimized during optimization.
-        self._direction = "down"
+        set_direction(self, "down")
 
-    def values_and_weights(self, samples, weights):
+    def values_and_weights(
+        self, samples: Any, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         probabilities = class_probabilities(samples.logits, self.renormalize)
         confidence = ops.max(probabilities, axis=-1)
         # Of logits: where abstaining is far ahead, probabilities underflow.
@@ -109,10 +115,10 @@ class ExpectedCalibrationError(PackedMean):
             [reached, none], axis=0
         )
 
-    def result(self):
+    def result(self) -> Tensor:
         return ops.sum(ops.absolute(super().result()))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "num_bins": self.num_bins,

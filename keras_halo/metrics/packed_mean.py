@@ -1,8 +1,11 @@
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_halo.metrics.samples import check_labels_given, to_samples
 from keras_halo.utils.precision import computation_dtype
+from keras_halo.utils.types import DType, Tensor
 
 
 def compensated_add(total, correction, increment):
@@ -60,7 +63,13 @@ class PackedMean(keras.Metric):
     # Whether the value of a sample depends on its label.
     reads_labels = True
 
-    def __init__(self, shape=(), ignore_class=None, name=None, dtype=None):
+    def __init__(
+        self,
+        shape: tuple[int, ...] = (),
+        ignore_class: int | None = None,
+        name: str | None = None,
+        dtype: DType = None,
+    ) -> None:
         policy = keras.dtype_policies.get(dtype or keras.config.floatx())
         super().__init__(
             name=name, dtype=computation_dtype(policy.compute_dtype)
@@ -76,7 +85,9 @@ class PackedMean(keras.Metric):
             shape=shape, initializer="zeros", dtype=self.dtype, name=name
         )
 
-    def values_and_weights(self, samples, weights):
+    def values_and_weights(
+        self, samples: Any, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What is averaged, and the weight it has.
 
         Args:
@@ -90,7 +101,9 @@ class PackedMean(keras.Metric):
         """
         raise NotImplementedError
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    def update_state(
+        self, y_true: Any, y_pred: Tensor, sample_weight: Any = None
+    ) -> None:
         """Adds a batch.
 
         Args:
@@ -135,7 +148,7 @@ class PackedMean(keras.Metric):
         total.assign(new_total)
         correction.assign(new_correction)
 
-    def result(self):
+    def result(self) -> Tensor:
         total = self.total + self.total_correction
         weight = self.weight + self.weight_correction
         # Written so that a NaN weight stays one.
@@ -144,5 +157,5 @@ class PackedMean(keras.Metric):
             nothing, float("nan"), total / ops.where(nothing, 1.0, weight)
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "ignore_class": self.ignore_class}

@@ -9,11 +9,12 @@ import numpy as np
 
 from keras_halo.utils.checks import finite_vector
 from keras_halo.utils.extras import require
+from keras_halo.utils.types import ArrayLike
 
 SIDES = ("known", "unknown")
 
 
-def auroc(known, unknown):
+def auroc(known: ArrayLike, unknown: ArrayLike) -> float:
     """Area under the ROC curve: how often an unknown outscores a known input.
 
     The same whichever side is called positive.
@@ -47,7 +48,9 @@ def auroc(known, unknown):
     return float(sklearn_metrics.auc(false_positive_rate, true_positive_rate))
 
 
-def aupr(known, unknown, positive="unknown"):
+def aupr(
+    known: ArrayLike, unknown: ArrayLike, positive: str = "unknown"
+) -> float:
     """Area under the precision-recall curve, as average precision.
 
     Unlike `auroc` it depends on how many inputs either side has, and on the
@@ -86,8 +89,15 @@ def aupr(known, unknown, positive="unknown"):
     )
 
 
-def fpr_at_recall(known, unknown, recall=0.95, positive="known"):
-    """Share of the other side that is let in when a recall must be reached.
+def fpr_at_recall(
+    known: ArrayLike,
+    unknown: ArrayLike,
+    recall: float = 0.95,
+    positive: str = "known",
+) -> float:
+    """False positive rate at a recall; FPR@95 by default.
+
+    The share of the other side that is let in when a recall must be reached.
 
     Two conventions share the name "FPR@95", and the same scores can give 20 %
     in one and 77 % in the other. State which one a number follows:
@@ -143,29 +153,6 @@ def fpr_at_recall(known, unknown, recall=0.95, positive="known"):
         labels, ranks, drop_intermediate=False
     )
     return float(false_positive_rate[np.argmax(true_positive_rate >= recall)])
-
-
-def fpr_at_95(known, unknown, positive="known"):
-    """`fpr_at_recall` at the customary recall of 95 %.
-
-    Args:
-        known: 1-D array, the scores of inputs of the known classes.
-        unknown: 1-D array, the scores of outliers.
-        positive: String, the side whose recall is meant: `"known"` (ODIN) or
-            `"unknown"` (OpenOOD v1.5). Defaults to `"known"`.
-
-    Returns:
-        Float in `[0, 1]`; smaller is better.
-
-    Raises:
-        ValueError: As `fpr_at_recall`.
-
-    Example:
-
-    >>> fpr_at_95(known=[0.1, 0.2, 0.3], unknown=[0.2, 0.4])
-    0.5
-    """
-    return fpr_at_recall(known, unknown, recall=0.95, positive=positive)
 
 
 def _labelled_ranks(known, unknown, positive):

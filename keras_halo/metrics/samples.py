@@ -8,11 +8,16 @@ import collections
 
 import numpy as np
 from keras import ops
-from keras.src import backend
 
 from keras_halo.ops import packing
-from keras_halo.ops.labels import are_integer_labels, check_distributions
-from keras_halo.utils.checks import check_numeric_labels
+from keras_halo.ops.labels import (
+    are_integer_labels,
+    check_ignore_class,
+    label_tensor,
+    read_labels,
+)
+from keras_halo.utils.keras_private import mask_of
+from keras_halo.utils.weights import weight_tensor
 
 Samples = collections.namedtuple(
     "Samples", ["logits", "labels", "weights", "packed"]
@@ -66,37 +71,35 @@ def to_samples(
         packing.check_packed(y_pred, argument="y_pred")
     elif hasattr(y_pred, "dtype"):
         packing.check_precision(y_pred.dtype, "y_pred")
-    mask = backend.get_keras_mask(y_pred)
+    mask = mask_of(y_pred)
     y_pred = ops.cast(ops.convert_to_tensor(y_pred), dtype)
     num_classes = packing.count_classes(y_pred.shape)
 
     labels = counted = None
     if y_true is not None:
-        _check_integral(y_true, y_pred.shape)
-        y_true = ops.convert_to_tensor(y_true)
-        if are_integer_labels(y_true.shape, y_pred.shape):
-            labels = ops.reshape(y_true, (-1,))
-            is_float = "float" in backend.standardize_dtype(labels.dtype)
-            integral = labels == ops.floor(labels) if is_float else None
-            labels = ops.cast(labels, "int32")
-            if is_float:
-                # A label of 0.9 belongs to no class, and is none to ignore.
-                none = -1 if ignore_class != -1 else -2
-                labels = ops.where(integral, labels, none)
+        labels, are_integers = _read_labels(y_true, y_pred.shape, num_classes)
+        if are_integers:
+            labels = _whole(ops.reshape(labels, (-1,)), ignore_class)
         else:
-            labels = ops.cast(ops.reshape(y_true, (-1, num_classes)), dtype)
+            labels = ops.cast(ops.reshape(labels, (-1, num_classes)), dtype)
             # A row of zeros has no part, as in the loss.
             counted = ops.cast(ops.sum(labels, axis=-1) > 0.0, dtype)
-    if ignore_class is not None:
-        _check_ignorable(labels, ignore_class)
+    check_ignore_class(
+        ignore_class,
+        labels is not None and not are_distributions(labels),
+        "no labels" if labels is None else "a label distribution",
+    )
 
-    template = y_pred[..., 0]
+    template = ops.ones_like(y_pred[..., 0])
     weights = None
-    if sample_weight is not None:
-        weights = _spread(sample_weight, template, "sample_weight")
-    if mask is not None:
-        mask = _spread(mask, template, "the mask of y_pred")
-        weights = mask if weights is None else weights * mask
+    for given, argument in (
+        (sample_weight, "sample_weight"),
+        (mask, "the mask of y_pred"),
+    ):
+        if given is not None:
+            given = weight_tensor(given, template.shape, argument)
+            given = ops.cast(given, dtype) * template
+            weights = given if weights is None else weights * given
     if weights is not None:
         weights = ops.reshape(weights, (-1,))
     if ignore_class is not None:
@@ -118,24 +121,22 @@ def to_samples(
     )
 
 
-def _check_integral(y_true, y_pred_shape):
-    if not isinstance(y_true, (np.ndarray, list, tuple)):
-        return
-    y_true = np.asarray(y_true)
-    check_numeric_labels(y_true)
-    if not are_integer_labels(y_true.shape, y_pred_shape):
-        check_distributions(y_true)
-        return
-    if y_true.dtype.kind != "f":
-        return
-    fractional = y_true != np.floor(y_true)
-    if fractional.any():
-        raise ValueError(
-            "Labels must be integers. Received: "
-            f"{int(fractional.sum())} of {y_true.size} that are not, among "
-            f"them {y_true[fractional].flat[0]}. Pass a distribution over the "
-            "classes, of shape `(..., K)`, for soft labels."
+def _read_labels(y_true, y_pred_shape, num_classes):
+    if isinstance(y_true, (np.ndarray, list, tuple)):
+        are_integer_labels(np.shape(y_true), y_pred_shape)
+        y_true = read_labels(
+            y_true, y_pred_shape[:-1], num_classes, any_integer=True
         )
+    return label_tensor(y_true, y_pred_shape)
+
+
+def _whole(labels, ignore_class):
+    """Labels in int32; one that int32 cannot hold is of no class."""
+    whole = ops.cast(labels, "int32")
+    # A label of 0.9 is none to ignore either.
+    none = -1 if ignore_class != -1 else -2
+    is_same = ops.equal(ops.cast(whole, labels.dtype), labels)
+    return ops.where(is_same, whole, none)
 
 
 def check_labels_given(y_true, reader):
@@ -214,35 +215,3 @@ def one_hot(labels, num_classes, dtype):
 def are_distributions(labels):
     """Tells label distributions from integer labels, both flattened."""
     return len(labels.shape) == 2
-
-
-def _check_ignorable(labels, ignore_class):
-    if labels is None or are_distributions(labels):
-        received = "no labels" if labels is None else "a label distribution"
-        raise ValueError(
-            f"`ignore_class` needs integer labels. Received: {received} with "
-            f"ignore_class={ignore_class}. Pass integer labels, or give the "
-            "samples to ignore a `sample_weight` of zero."
-        )
-
-
-def _spread(weights, template, argument):
-    """Broadcasts weights over the positions of a sample."""
-    weights = ops.cast(ops.convert_to_tensor(weights), template.dtype)
-    shape = tuple(weights.shape)
-    rank = len(template.shape)
-    if len(weights.shape) == rank + 1 and weights.shape[-1] == 1:
-        weights = ops.squeeze(weights, axis=-1)
-    while len(weights.shape) < rank:
-        weights = ops.expand_dims(weights, axis=-1)
-    fits = len(weights.shape) == rank and all(
-        a is None or b is None or a in (1, b)
-        for a, b in zip(weights.shape, template.shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            f"Expected {argument} of shape {tuple(template.shape)}, or of its "
-            f"first axes. Received: shape={shape}. Give every sample, or every "
-            "position of it, one weight."
-        )
-    return weights * ops.ones_like(template)

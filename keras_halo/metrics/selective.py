@@ -10,6 +10,7 @@ import collections
 import numpy as np
 
 from keras_halo.utils.checks import finite_vector
+from keras_halo.utils.types import ArrayLike
 
 RiskCoverageCurve = collections.namedtuple(
     "RiskCoverageCurve", ["coverage", "risk", "threshold"]
@@ -24,7 +25,9 @@ Args:
 """
 
 
-def risk_coverage_curve(errors, uncertainty):
+def risk_coverage_curve(
+    errors: ArrayLike, uncertainty: ArrayLike
+) -> RiskCoverageCurve:
     """Risk and coverage at every threshold that the uncertainties allow.
 
     Formula:
@@ -66,7 +69,7 @@ def risk_coverage_curve(errors, uncertainty):
     )
 
 
-def aurc(errors, uncertainty):
+def aurc(errors: ArrayLike, uncertainty: ArrayLike) -> float:
     """Area under the risk-coverage curve.
 
     The mean risk over the `N` coverages `1/N, 2/N, ..., 1`. Within a group of
@@ -111,7 +114,7 @@ def aurc(errors, uncertainty):
     return float(np.mean(np.cumsum(spread) / accepted))
 
 
-def augrc(errors, uncertainty):
+def augrc(errors: ArrayLike, uncertainty: ArrayLike) -> float:
     """Area under the generalized risk-coverage curve.
 
     The generalized risk is the share of *all* samples that are accepted and

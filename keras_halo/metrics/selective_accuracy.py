@@ -1,9 +1,13 @@
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_halo.metrics.abstention_rate import abstained
 from keras_halo.metrics.packed_mean import PackedMean
 from keras_halo.metrics.samples import are_distributions
+from keras_halo.utils.keras_private import set_direction
+from keras_halo.utils.types import DType, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -11,7 +15,8 @@ class SelectiveAccuracy(PackedMean):
     """Accuracy among the samples on which the model names a class.
 
     `"accuracy"` counts an abstention as a mistake; this metric leaves it out.
-    Read it together with `Coverage`.
+    Read it together with `AbstentionRate`: an
+    accuracy among the answered samples means little without their share.
 
     Formula:
 
@@ -54,13 +59,18 @@ class SelectiveAccuracy(PackedMean):
     """
 
     def __init__(
-        self, ignore_class=None, name="selective_accuracy", dtype=None
-    ):
+        self,
+        ignore_class: int | None = None,
+        name: str | None = "selective_accuracy",
+        dtype: DType = None,
+    ) -> None:
         super().__init__(ignore_class=ignore_class, name=name, dtype=dtype)
         # Metric should be maximized during optimization.
-        self._direction = "up"
+        set_direction(self, "up")
 
-    def values_and_weights(self, samples, weights):
+    def values_and_weights(
+        self, samples: Any, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         labels = samples.labels
         if are_distributions(labels):
             labels = ops.cast(ops.argmax(labels, axis=-1), "int32")

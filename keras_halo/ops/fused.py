@@ -360,7 +360,7 @@ def integer_label_losses(
     >>> round(float(loss[0]), 4)
     1.0986
     """
-    num_classes = packing.class_count(scores)
+    num_classes = packing.count_classes(scores)
     shape = None
     if len(scores.shape) > 2:
         shape = ops.shape(labels)

@@ -20,10 +20,12 @@ References:
 """
 
 import math
+from typing import Any
 
 from keras import backend, ops
 
 from keras_halo.utils.shapes import axis_length
+from keras_halo.utils.types import Tensor
 
 # Below this squared radius the logarithm of the radial term continues as its
 # tangent, which bounds the push off a centroid that an embedding sits on.
@@ -47,7 +49,7 @@ MAX_SQUARED_LENGTH = 256
 MAX_COMPONENT = 1e12
 
 
-def shell(embedding_dim):
+def shell(embedding_dim: int) -> float:
     """Squared radius of the shell on which a unit Gaussian concentrates.
 
     The mode of a chi-square distribution with `D` degrees of freedom, divided
@@ -73,7 +75,7 @@ def shell(embedding_dim):
     return 1.0 - 2.0 / embedding_dim
 
 
-def initial_temperature(embedding_dim):
+def initial_temperature(embedding_dim: int) -> float:
     """Temperature at the start of training.
 
     Formula:
@@ -96,7 +98,7 @@ def initial_temperature(embedding_dim):
     return 20.0 / (2.0 - shell(embedding_dim))
 
 
-def default_embedding_dim(num_classes):
+def default_embedding_dim(num_classes: int) -> int:
     """Size of the embedding that a head makes for a number of classes.
 
     Twice as many dimensions as classes, as a power of two, within bounds:
@@ -122,7 +124,7 @@ def default_embedding_dim(num_classes):
     return min(max(1 << (2 * num_classes - 1).bit_length(), 128), 1024)
 
 
-def normalized_features(features):
+def normalized_features(features: Tensor) -> Tensor:
     """Features of one mean magnitude.
 
     Not of one root mean square: dropout raises that, and the features of
@@ -167,7 +169,7 @@ def normalized_features(features):
     return constant + damping * (normalized - constant)
 
 
-def length_factor(num_features):
+def length_factor(num_features: int) -> float:
     """By how much features are too long, `sqrt(max(n / 256, 1))`.
 
     Args:
@@ -184,7 +186,7 @@ def length_factor(num_features):
     return math.sqrt(max(num_features / MAX_SQUARED_LENGTH, 1.0))
 
 
-def inverse_softplus(value):
+def inverse_softplus(value: float) -> float:
     """Returns the number whose softplus is `value`.
 
     Formula:
@@ -208,7 +210,9 @@ def inverse_softplus(value):
     return value + math.log(-math.expm1(-value))
 
 
-def abstain_bias(embedding_dim, num_classes, label_smoothing):
+def abstain_bias(
+    embedding_dim: int, num_classes: int | Tensor, label_smoothing: float
+) -> Any:
     """Logit of the abstain class: the margin a class must beat to be named.
 
     The centroid of the abstain class is the origin, whose distance logit is
@@ -241,7 +245,7 @@ def abstain_bias(embedding_dim, num_classes, label_smoothing):
     return margin - target_log_odds(num_classes, label_smoothing)
 
 
-def target_log_odds(num_classes, label_smoothing):
+def target_log_odds(num_classes: int | Tensor, label_smoothing: float) -> Any:
     """Log-odds that a smoothed label gives its class over another one.
 
     Formula:
@@ -276,7 +280,7 @@ def target_log_odds(num_classes, label_smoothing):
     return ops.log(odds) if ops.is_tensor(odds) else math.log(odds)
 
 
-def to_temperature(raw_gamma):
+def to_temperature(raw_gamma: Tensor) -> Tensor:
     """Temperature of the distances, positive whatever the raw weight is.
 
     Formula:
@@ -305,7 +309,7 @@ def to_temperature(raw_gamma):
     return ops.clip(gamma, MIN_TEMPERATURE, math.inf)
 
 
-def centered(centroids):
+def centered(centroids: Tensor) -> Tensor:
     """Centroids moved so that their mean, the abstain class, is the origin.
 
     Formula:
@@ -331,7 +335,7 @@ def centered(centroids):
     return centroids - total / axis_length(centroids, 0)
 
 
-def mean_square(vectors):
+def mean_square(vectors: Tensor) -> Tensor:
     """Mean of squares over the components: the squared distance to the origin.
 
     Formula:
@@ -355,7 +359,9 @@ def mean_square(vectors):
     return total / vectors.shape[-1]
 
 
-def class_logits(embeddings, centroids, temperature):
+def class_logits(
+    embeddings: Tensor, centroids: Tensor, temperature: Tensor
+) -> Tensor:
     """Distance logits of the classes, up to the shift that softmax ignores.
 
     Formula:
@@ -388,7 +394,9 @@ def class_logits(embeddings, centroids, temperature):
     return scaled @ ops.transpose(centroids) - offset
 
 
-def squared_radii(logits, squared_norm, temperature):
+def squared_radii(
+    logits: Tensor, squared_norm: Tensor, temperature: Tensor
+) -> Tensor:
     """Squared distances to the centroids, recovered from the logits.
 
     Formula:
@@ -415,7 +423,7 @@ def squared_radii(logits, squared_norm, temperature):
     return squared_norm - logits / temperature
 
 
-def floored_log(squared_radius):
+def floored_log(squared_radius: Tensor) -> Tensor:
     """Logarithm that continues as its own tangent below `RADIUS_FLOOR`.
 
     Formula:
@@ -444,7 +452,7 @@ def floored_log(squared_radius):
     return ops.log(floored) + (squared_radius - floored) / RADIUS_FLOOR
 
 
-def radial_nll(squared_radius, embedding_dim):
+def radial_nll(squared_radius: Tensor, embedding_dim: int | Tensor) -> Tensor:
     """Negative log density of a radius around its centroid, per dimension.
 
     Formula:
@@ -475,7 +483,7 @@ def radial_nll(squared_radius, embedding_dim):
     return 0.5 * squared_radius - volume * floored_log(squared_radius)
 
 
-def radial_slope(squared_radius, embedding_dim):
+def radial_slope(squared_radius: Tensor, embedding_dim: int | Tensor) -> Tensor:
     """Derivative of `radial_nll` with respect to the squared radius.
 
     Formula:
@@ -501,7 +509,7 @@ def radial_slope(squared_radius, embedding_dim):
     return 0.5 - volume / ops.clip(squared_radius, RADIUS_FLOOR, math.inf)
 
 
-def smoothed_targets(labels, label_smoothing):
+def smoothed_targets(labels: Tensor, label_smoothing: float) -> Tensor:
     """Soft targets of plain label smoothing over the classes.
 
     Formula:
@@ -533,7 +541,12 @@ def smoothed_targets(labels, label_smoothing):
     return labels * (1.0 - label_smoothing) + spread * total
 
 
-def class_nearness(logits, squared_norm, temperature, label_smoothing):
+def class_nearness(
+    logits: Tensor,
+    squared_norm: Tensor,
+    temperature: Tensor,
+    label_smoothing: float,
+) -> Tensor:
     """How near the classes are, as unnormalized target mass.
 
     Formula:
@@ -570,7 +583,7 @@ def class_nearness(logits, squared_norm, temperature, label_smoothing):
     return ops.exp(distances)
 
 
-def log_add_exp(a, b):
+def log_add_exp(a: Tensor, b: Tensor) -> Tensor:
     """Logarithm of the sum of two exponentials.
 
     Not `ops.logaddexp`, which rounds float64 to float32.
@@ -597,7 +610,7 @@ def log_add_exp(a, b):
     return ops.where(a > b, a, b) + ops.log(1.0 + ops.exp(-gap))
 
 
-def max_of_rows(matrix):
+def max_of_rows(matrix: Tensor) -> Tensor:
     """The largest entry of each row; nothing for no rows.
 
     Formula:
@@ -623,7 +636,7 @@ def max_of_rows(matrix):
     return ops.max(matrix, axis=-1, keepdims=True)
 
 
-def bounded(x, lower, upper):
+def bounded(x: Tensor, lower: float, upper: float) -> Tensor:
     """A new tensor of the numbers of `x`, none outside of `[lower, upper]`.
 
     Formula:
@@ -656,8 +669,12 @@ def bounded(x, lower, upper):
 
 
 def distilled_targets(
-    labels, logits, squared_norm, temperature, label_smoothing
-):
+    labels: Tensor,
+    logits: Tensor,
+    squared_norm: Tensor,
+    temperature: Tensor,
+    label_smoothing: float,
+) -> Tensor:
     """Soft targets that the network teaches itself: how near the others are.
 
     Formula for the one-hot label `y`:
@@ -708,7 +725,7 @@ def distilled_targets(
     return ops.stop_gradient(own + nearness * (weight - own))
 
 
-def log_probabilities(logits, abstain_logit):
+def log_probabilities(logits: Tensor, abstain_logit: Tensor) -> Tensor:
     """Log-probabilities of the classes and of abstaining.
 
     Formula:
@@ -733,7 +750,9 @@ def log_probabilities(logits, abstain_logit):
     return ops.log_softmax(ops.concatenate([logits, abstain_logit], axis=-1))
 
 
-def cross_entropy(targets, logits, abstain_logit):
+def cross_entropy(
+    targets: Tensor, logits: Tensor, abstain_logit: Tensor
+) -> Tensor:
     """Cross-entropy of soft class targets over the classes and abstaining.
 
     Formula:

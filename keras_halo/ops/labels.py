@@ -1,11 +1,18 @@
-"""What kind of labels come with packed scores."""
+"""Labels of every kind, read from arrays and from tensors.
+
+A label is an integer, or a distribution over the classes, one-hot or soft.
+Which of them is told by the shape. Values of arrays are checked; those of
+tensors, which cannot be inspected without a stop, are left to the formulas.
+"""
+
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_halo.ops import packing
-from keras_halo.utils.checks import check_numeric_labels
+from keras_halo.utils.checks import label_array
 
 # Soft labels may come through 16 bits.
 _SUM_TOLERANCE = 0.01
@@ -36,32 +43,174 @@ def are_integer_labels(y_true_shape, y_pred_shape):
     >>> are_integer_labels((8, 10), (8, 16))
     False
     """
-    y_true_shape, y_pred_shape = tuple(y_true_shape), tuple(y_pred_shape)
     num_classes = None
-    if y_pred_shape[-1:] != (None,):
+    if tuple(y_pred_shape[-1:]) != (None,):
         num_classes = packing.count_classes(y_pred_shape)
-    rank = len(y_pred_shape)
-    batch_shape = y_pred_shape[:-1]
-    fits = len(y_true_shape) >= rank - 1 and all(
-        a is None or b is None or a == b
-        for a, b in zip(y_true_shape[: rank - 1], batch_shape, strict=True)
-    )
-    if fits and len(y_true_shape) == rank - 1:
-        return True
-    if fits and len(y_true_shape) == rank:
-        if y_true_shape[-1] == 1:
-            return True
-        if num_classes is None or y_true_shape[-1] in (num_classes, None):
-            return False
+    batch_shape = tuple(y_pred_shape[:-1])
+    are_integers = _are_integers(y_true_shape, batch_shape, num_classes)
+    if are_integers is not None:
+        return are_integers
     raise ValueError(
         f"Labels do not fit the packed scores, which have {num_classes} "
         "classes: expected integers of shape "
         f"{batch_shape} or {(*batch_shape, 1)}, or a distribution of shape "
         f"{(*batch_shape, num_classes)}. Received: y_true.shape="
-        f"{y_true_shape}, y_pred.shape={y_pred_shape}. Check `units` of "
-        "`keras_halo.HALODense`, which must be the last layer of the model, "
-        "against the labels."
+        f"{tuple(y_true_shape)}, y_pred.shape={tuple(y_pred_shape)}. Check "
+        "`units` of `keras_halo.HALODense`, which must be the last layer of "
+        "the model, against the labels."
     )
+
+
+def _are_integers(shape, leading_shape, num_classes):
+    """Whether labels of a shape are integers; `None` if they do not fit."""
+    rank = len(leading_shape)
+    fits = len(shape) in (rank, rank + 1) and all(
+        a is None or b is None or a == b
+        for a, b in zip(shape, leading_shape, strict=False)
+    )
+    if not fits:
+        return None
+    if len(shape) == rank or shape[-1] == 1:
+        return True
+    if num_classes is None or shape[-1] in (num_classes, None):
+        return False
+    return None
+
+
+def label_tensor(y_true, y_pred_shape):
+    """Reads labels into a tensor, with one axis less for integers.
+
+    Args:
+        y_true: Labels: integers of shape `(...)` or `(..., 1)`, or a
+            distribution of shape `(..., K)`; a tensor or an array.
+        y_pred_shape: Tuple, the shape `(..., K + 6)` of the packed scores.
+
+    Returns:
+        Tuple: a tensor of shape `(...)` or `(..., K)`, and whether the labels
+        are integers.
+
+    Raises:
+        ValueError: If the shapes do not fit each other.
+
+    Example:
+
+    >>> labels, are_integers = label_tensor([[2], [0]], (2, 9))
+    >>> tuple(labels.shape), are_integers
+    ((2,), True)
+    """
+    y_true = ops.convert_to_tensor(y_true)
+    are_integers = are_integer_labels(y_true.shape, y_pred_shape)
+    if are_integers and len(y_true.shape) == len(y_pred_shape):
+        y_true = ops.squeeze(y_true, axis=-1)
+    return y_true, are_integers
+
+
+def fitting_labels(labels, leading_shape, num_classes, where="the data"):
+    """Reads labels into an array by their shape alone; values may be any.
+
+    Args:
+        labels: Integers of shape `leading_shape` or `(*leading_shape, 1)`, or
+            a distribution of shape `(*leading_shape, num_classes)`.
+        leading_shape: Tuple, the shape that one label a sample has.
+        num_classes: Integer `K`, or `None` where it is not known.
+        where: String, what the labels belong to in the words of an error.
+
+    Returns:
+        Array of shape `leading_shape` for integers, or
+        `(*leading_shape, num_classes)` for distributions.
+
+    Raises:
+        ValueError: If labels are no numbers, or the shape does not fit.
+
+    Example:
+
+    >>> fitting_labels([[-1], [7]], (2,), 3).tolist()
+    [-1, 7]
+    """
+    labels = label_array(labels)
+    leading_shape = tuple(leading_shape)
+    are_integers = _are_integers(labels.shape, leading_shape, num_classes)
+    if are_integers is None:
+        by_class = (*leading_shape, num_classes or "K")
+        by_class = f"({', '.join(map(str, by_class))})"
+        raise ValueError(
+            f"Labels do not fit {where}: expected integers of shape "
+            f"{leading_shape} or {(*leading_shape, 1)}, or a distribution of "
+            f"shape {by_class}. Received: shape={labels.shape}. Pass one label "
+            "for every sample, and at least one sample."
+        )
+    if are_integers and labels.ndim > len(leading_shape):
+        labels = labels[..., 0]
+    return labels
+
+
+def read_labels(
+    labels,
+    leading_shape,
+    num_classes,
+    ignore_class=None,
+    any_integer=False,
+    remedy=None,
+):
+    """Reads labels into an array and checks their values.
+
+    Args:
+        labels: As in `fitting_labels`.
+        leading_shape: Tuple, the shape that one label a sample has.
+        num_classes: Integer `K`, or `None` where it is not known.
+        ignore_class: Optional integer, one more label that is allowed.
+            Defaults to `None`.
+        any_integer: Boolean, whether integers that name no class are allowed.
+            Defaults to `False`.
+        remedy: Optional string, what to do about labels out of range. Defaults
+            to `None`, which means `remedy_for_labels`.
+
+    Returns:
+        Integer array of shape `leading_shape`, or a distribution of shape
+        `(*leading_shape, num_classes)`, rows of zeros allowed.
+
+    Raises:
+        ValueError: If the shape does not fit, an integer label is out of
+            range, or a row is no distribution.
+
+    Example:
+
+    >>> read_labels([0.0, 255.0], (2,), 3, ignore_class=255).tolist()
+    [0, 255]
+    """
+    labels = fitting_labels(labels, leading_shape, num_classes)
+    if labels.ndim > len(leading_shape):
+        check_distributions(labels)
+        return labels
+    if not any_integer:
+        return _class_numbers(labels, num_classes, ignore_class, remedy)
+    fractional = labels != np.floor(labels)
+    if fractional.any():
+        raise ValueError(
+            "Labels must be integers. Received: "
+            f"{int(fractional.sum())} of {labels.size} that are not, among "
+            f"them {labels[fractional].flat[0]}. Pass a distribution over the "
+            "classes, of shape `(..., K)`, for soft labels."
+        )
+    # Tensors of JAX have 32 bits, in which a larger one would be another.
+    limits = np.iinfo("int32")
+    return np.clip(labels, limits.min, limits.max).astype("int32")
+
+
+def _class_numbers(labels, num_classes, ignore_class=None, remedy=None):
+    limit = np.inf if num_classes is None else num_classes
+    wrong = ~((labels >= 0) & (labels < limit)) | (labels != np.floor(labels))
+    if ignore_class is not None:
+        wrong &= labels != ignore_class
+    if wrong.any():
+        raise ValueError(
+            f"Labels must be integers in [0, {limit})"
+            + ("" if ignore_class is None else f" or {ignore_class}")
+            + f". Received: {int(wrong.sum())} of {wrong.size} labels out of "
+            f"range, among them {labels[wrong].flat[0]}. "
+            + (remedy or remedy_for_labels(labels, num_classes))
+        )
+    return labels.astype("int64")
 
 
 def are_distributions(labels):
@@ -107,14 +256,16 @@ def check_distributions(labels):
         )
 
 
-def class_indices(labels, num_classes, leading_shape):
+def class_indices(labels, num_classes, leading_shape, remedy=None):
     """Integer labels from integer or one-hot labels, checked.
 
     Args:
         labels: Integers of shape `leading_shape` or `(*leading_shape, 1)`, or
             one-hot of shape `(*leading_shape, num_classes)`.
-        num_classes: Integer, the number `K` of classes.
+        num_classes: Integer, the number `K` of classes, or `None` where it is
+            not known.
         leading_shape: Tuple, the shape that one label a sample has.
+        remedy: As in `read_labels`.
 
     Returns:
         Integer array of shape `leading_shape`.
@@ -128,38 +279,41 @@ def class_indices(labels, num_classes, leading_shape):
     >>> class_indices([[0, 1], [1, 0]], 2, (2,)).tolist()
     [1, 0]
     """
-    labels = np.asarray(ops.convert_to_numpy(labels))
-    check_numeric_labels(labels)
-    leading_shape = tuple(leading_shape)
-    if labels.shape == (*leading_shape, num_classes) and num_classes > 1:
-        one_hot = ((labels == 0) | (labels == 1)).all(axis=-1)
-        one_hot &= labels.sum(axis=-1) == 1
-        if not one_hot.all():
-            raise ValueError(
-                "Expected one-hot labels: one 1 and otherwise 0 in every row. "
-                f"Received: {int((~one_hot).sum())} of {one_hot.size} rows "
-                "that are not. Pass the labels before smoothing or mixing."
-            )
-        return labels.argmax(axis=-1)
-    if labels.shape == (*leading_shape, 1):
-        labels = labels[..., 0]
-    if labels.shape != leading_shape:
+    labels = fitting_labels(labels, leading_shape, num_classes)
+    if labels.ndim == len(leading_shape):
+        return _class_numbers(labels, num_classes, remedy=remedy)
+    one_hot = ((labels == 0) | (labels == 1)).all(axis=-1)
+    one_hot &= labels.sum(axis=-1) == 1
+    if not one_hot.all():
         raise ValueError(
-            f"Labels do not fit the data: expected integers of shape "
-            f"{leading_shape} or {(*leading_shape, 1)}, or one-hot of shape "
-            f"{(*leading_shape, num_classes)}. Received: shape={labels.shape}."
-            " Pass one label for every sample."
+            "Expected one-hot labels: one 1 and otherwise 0 in every row. "
+            f"Received: {int((~one_hot).sum())} of {one_hot.size} rows "
+            "that are not. Pass the labels before smoothing or mixing."
         )
-    wrong = ~((labels >= 0) & (labels < num_classes))
-    wrong |= labels != np.round(labels)
-    if wrong.any():
+    return labels.argmax(axis=-1)
+
+
+def check_ignore_class(ignore_class, are_integers, received):
+    """Raises `ValueError` if a class is to be ignored that cannot be.
+
+    Args:
+        ignore_class: Integer or `None`.
+        are_integers: Boolean, whether labels are integers.
+        received: String, what there is in their place.
+
+    Example:
+
+    >>> check_ignore_class(255, False, "no labels")
+    Traceback (most recent call last):
+        ...
+    ValueError: `ignore_class` needs integer labels. Received: no labels ...
+    """
+    if ignore_class is not None and not are_integers:
         raise ValueError(
-            f"Labels must be integers in [0, {num_classes}). Received: "
-            f"{int(wrong.sum())} of {wrong.size} others, among them "
-            f"{labels[wrong].flat[0]}. "
-            + remedy_for_labels(labels, num_classes)
+            f"`ignore_class` needs integer labels. Received: {received} with "
+            f"ignore_class={ignore_class}. Pass integer labels, or give what "
+            "is to be ignored a `sample_weight` of zero."
         )
-    return labels.astype("int64")
 
 
 def remedy_for_labels(labels, num_classes):
@@ -186,7 +340,9 @@ def remedy_for_labels(labels, num_classes):
     )
 
 
-def matches(query_ids, key_ids=None, dtype="float32"):
+def pair_labels(
+    query_ids: Any, key_ids: Any = None, dtype: str = "float32"
+) -> Any:
     """Soft labels of queries among keys: even over the keys of the same id.
 
     What `keras_halo.HALOSimilarity` is trained on. Ids are only compared: they
@@ -220,7 +376,7 @@ def matches(query_ids, key_ids=None, dtype="float32"):
 
     Example:
 
-    >>> matches([3, 5, 3])
+    >>> pair_labels([3, 5, 3])
     array([[0.5, 0. , 0.5],
            [0. , 1. , 0. ],
            [0.5, 0. , 0.5]], dtype=float32)

@@ -23,6 +23,7 @@ from keras_halo.ops.model_output import (
 )
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.shapes import with_few_lengths
+from keras_halo.utils.types import Array, Scores
 
 # Coefficients of Numerical Recipes' `erfcc`, whose relative error is below
 # 1.2e-7 everywhere: a logarithm of it is exact to float32 in the far tail too.
@@ -305,7 +306,7 @@ def check_method(method, allow_fitted=False):
         )
 
 
-def ood_score(scores, method="abstain"):
+def ood_score(scores: Scores, method: str = "abstain") -> Array:
     """Scores how likely inputs are out of distribution: larger for outliers.
 
     Formulas, with `r_k^2` the squared radius around the centroid of class `k`:

@@ -25,6 +25,7 @@ This module alone knows the layout.
 """
 
 import collections
+from typing import Any
 
 import keras
 import numpy as np
@@ -32,6 +33,7 @@ from keras import ops
 
 from keras_halo.utils.checks import check_finite
 from keras_halo.utils.shapes import axis_length
+from keras_halo.utils.types import Array, ArrayLike, DType, Tensor
 
 # Abstain logit and the five neutral columns.
 NUM_EXTRA_COLUMNS = 6
@@ -78,7 +80,7 @@ Args:
 """
 
 
-def packed_width(num_classes):
+def packed_width(num_classes: int) -> int:
     """Returns the number of columns of packed scores.
 
     Args:
@@ -95,24 +97,31 @@ def packed_width(num_classes):
     return num_classes + NUM_EXTRA_COLUMNS
 
 
-def count_classes(shape):
-    """Returns the number of classes in packed scores of a given shape.
+def count_classes(scores: Tensor) -> Any:
+    """Returns the number of classes in packed scores.
 
     Args:
-        shape: Tuple, the shape `(..., K + 6)` of packed scores.
+        scores: Tensor or array of shape `(..., K + 6)`; or a tuple, its shape.
+            With a tensor `K` may be known only when a graph runs: where the
+            classes are a batch of keys.
 
     Returns:
-        Integer, `K`.
+        Integer, `K`; or a scalar tensor of the dtype of `scores` where it is
+        known only when a graph runs.
 
     Raises:
-        ValueError: If the width is unknown or leaves fewer than two classes.
+        ValueError: If the width leaves fewer than two classes, or is unknown
+            in a shape.
 
     Example:
 
-    >>> count_classes((5, 16))
-    10
+    >>> count_classes((5, 16)), count_classes(ops.zeros((5, 16)))
+    (10, 10)
     """
+    shape = getattr(scores, "shape", scores)
     width = shape[-1] if len(shape) else None
+    if width is None and len(shape) and shape is not scores:
+        return axis_length(scores, -1) - NUM_EXTRA_COLUMNS
     if width is None or width < MIN_COLUMNS:
         raise ValueError(
             "Expected packed scores of shape `(..., num_classes + "
@@ -120,29 +129,6 @@ def count_classes(shape):
             f"Received: shape={tuple(shape)}. {_WHAT_TO_DO}"
         )
     return width - NUM_EXTRA_COLUMNS
-
-
-def class_count(scores):
-    """Returns the number of classes in packed scores, also inside a graph.
-
-    Args:
-        scores: Tensor of shape `(..., K + 6)`. `K` may be known only when the
-            graph runs: where the classes are a batch of keys.
-
-    Returns:
-        Integer; or a scalar tensor of the dtype of `scores`.
-
-    Raises:
-        ValueError: If the width is known and leaves fewer than two classes.
-
-    Example:
-
-    >>> class_count(ops.zeros((5, 16)))
-    10
-    """
-    if len(scores.shape) and scores.shape[-1] is None:
-        return axis_length(scores, -1) - NUM_EXTRA_COLUMNS
-    return count_classes(scores.shape)
 
 
 def _to_neutral(value):
@@ -154,13 +140,13 @@ def _from_neutral(column):
 
 
 def pack(
-    logits,
-    abstain_logit,
-    squared_norm,
-    temperature,
-    embedding_dim,
-    far_radius=0.0,
-):
+    logits: Tensor,
+    abstain_logit: Tensor,
+    squared_norm: Tensor,
+    temperature: Tensor,
+    embedding_dim: int | Tensor,
+    far_radius: Tensor = 0.0,
+) -> Tensor:
     """Joins logits and geometry into packed scores.
 
     Formula:
@@ -206,7 +192,7 @@ def pack(
     )
 
 
-def unpack(scores):
+def unpack(scores: Tensor) -> PackedScores:
     """Splits packed scores into logits and geometry; the inverse of `pack`.
 
     Args:
@@ -225,7 +211,7 @@ def unpack(scores):
     >>> float(unpack(packed).temperature[0, 0])
     2.0
     """
-    class_count(scores)
+    count_classes(scores)
     geometry = _from_neutral(scores[..., -_NUM_NEUTRAL:])
     parts = _split(scores, geometry)
     where = np.where if isinstance(scores, np.ndarray) else ops.where
@@ -246,7 +232,9 @@ def _split(scores, geometry):
     )
 
 
-def with_abstaining(scores, abstain_logit, far_radius):
+def with_abstaining(
+    scores: Tensor, abstain_logit: Tensor, far_radius: Tensor
+) -> Tensor:
     """Packed scores with another logit of abstaining.
 
     Args:
@@ -277,7 +265,12 @@ def with_abstaining(scores, abstain_logit, far_radius):
     )
 
 
-def pack_gradient(logits, abstain_logit, squared_norm, temperature):
+def pack_gradient(
+    logits: Tensor,
+    abstain_logit: Tensor,
+    squared_norm: Tensor,
+    temperature: Tensor,
+) -> Tensor:
     """Gradient with respect to packed scores from that of their parts.
 
     The chain rule through `unpack`. The embedding size and the far background
@@ -312,7 +305,7 @@ def pack_gradient(logits, abstain_logit, squared_norm, temperature):
     )
 
 
-def unpack_gradient(scores):
+def unpack_gradient(scores: Tensor) -> PackedScores:
     """Gradients of the parts from that with respect to packed scores.
 
     The chain rule through `pack`.
@@ -333,7 +326,7 @@ def unpack_gradient(scores):
     return _split(scores, scores[..., -_NUM_NEUTRAL:] * -_NEUTRAL_SCALE)
 
 
-def answer_logits(scores):
+def answer_logits(scores: Tensor) -> Tensor:
     """Returns the logits of the `K` classes and of abstaining, in that order.
 
     Args:
@@ -355,7 +348,7 @@ def answer_logits(scores):
     return scores[..., : count_classes(scores.shape) + 1]
 
 
-def best_class(scores):
+def best_class(scores: Tensor) -> Tensor:
     """Returns the most probable class, without regard to abstaining.
 
     Not `ops.argmax`: on TensorFlow Keras makes it of operations on bits that
@@ -381,7 +374,7 @@ def best_class(scores):
     return ops.min(ops.where(is_best, classes, num_classes), axis=-1)
 
 
-def check_precision(dtype, argument="scores"):
+def check_precision(dtype: DType, argument: str = "scores") -> None:
     """Raises `ValueError` for packed scores in 16 bits.
 
     `float16` overflows in the columns of the geometry, `bfloat16` keeps two
@@ -408,7 +401,7 @@ def check_precision(dtype, argument="scores"):
         )
 
 
-def check_packed(scores, argument="scores"):
+def check_packed(scores: Array, argument: str = "scores") -> None:
     """Checks that a NumPy array holds packed scores, by value.
 
     Args:
@@ -472,7 +465,7 @@ def _are_old(scores):
     return bool(_is_geometry(*geometry).all())
 
 
-def upgrade_scores(scores):
+def upgrade_scores(scores: ArrayLike) -> Array:
     """Converts packed scores that keras_halo 0.1.0 computed.
 
     Args:

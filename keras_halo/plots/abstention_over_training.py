@@ -1,9 +1,11 @@
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from keras_halo.plots import drawing
 from keras_halo.utils.checks import finite_vector
+from keras_halo.utils.types import Axes
 
 _SUFFIX = "_abstention_rate"
 
@@ -14,7 +16,9 @@ _OF_METRIC = {
 }
 
 
-def abstention_over_training(history, ax=None, frequency=1):
+def abstention_over_training(
+    history: Any, ax: Axes = None, frequency: int = 1
+) -> Axes:
     """Draws how often a model says "I don't know", epoch by epoch.
 
     Needs a training with `keras_halo.OODMonitor`, or with the metric

@@ -1,23 +1,27 @@
+from collections.abc import Sequence
+
 import numpy as np
 
+from keras_halo.ops.labels import class_indices
 from keras_halo.plots import drawing
 from keras_halo.plots.projection import principal_plane, shell_radius
-from keras_halo.utils.checks import check_finite, finite_vector, to_array
+from keras_halo.utils.checks import check_finite, to_array
+from keras_halo.utils.types import ArrayLike, Axes
 
 # More classes than this get a colour bar instead of labels at their centroids.
 _MAX_LABELLED = 20
 
 
 def embedding_map(
-    embeddings,
-    labels=None,
-    centroids=None,
-    unknown=None,
-    ax=None,
-    class_names=None,
-    shell_mass=0.95,
-    max_points=2000,
-):
+    embeddings: ArrayLike,
+    labels: ArrayLike | None = None,
+    centroids: ArrayLike | None = None,
+    unknown: ArrayLike | None = None,
+    ax: Axes = None,
+    class_names: Sequence[str] | None = None,
+    shell_mass: float | None = 0.95,
+    max_points: int | None = 2000,
+) -> Axes:
     """Draws embeddings, centroids, shells and the origin in two dimensions.
 
     The map is an orthogonal projection onto the plane in which the centroids
@@ -76,7 +80,13 @@ def embedding_map(
     if unknown is not None:
         unknown = _same_size(unknown, "unknown", embedding_dim)
     if labels is not None:
-        labels = _checked_labels(labels, len(embeddings), centroids)
+        num_classes = None if centroids is None else len(centroids)
+        labels = class_indices(
+            labels,
+            num_classes,
+            (len(embeddings),),
+            remedy="Pass inputs of no class as `unknown`.",
+        )
     _check_names(class_names, labels, centroids)
     _check_max_points(max_points)
     radius = None
@@ -127,25 +137,6 @@ def _same_size(values, argument, embedding_dim):
             "inputs of the head, not its outputs."
         )
     return values
-
-
-def _checked_labels(labels, num_points, centroids):
-    labels = finite_vector(labels, "labels")
-    if len(labels) != num_points or (labels != np.round(labels)).any():
-        raise ValueError(
-            f"`labels` must be {num_points} integers, one an embedding. "
-            f"Received: shape={labels.shape}. Give one-hot labels as "
-            "`labels.argmax(axis=-1)`."
-        )
-    labels = labels.astype(int)
-    limit = np.inf if centroids is None else len(centroids)
-    if labels.min() < 0 or labels.max() >= limit:
-        raise ValueError(
-            f"`labels` must be in [0, {limit}). Received: labels from "
-            f"{labels.min()} to {labels.max()}. Pass inputs of no class as "
-            "`unknown`."
-        )
-    return labels
 
 
 def _count_classes(labels, centroids):

@@ -5,7 +5,7 @@ import numpy as np
 from keras_halo.ops import geometry
 
 
-def shell_radius(embedding_dim, mass=0.95):
+def shell_radius(embedding_dim: int, mass: float = 0.95) -> float:
     """Radius of the circle that holds a share of a projected shell.
 
     The shell of a class is a sphere around its centroid in `D` dimensions.

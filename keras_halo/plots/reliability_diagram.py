@@ -1,8 +1,14 @@
 from keras_halo.metrics import expected_calibration_error, reliability_bins
 from keras_halo.plots import drawing
+from keras_halo.utils.types import ArrayLike, Axes
 
 
-def reliability_diagram(labels, probabilities, num_bins=15, ax=None):
+def reliability_diagram(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    num_bins: int = 15,
+    ax: Axes = None,
+) -> Axes:
     """Draws how often a model is right against how sure it says it is.
 
     Samples are put into bins of equal width by their confidence, the largest

@@ -3,11 +3,17 @@ import numpy as np
 from keras_halo.metrics import aurc, risk_coverage_curve
 from keras_halo.plots import drawing
 from keras_halo.utils.checks import to_array
+from keras_halo.utils.types import ArrayLike, Axes
 
 _GID = "keras_halo_risk_coverage"
 
 
-def risk_coverage(errors, uncertainty, ax=None, label="risk"):
+def risk_coverage(
+    errors: ArrayLike,
+    uncertainty: ArrayLike,
+    ax: Axes = None,
+    label: str = "risk",
+) -> Axes:
     """Draws the error rate among the samples kept against the share kept.
 
     Samples are kept from the least uncertain on. The dashed line of the same

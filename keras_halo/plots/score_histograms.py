@@ -4,6 +4,7 @@ import numpy as np
 
 from keras_halo.plots import drawing
 from keras_halo.utils.checks import finite_vector
+from keras_halo.utils.types import ArrayLike, Axes
 
 # Beyond this many times the spread of the known scores, a linear axis would
 # squeeze the known ones into a bin or two.
@@ -17,7 +18,13 @@ _MIN_LINEAR = 1e-6
 _TINY = 1e-290
 
 
-def score_histograms(known, unknown, threshold=None, ax=None, num_bins=50):
+def score_histograms(
+    known: ArrayLike,
+    unknown: ArrayLike | Mapping[str, ArrayLike],
+    threshold: float | None = None,
+    ax: Axes = None,
+    num_bins: int = 50,
+) -> Axes:
     """Draws how scores of known inputs and of unknown ones are distributed.
 
     All histograms share their bins, and their heights are shares of the set,

@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from typing import Any
+
 import keras
 import numpy as np
 
@@ -6,6 +9,7 @@ from keras_halo.rejection.readings import check_fraction
 from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.wording import percent
 from keras_halo.utils.extras import require
+from keras_halo.utils.types import Array, Scores
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -69,7 +73,12 @@ class ConformalRule(RejectionRule):
     parameters = ("alpha", "fdr")
     keeps_scores = True
 
-    def __init__(self, alpha=0.05, method="abstain", fdr=False):
+    def __init__(
+        self,
+        alpha: float = 0.05,
+        method: str | None = "abstain",
+        fdr: bool = False,
+    ) -> None:
         super().__init__(method)
         self.alpha = check_fraction("alpha", alpha)
         if not isinstance(fdr, bool):
@@ -80,7 +89,7 @@ class ConformalRule(RejectionRule):
         self.fdr = fdr
 
     @property
-    def threshold(self):
+    def threshold(self) -> float:
         """Float, the largest score that is accepted.
 
         With `fdr=True` inputs up to it are accepted in every batch; what else
@@ -88,7 +97,7 @@ class ConformalRule(RejectionRule):
         """
         return super().threshold
 
-    def p_values(self, scores):
+    def p_values(self, scores: Scores) -> Array:
         """Computes the conformal p-value of each input.
 
         Args:
@@ -108,10 +117,12 @@ class ConformalRule(RejectionRule):
         )
 
     @property
-    def judges_singly(self):
+    def judges_singly(self) -> bool:
         return not self.fdr
 
-    def find_threshold(self, scores, wrong):
+    def find_threshold(
+        self, scores: Array, wrong: Array | None
+    ) -> tuple[float, Array | None]:
         coverage = 1.0 - self.alpha
         self.require_samples(len(scores), bounds.samples_for_coverage(coverage))
         scores = np.sort(scores)
@@ -119,7 +130,7 @@ class ConformalRule(RejectionRule):
         threshold = bounds.threshold_above(float(scores[rank - 1]), scores)
         return threshold, scores
 
-    def accepts(self, scores):
+    def accepts(self, scores: Array) -> Array:
         if not self.fdr:
             return super().accepts(scores)
         p_values = bounds.conformal_p_values(scores, self.calibration_scores)
@@ -128,7 +139,7 @@ class ConformalRule(RejectionRule):
         )
         return (adjusted > self.alpha).reshape(scores.shape)
 
-    def state_guarantee(self):
+    def state_guarantee(self) -> str:
         if self.fdr:
             return (
                 f"On average at most {percent(self.alpha)} of the inputs that "
@@ -139,7 +150,7 @@ class ConformalRule(RejectionRule):
             "are rejected."
         )
 
-    def describe_calibration(self, calibration):
+    def describe_calibration(self, calibration: Any) -> Iterator[str]:
         if not self.fdr:
             yield from super().describe_calibration(calibration)
             return

@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from typing import Any
+
 import keras
 import numpy as np
 
@@ -5,6 +8,7 @@ from keras_halo.rejection import bounds
 from keras_halo.rejection.readings import check_fraction
 from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.wording import percent
+from keras_halo.utils.types import Array
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -61,12 +65,17 @@ class CoverageRule(RejectionRule):
 
     parameters = ("coverage", "delta")
 
-    def __init__(self, coverage=0.95, method="abstain", delta=None):
+    def __init__(
+        self,
+        coverage: float = 0.95,
+        method: str | None = "abstain",
+        delta: float | None = None,
+    ) -> None:
         super().__init__(method)
         self.coverage = check_fraction("coverage", coverage)
         self.delta = None if delta is None else check_fraction("delta", delta)
 
-    def coverage_bound(self, delta=0.05):
+    def coverage_bound(self, delta: float | None = 0.05) -> float:
         """Share of all known inputs that is kept, with confidence `1 - delta`.
 
         Args:
@@ -81,7 +90,9 @@ class CoverageRule(RejectionRule):
         rank = bounds.coverage_rank(samples, self.coverage, self.delta)
         return bounds.coverage_bound(rank, samples, delta)
 
-    def find_threshold(self, scores, wrong):
+    def find_threshold(
+        self, scores: Array, wrong: Array | None
+    ) -> tuple[float, Array | None]:
         self.require_samples(
             len(scores), bounds.samples_for_coverage(self.coverage, self.delta)
         )
@@ -89,7 +100,7 @@ class CoverageRule(RejectionRule):
         largest = float(np.partition(scores, rank - 1)[rank - 1])
         return bounds.threshold_above(largest, scores), None
 
-    def state_guarantee(self):
+    def state_guarantee(self) -> str:
         if self.delta is None:
             return (
                 f"Keeps at least {percent(self.coverage)} of the calibration "
@@ -101,7 +112,7 @@ class CoverageRule(RejectionRule):
             f"{percent(self.coverage)} of known inputs to come."
         )
 
-    def describe_calibration(self, calibration):
+    def describe_calibration(self, calibration: Any) -> Iterator[str]:
         yield from super().describe_calibration(calibration)
         yield (
             f"at least {percent(self.coverage_bound())} of known inputs kept "

@@ -2,6 +2,8 @@ import dataclasses
 
 import numpy as np
 
+from keras_halo.utils.types import Array
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decisions:
@@ -36,14 +38,14 @@ class Decisions:
                 value.flags.writeable = False
 
     @property
-    def rejected(self):
+    def rejected(self) -> Array:
         """Boolean array of shape `(...)`, the opposite of `accepted`."""
         return ~self.accepted
 
     @property
-    def coverage(self):
+    def coverage(self) -> float:
         """Float, the share that is accepted."""
         return float(self.accepted.mean())
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.accepted)

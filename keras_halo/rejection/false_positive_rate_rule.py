@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from typing import Any, Self
+
 import keras
 import numpy as np
 
@@ -5,6 +8,7 @@ from keras_halo.rejection import bounds
 from keras_halo.rejection.readings import check_fraction, read_scores
 from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.wording import percent, share
+from keras_halo.utils.types import Array, Scores
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -59,12 +63,17 @@ class FalsePositiveRateRule(RejectionRule):
     parameters = ("rate", "delta")
     sample_name = "outliers"
 
-    def __init__(self, rate=0.05, method="abstain", delta=None):
+    def __init__(
+        self,
+        rate: float = 0.05,
+        method: str | None = "abstain",
+        delta: float | None = None,
+    ) -> None:
         super().__init__(method)
         self.rate = check_fraction("rate", rate)
         self.delta = None if delta is None else check_fraction("delta", delta)
 
-    def fit(self, scores, known=None):
+    def fit(self, scores: Scores, known: Scores | None = None) -> Self:
         """Fits the rule on scores of outliers.
 
         Args:
@@ -93,7 +102,7 @@ class FalsePositiveRateRule(RejectionRule):
         self._remember(outliers, threshold, **counts)
         return self
 
-    def false_positive_bound(self, delta=0.05):
+    def false_positive_bound(self, delta: float | None = 0.05) -> float:
         """Share of outliers that is accepted, with confidence `1 - delta`.
 
         Args:
@@ -111,7 +120,9 @@ class FalsePositiveRateRule(RejectionRule):
         """Rank from above: to reject 1 - rate is to keep it, seen backwards."""
         return bounds.coverage_rank(num_samples, 1.0 - self.rate, self.delta)
 
-    def find_threshold(self, scores, wrong):
+    def find_threshold(
+        self, scores: Array, wrong: Array | None
+    ) -> tuple[float, Array | None]:
         n = len(scores)
         self.require_samples(
             n, bounds.samples_for_coverage(1.0 - self.rate, self.delta)
@@ -120,7 +131,7 @@ class FalsePositiveRateRule(RejectionRule):
         smallest = float(np.partition(scores, place)[place])
         return bounds.threshold_below(smallest, scores), None
 
-    def state_guarantee(self):
+    def state_guarantee(self) -> str:
         if self.delta is None:
             return (
                 f"Accepts at most {percent(self.rate)} of the given outliers, "
@@ -132,7 +143,7 @@ class FalsePositiveRateRule(RejectionRule):
             f"{percent(self.rate)} of outliers of the given kind."
         )
 
-    def describe_calibration(self, calibration):
+    def describe_calibration(self, calibration: Any) -> Iterator[str]:
         yield from super().describe_calibration(calibration)
         yield (
             f"at most {percent(self.false_positive_bound())} of such outliers "

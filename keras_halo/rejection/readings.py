@@ -186,7 +186,7 @@ def read_errors(reading, labels=None, errors=None):
             "`errors=predicted != labels` instead."
         )
     labels = class_indices(
-        _to_array(labels, "labels"),
+        labels,
         reading.fingerprint.num_classes,
         reading.scores.shape,
     )

@@ -1,3 +1,7 @@
+import os
+from collections.abc import Iterator
+from typing import Any, Self
+
 import numpy as np
 
 from keras_halo.layers.decision import Decision
@@ -8,6 +12,7 @@ from keras_halo.rejection.decisions import Decisions
 from keras_halo.rejection.fitted import CalibrationCounts, Fitted
 from keras_halo.rejection.readings import read_errors, read_scores
 from keras_halo.rejection.wording import share
+from keras_halo.utils.types import Array, ArrayLike, Scores
 
 
 class RejectionRule:
@@ -86,7 +91,7 @@ class RejectionRule:
                 "`judges_singly = False`: no layer can decide as it does then."
             )
 
-    def __init__(self, method):
+    def __init__(self, method: str | None) -> None:
         if method is not None:
             ood_scores.check_method(method, allow_fitted=True)
         self.method = method
@@ -101,7 +106,12 @@ class RejectionRule:
             )
         super().__setattr__(name, value)
 
-    def fit(self, scores, labels=None, errors=None):
+    def fit(
+        self,
+        scores: Scores,
+        labels: ArrayLike | None = None,
+        errors: ArrayLike | None = None,
+    ) -> Self:
         """Fits the rule on calibration data of known inputs.
 
         Args:
@@ -152,7 +162,15 @@ class RejectionRule:
             threshold, calibration, reading.fingerprint, scores
         )
 
-    def predict(self, scores):
+    def restore(self, fitted: Any) -> None:
+        """Takes over what a rule learned that was saved.
+
+        Args:
+            fitted: `keras_halo.rejection.fitted.Fitted`.
+        """
+        self._fitted = fitted
+
+    def predict(self, scores: Scores) -> Decisions:
         """Decides which inputs are accepted.
 
         Args:
@@ -176,7 +194,7 @@ class RejectionRule:
             labels = np.where(accepted, labels, ABSTAINED)
         return Decisions(accepted, labels, reading.scores)
 
-    def to_layer(self, **kwargs):
+    def to_layer(self, **kwargs: Any) -> Decision:
         """Makes a layer that decides as the rule does, inside a model.
 
         Append it to the model that the rule was fitted on, so that the
@@ -225,12 +243,12 @@ class RejectionRule:
         return Decision(self.threshold, self.method, **kwargs)
 
     @property
-    def threshold(self):
+    def threshold(self) -> float:
         """Float, the largest score that is accepted."""
         return self._require_fitted().threshold
 
     @property
-    def guarantee(self):
+    def guarantee(self) -> str:
         """String, what the rule guarantees, in one or two sentences."""
         guarantee = self.state_guarantee()
         if self._fitted is None:
@@ -243,7 +261,7 @@ class RejectionRule:
             )
         return guarantee
 
-    def summary(self):
+    def summary(self) -> str:
         """Describes the rule, its guarantee, and its calibration.
 
         Returns:
@@ -263,7 +281,7 @@ class RejectionRule:
             ]
         )
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the fitted rule with its guarantee as a JSON file.
 
         The file is replaced as a whole or not at all. It carries a checksum;
@@ -277,7 +295,7 @@ class RejectionRule:
         """
         storage.save(self, self._require_fitted(), path)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Returns the constructor arguments as a dictionary."""
         return {
             name: getattr(self, name) for name in (*self.parameters, "method")
@@ -289,7 +307,9 @@ class RejectionRule:
         )
         return f"{type(self).__name__}({arguments})"
 
-    def find_threshold(self, scores, wrong):
+    def find_threshold(
+        self, scores: Array, wrong: Array | None
+    ) -> tuple[float, Array | None]:
         """Finds the threshold; to be overridden.
 
         Args:
@@ -304,7 +324,7 @@ class RejectionRule:
         """
         raise NotImplementedError
 
-    def state_guarantee(self):
+    def state_guarantee(self) -> str:
         """Says what the rule guarantees; to be overridden.
 
         Returns:
@@ -312,7 +332,7 @@ class RejectionRule:
         """
         raise NotImplementedError
 
-    def accepts(self, scores):
+    def accepts(self, scores: Array) -> Array:
         """Decides by scores; may be overridden.
 
         Args:
@@ -324,11 +344,11 @@ class RejectionRule:
         return scores <= self.threshold
 
     @property
-    def calibration_scores(self):
+    def calibration_scores(self) -> Array | None:
         """Sorted vector of the calibration scores, or `None` if not kept."""
         return self._require_fitted().scores
 
-    def describe_calibration(self, calibration):
+    def describe_calibration(self, calibration: Any) -> Iterator[str]:
         """Yields what `summary` tells of the calibration; may be overridden.
 
         Args:
@@ -363,7 +383,7 @@ class RejectionRule:
             )
         return self._fitted
 
-    def require_samples(self, received, needed):
+    def require_samples(self, received: int, needed: int) -> None:
         """Raises `ValueError` where there are fewer samples than needed."""
         if received < needed:
             raise ValueError(

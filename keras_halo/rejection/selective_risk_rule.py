@@ -5,6 +5,7 @@ from keras_halo.rejection import bounds
 from keras_halo.rejection.readings import check_fraction
 from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.wording import percent
+from keras_halo.utils.types import Array
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -67,12 +68,19 @@ class SelectiveRiskRule(RejectionRule):
 
     parameters = ("risk", "delta")
 
-    def __init__(self, risk, delta=0.05, method="abstain"):
+    def __init__(
+        self,
+        risk: float,
+        delta: float | None = 0.05,
+        method: str | None = "abstain",
+    ) -> None:
         super().__init__(method)
         self.risk = check_fraction("risk", risk)
         self.delta = check_fraction("delta", delta)
 
-    def find_threshold(self, scores, wrong):
+    def find_threshold(
+        self, scores: Array, wrong: Array | None
+    ) -> tuple[float, Array | None]:
         if wrong is None:
             raise ValueError(
                 "A selective risk is an error rate: `fit` needs `labels` with "
@@ -104,7 +112,7 @@ class SelectiveRiskRule(RejectionRule):
             "the model; a higher risk must be confirmed on fresh data."
         )
 
-    def state_guarantee(self):
+    def state_guarantee(self) -> str:
         return (
             f"With {percent(1.0 - self.delta)} confidence at most "
             f"{percent(self.risk)} of the accepted inputs to come are answered "

@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import secrets
+from typing import Any
 
 import keras
 import numpy as np
@@ -74,7 +75,7 @@ def save(rule, fitted, path):
         unfinished.unlink(missing_ok=True)
 
 
-def load_rule(path):
+def load_rule(path: str | os.PathLike[str]) -> Any:
     """Loads a rejection rule that `rule.save(path)` wrote.
 
     Nothing in the file is executed. The checksum protects against damage, not
@@ -165,7 +166,7 @@ def _to_rule(document, version):
         raise ValueError("its method does not fit its fingerprint")
     if rule.keeps_scores != (scores is not None):
         raise ValueError("its calibration scores are missing or unexpected")
-    rule._fitted = fitted
+    rule.restore(fitted)
     return rule
 
 

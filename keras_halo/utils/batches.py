@@ -4,10 +4,10 @@ import types
 
 import keras
 import numpy as np
-from keras import ops
-from keras.src.trainers import data_adapters
 
-from keras_halo.utils.checks import check_numeric_labels
+from keras_halo.utils import keras_private
+from keras_halo.utils.checks import label_array
+from keras_halo.utils.weights import counted_positions
 
 
 def check_readable(data, where, again=False):
@@ -41,7 +41,7 @@ def check_readable(data, where, again=False):
     infinite = (
         isinstance(data, keras.utils.PyDataset) and data.num_batches is None
     )
-    if data_adapters.is_tf_dataset(data) and hasattr(data, "cardinality"):
+    if keras_private.is_tf_dataset(data) and hasattr(data, "cardinality"):
         # tf.data.INFINITE_CARDINALITY
         infinite = int(data.cardinality()) == -1
     if infinite:
@@ -50,7 +50,7 @@ def check_readable(data, where, again=False):
             f"{type(data).__name__}. Leave out `repeat()`, or take a number of "
             "batches of it."
         )
-    if not data_adapters.is_tf_dataset(data):
+    if not keras_private.is_tf_dataset(data):
         count_batches(data)
 
 
@@ -91,7 +91,7 @@ def read_batches(data, batch_size=None):
     adapter = _to_adapter(data, batch_size)
     adapter.on_epoch_begin()
     try:
-        if data_adapters.is_torch_dataloader(data):
+        if keras_private.is_torch_dataloader(data):
             batches = _torch_batches(data)
         else:
             batches = adapter.get_numpy_iterator()
@@ -101,41 +101,6 @@ def read_batches(data, batch_size=None):
         adapter.on_epoch_end()
 
 
-def counted_positions(sample_weight, shape, where):
-    """Tells which samples or positions have a weight other than zero.
-
-    Args:
-        sample_weight: Weights of shape `(batch_size,)`, of the `shape` of the
-            positions, or `(*shape, 1)`; or `None`.
-        shape: Tuple, that of one number a position.
-        where: String, the name by which an error calls the data.
-
-    Returns:
-        Boolean array of the given shape.
-
-    Raises:
-        ValueError: If the shapes do not fit.
-
-    Example:
-
-    >>> counted_positions([1.0, 0.0], (2, 3), "x").tolist()
-    [[True, True, True], [False, False, False]]
-    """
-    counted = np.ones(shape, "bool")
-    if sample_weight is None:
-        return counted
-    weight = np.asarray(sample_weight)
-    if weight.shape == (*shape, 1):
-        weight = weight[..., 0]
-    if weight.shape != shape[: weight.ndim]:
-        raise ValueError(
-            f"The sample weights of `{where}` must have the shape "
-            f"{shape[:1]} or {shape}. Received: shape={weight.shape}."
-        )
-    weight = weight.reshape(weight.shape + (1,) * (counted.ndim - weight.ndim))
-    return counted & (weight != 0)
-
-
 def _to_adapter(data, batch_size):
     # A tuple is a batch in Keras's sense; a list is a list of inputs.
     x, y, sample_weight = (
@@ -143,11 +108,8 @@ def _to_adapter(data, batch_size):
         if isinstance(data, tuple)
         else (data, None, None)
     )
-    return data_adapters.get_data_adapter(
-        x,
-        _listed(y),
-        sample_weight=_listed(sample_weight),
-        batch_size=batch_size,
+    return keras_private.data_adapter(
+        x, _listed(y), _listed(sample_weight), batch_size
     )
 
 
@@ -174,8 +136,8 @@ def is_dataset(x):
     """
     return (
         isinstance(x, (types.GeneratorType, keras.utils.PyDataset))
-        or data_adapters.is_tf_dataset(x)
-        or data_adapters.is_torch_dataloader(x)
+        or keras_private.is_tf_dataset(x)
+        or keras_private.is_torch_dataloader(x)
         or hasattr(x, "as_numpy_iterator")
         or (isinstance(x, list) and any(isinstance(b, tuple) for b in x))
     )
@@ -237,8 +199,7 @@ def labelled_data(x, y=None, sample_weight=None):
             "y=None. Pass `y`, or a dataset of batches `(x, y)`."
         )
     leaves = [v for v in keras.tree.flatten(x) if hasattr(v, "shape")]
-    y = np.asarray(ops.convert_to_numpy(y))
-    check_numeric_labels(y)
+    y = label_array(y)
     if leaves and len(y) != len(leaves[0]):
         raise ValueError(
             "Expected one label for every input. Received: "
@@ -269,10 +230,8 @@ def counted(values, labels, sample_weight):
     """
     if sample_weight is None:
         return values, labels
-    kept = counted_positions(
-        ops.convert_to_numpy(sample_weight), values.shape[:-1], "x"
-    )
-    labels = np.asarray(ops.convert_to_numpy(labels))
+    kept = counted_positions(sample_weight, values.shape[:-1], "x")
+    labels = label_array(labels)
     if labels.shape[: kept.ndim] != kept.shape:
         raise ValueError(
             "Expected one label for every sample or position, of shape "

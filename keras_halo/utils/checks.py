@@ -142,26 +142,38 @@ def finite_vector(values, argument):
     return values
 
 
-def check_numeric_labels(labels):
-    """Raises `ValueError` unless labels are numbers.
+def label_array(labels):
+    """Returns labels as a NumPy array of numbers.
 
     Args:
-        labels: NumPy array.
+        labels: Array, tensor, or lists of numbers.
+
+    Returns:
+        NumPy array.
+
+    Raises:
+        ValueError: If labels are no numbers.
 
     Example:
 
-    >>> check_numeric_labels(np.array(["cat"]))
+    >>> label_array(["cat"])
     Traceback (most recent call last):
         ...
     ValueError: Labels must be numbers. Received: dtype=<U3. Encode them ...
     """
-    # NumPy has no kind of its own for bfloat16.
-    if labels.dtype.kind not in "biuf" and labels.dtype.name != "bfloat16":
+    if ops.is_tensor(labels):
+        labels = ops.convert_to_numpy(labels)
+    labels = np.asarray(labels)
+    if labels.dtype.name == "bfloat16":
+        # Not a kind of number that NumPy knows.
+        labels = labels.astype("float32")
+    if labels.dtype.kind not in "biuf":
         raise ValueError(
             f"Labels must be numbers. Received: dtype={labels.dtype}. Encode "
             "them first, for example with `keras.layers.StringLookup` or "
             "`np.unique(labels, return_inverse=True)`."
         )
+    return labels
 
 
 def check_finite(values, argument):

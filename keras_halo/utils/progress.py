@@ -2,7 +2,8 @@ import sys
 import time
 
 import keras
-from keras.src.utils import io_utils
+
+from keras_halo.utils.keras_private import print_message
 
 
 class Progress:
@@ -44,7 +45,7 @@ class Progress:
         self._title = f"{self._index}/{self._num_sets} {name}"
         self._began = time.monotonic()
         if self._verbose == 1:
-            io_utils.print_msg(self._title)
+            print_message(self._title)
             self._bar = keras.utils.Progbar(num_batches)
 
     def step(self):
@@ -54,9 +55,7 @@ class Progress:
     def finish(self, count):
         if self._bar is not None and self._bar.target is None:
             # A bar without a target does not end its line by itself.
-            io_utils.print_msg("")
+            print_message("")
         if self._verbose == 2:
             seconds = time.monotonic() - self._began
-            io_utils.print_msg(
-                f"{self._title}: {count:,} samples - {seconds:.0f}s"
-            )
+            print_message(f"{self._title}: {count:,} samples - {seconds:.0f}s")

@@ -1,7 +1,7 @@
 """What is done with a whole model."""
 
 from keras_halo.workflows.add_abstention import add_abstention
-from keras_halo.workflows.calibrate import Calibration, calibrate
+from keras_halo.workflows.calibrate import CalibrationReport, calibrate
 from keras_halo.workflows.convert_head import convert_head
 from keras_halo.workflows.evaluate_ood import evaluate_ood
 from keras_halo.workflows.fit_class_gaussians import fit_class_gaussians
@@ -17,7 +17,7 @@ from keras_halo.workflows.predictions import (
 )
 
 __all__ = [
-    "Calibration",
+    "CalibrationReport",
     "KnownResult",
     "OODReport",
     "Predictions",

@@ -2,7 +2,9 @@
 
 import dataclasses
 import warnings
+from typing import Any
 
+import keras
 import numpy as np
 
 from keras_halo.metrics import expected_calibration_error
@@ -16,6 +18,7 @@ from keras_halo.utils.batches import (
     labelled_data,
 )
 from keras_halo.utils.extras import require
+from keras_halo.utils.types import Data
 from keras_halo.workflows.graph import find_head
 from keras_halo.workflows.predicting import predict_answers
 
@@ -28,7 +31,7 @@ _NUM_BINS = 15
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Calibration:
+class CalibrationReport:
     """What `calibrate` changed, what it gained, and the way back.
 
     The likelihood and the calibration error are those of the class
@@ -62,9 +65,9 @@ class Calibration:
     old_abstain_probability: float
     abstain_probability: float
     error_rate: float
-    _old_weights: tuple = dataclasses.field(repr=False)
+    _old_weights: tuple[Any, ...] = dataclasses.field(repr=False)
 
-    def undo(self):
+    def undo(self) -> None:
         """Puts temperature and abstain biases back, to the bit."""
         for variable, value in self._old_weights:
             variable.assign(value)
@@ -87,15 +90,15 @@ class Calibration:
 
 
 def calibrate(
-    model,
-    x,
-    y=None,
-    unknown=None,
-    bias="mistakes",
-    batch_size=None,
-    verbose="auto",
-    sample_weight=None,
-):
+    model: keras.Model,
+    x: Data,
+    y: Any = None,
+    unknown: Data = None,
+    bias: str = "mistakes",
+    batch_size: int | None = None,
+    verbose: str | int = "auto",
+    sample_weight: Any = None,
+) -> CalibrationReport:
     """Refits temperature and abstain bias on validation data, in place.
 
     The temperature is the one of largest likelihood of the labels among the
@@ -158,7 +161,7 @@ def calibrate(
             `None`.
 
     Returns:
-        `Calibration`, with the values before and after and with `undo()`.
+        `CalibrationReport`, with the values before and after and `undo()`.
 
     Raises:
         ValueError: If an argument is unknown, the model has not exactly one
@@ -282,7 +285,7 @@ def calibrate(
     weights = [head.raw_gamma, head.abstain_bias]
     if new.far is not None:
         weights.append(head.far_bias)
-    calibration = Calibration(
+    calibration = CalibrationReport(
         old_temperature=old_gamma,
         temperature=gamma,
         old_abstain_bias=old.near,

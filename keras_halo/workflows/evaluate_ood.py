@@ -1,9 +1,14 @@
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
 import numpy as np
 
 from keras_halo import metrics
 from keras_halo.ops import packing
 from keras_halo.utils.batches import check_readable, count_batches
 from keras_halo.utils.progress import Progress
+from keras_halo.utils.types import Data
 from keras_halo.workflows.ood_report import (
     KnownResult,
     OODReport,
@@ -18,15 +23,15 @@ from keras_halo.workflows.predicting import (
 
 
 def evaluate_ood(
-    model,
-    known,
-    unknown,
-    method="abstain",
-    batch_size=None,
-    verbose="auto",
-    num_bins=15,
-    ignore_class=None,
-):
+    model: keras.Model,
+    known: Data,
+    unknown: Mapping[str, Data],
+    method: str | Callable[..., Any] = "abstain",
+    batch_size: int | None = None,
+    verbose: str | int = "auto",
+    num_bins: int = 15,
+    ignore_class: int | None = None,
+) -> OODReport:
     """Measures what a model knows, and whether it knows what it does not.
 
     Every data set is read once, batch by batch, so that a dataset that
@@ -198,10 +203,10 @@ def _unknown_result(name, known_scores, answers):
             known_scores, score, positive="unknown"
         ),
         aupr_known_positive=metrics.aupr(known_scores, score, positive="known"),
-        fpr95_known_positive=metrics.fpr_at_95(
+        fpr95_known_positive=metrics.fpr_at_recall(
             known_scores, score, positive="known"
         ),
-        fpr95_unknown_positive=metrics.fpr_at_95(
+        fpr95_unknown_positive=metrics.fpr_at_recall(
             known_scores, score, positive="unknown"
         ),
         abstention_rate=float(answers.abstained.mean()),

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from keras_halo.plots import (
     score_histograms,
 )
 from keras_halo.plots.drawing import import_pyplot
+from keras_halo.utils.types import Axes
 
 # What is not one number: samples, kept for the plots.
 _ARRAYS = ("scores", "labels", "probabilities", "errors")
@@ -61,7 +63,7 @@ class _Result:
             if isinstance(value, np.ndarray):
                 value.flags.writeable = False
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Returns the numbers alone, `None` for one that is not defined."""
         return {
             field.name: _json_number(getattr(self, field.name))
@@ -182,10 +184,10 @@ class OODReport:
 
     method: str
     known: KnownResult
-    unknown: tuple
+    unknown: tuple[UnknownResult, ...]
     num_bins: int
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> UnknownResult:
         for result in self.unknown:
             if result.name == name:
                 return result
@@ -194,11 +196,11 @@ class OODReport:
             f"{[result.name for result in self.unknown]}."
         )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.unknown)
 
     @property
-    def mean(self):
+    def mean(self) -> UnknownResult:
         """`UnknownResult`, the mean over sets, each set counting the same."""
         names = [
             field.name
@@ -214,7 +216,7 @@ class OODReport:
             },
         )
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Returns plain numbers, strings and dictionaries, ready for JSON.
 
         A number that is not defined is `None`.
@@ -227,7 +229,7 @@ class OODReport:
             "mean": self.mean.to_dict(),
         }
 
-    def to_markdown(self):
+    def to_markdown(self) -> str:
         """Returns the tables in Markdown, conventions stated beneath."""
         header, *rows = self._unknown_rows()
         header = [" ".join(words).strip() for words in header]
@@ -258,7 +260,7 @@ class OODReport:
             ]
         )
 
-    def plot(self):
+    def plot(self) -> Axes:
         """Draws score histograms of every set, calibration and risk-coverage.
 
         The threshold in the histograms is the one that accepts 95 % of the

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_halo.ops import packing
+from keras_halo.ops.labels import check_ignore_class, fitting_labels
 from keras_halo.ops.model_output import (
     FITTED,
     ModelOutput,
@@ -15,11 +16,8 @@ from keras_halo.ops.model_output import (
     require_fitted,
 )
 from keras_halo.ops.ood_scores import OOD_METHODS, check_method, ood_score
-from keras_halo.utils.batches import (
-    counted,
-    counted_positions,
-    read_batches,
-)
+from keras_halo.utils.batches import counted, read_batches
+from keras_halo.utils.weights import counted_positions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -221,18 +219,14 @@ def _flat(packed):
 def _flat_labels(y, packed, where):
     """Labels as `(N,)` integers or an `(N, K)` distribution."""
     shape, num_classes = packed.shape[:-1], packing.count_classes(packed.shape)
-    labels = None if y is None or isinstance(y, (dict, list)) else np.asarray(y)
-    if labels is not None and labels.shape in (shape, (*shape, 1)):
-        return labels.reshape(-1)
-    if labels is not None and labels.shape == (*shape, num_classes):
-        return labels.reshape(-1, num_classes)
-    raise ValueError(
-        f"`{where}` must come with labels that fit the model's {num_classes} "
-        f"classes: integers of shape {shape} or a distribution of shape "
-        f"{(*shape, num_classes)}. Received: "
-        + ("no labels" if labels is None else f"shape={labels.shape}")
-        + ". Pass a tuple `(x, y)` or a dataset that yields such tuples."
-    )
+    if y is None or isinstance(y, (dict, list)):
+        raise ValueError(
+            f"`{where}` must come with labels that fit the model's "
+            f"{num_classes} classes. Received: no labels. Pass a tuple "
+            "`(x, y)` or a dataset that yields such tuples."
+        )
+    labels = fitting_labels(y, shape, num_classes, f"`{where}`")
+    return labels.reshape(-1, *labels.shape[len(shape) :])
 
 
 def _kept(sample_weight, labels, ignore_class, packed, where):
@@ -240,13 +234,9 @@ def _kept(sample_weight, labels, ignore_class, packed, where):
     kept = counted_positions(sample_weight, packed.shape[:-1], where).ravel()
     if ignore_class is None or labels is None:
         return kept
-    if labels.ndim > 1:
-        raise ValueError(
-            f"`ignore_class` needs integer labels. Received: `{where}` with "
-            f"a distribution over {labels.shape[-1]} classes and ignore_class="
-            f"{ignore_class}. Pass integer labels, or give the positions to "
-            "ignore a `sample_weight` of zero."
-        )
+    check_ignore_class(
+        ignore_class, labels.ndim == 1, f"`{where}` with a distribution"
+    )
     return kept & (labels != ignore_class)
 
 

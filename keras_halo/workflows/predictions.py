@@ -7,6 +7,7 @@ from keras_halo.ops import geometry, packing
 from keras_halo.ops.labels import ABSTAINED
 from keras_halo.ops.model_output import finite_rows, read_model_output
 from keras_halo.utils.shapes import with_few_lengths
+from keras_halo.utils.types import Array, ArrayLike, Scores
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,15 +52,15 @@ class Predictions:
                 value.flags.writeable = False
 
     @property
-    def abstained(self):
+    def abstained(self) -> Array:
         """Boolean array of shape `(...)`, true where the model abstained."""
         return self.labels == ABSTAINED
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
 
-def decode_predictions(scores):
+def decode_predictions(scores: Scores) -> Predictions:
     """Decodes packed scores, e.g. of `model.predict`, into a readable result.
 
     Args:
@@ -130,7 +131,7 @@ def decode_predictions(scores):
     )
 
 
-def pair_log_odds(scores):
+def pair_log_odds(scores: ArrayLike) -> Array:
     """Log-odds of every class, or key, against abstaining alone.
 
     For the scores of `keras_halo.HALOSimilarity` this tells of each pair by

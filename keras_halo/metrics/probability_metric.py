@@ -1,3 +1,5 @@
+from typing import Any, Self
+
 import keras
 from keras import ops
 
@@ -8,11 +10,17 @@ from keras_halo.metrics.samples import (
     one_hot,
     to_samples,
 )
+from keras_halo.utils.keras_private import (
+    direction_of,
+    function_of,
+    set_direction,
+)
 from keras_halo.utils.precision import computation_dtype
+from keras_halo.utils.types import DType, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
-class OnProbabilities(keras.Metric):
+class ProbabilityMetric(keras.Metric):
     """Feeds any Keras metric with the class probabilities of packed scores.
 
     `"accuracy"` and the other metrics that only look for the largest column
@@ -80,7 +88,7 @@ class OnProbabilities(keras.Metric):
     ...     2, centroid_initializer=keras.initializers.Identity()
     ... )
     >>> scores = layer(np.array([[0.3, 0], [0.2, 0.1], [0.1, 0.2], [0, 0.3]]))
-    >>> auc = keras_halo.metrics.OnProbabilities(
+    >>> auc = keras_halo.metrics.ProbabilityMetric(
     ...     keras.metrics.AUC(name="auc"), class_id=1
     ... )
     >>> auc.update_state(np.array([0, 1, 0, 1]), scores)
@@ -93,21 +101,21 @@ class OnProbabilities(keras.Metric):
     model.compile(
         "adam",
         loss=keras_halo.HALOLoss(),
-        metrics=[keras_halo.metrics.OnProbabilities(keras.metrics.F1Score())],
+        metrics=[keras_halo.metrics.ProbabilityMetric(keras.metrics.F1Score())],
     )
     ```
     """
 
     def __init__(
         self,
-        metric,
-        renormalize=True,
-        class_id=None,
-        one_hot_labels=None,
-        ignore_class=None,
-        name=None,
-        dtype=None,
-    ):
+        metric: keras.Metric,
+        renormalize: bool = True,
+        class_id: int | None = None,
+        one_hot_labels: bool | None = None,
+        ignore_class: int | None = None,
+        name: str | None = None,
+        dtype: DType = None,
+    ) -> None:
         _check_arguments(metric, class_id, one_hot_labels)
         policy = keras.dtype_policies.get(dtype or keras.config.floatx())
         super().__init__(
@@ -120,10 +128,11 @@ class OnProbabilities(keras.Metric):
         self.one_hot_labels = one_hot_labels
         self.ignore_class = ignore_class
         # Callbacks ask for it to tell better from worse.
-        if hasattr(metric, "_direction"):
-            self._direction = metric._direction
+        set_direction(self, direction_of(metric))
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    def update_state(
+        self, y_true: Any, y_pred: Tensor, sample_weight: Any = None
+    ) -> None:
         """Feeds a batch to the wrapped metric.
 
         Args:
@@ -167,13 +176,13 @@ class OnProbabilities(keras.Metric):
             return one_hot(labels, num_classes, self.dtype)
         return ops.cast(ops.argmax(labels, axis=-1), "int32")
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         self.metric.reset_state()
 
-    def result(self):
+    def result(self) -> Tensor:
         return self.metric.result()
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {
@@ -187,7 +196,7 @@ class OnProbabilities(keras.Metric):
         return config
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         metric = keras.saving.deserialize_keras_object(config["metric"])
         return cls(**{**config, "metric": metric})
 
@@ -208,7 +217,7 @@ def _one_against_rest(labels, probabilities, class_id):
 def _takes_integers(metric):
     if hasattr(metric, "sparse_y_true"):
         return metric.sparse_y_true
-    function = getattr(metric, "_fn", None)
+    function = function_of(metric)
     return type(metric).__name__.startswith("Sparse") or getattr(
         function, "__name__", ""
     ).startswith("sparse")

@@ -1,6 +1,6 @@
 """Ten steps of training a small HALO classifier, in many ways.
 
-    python trainings.py FOLDER WAY [WAY ...]
+    python tests/scripts/trainings.py FOLDER WAY [WAY ...]
 
 writes losses and weights to `FOLDER/WAY.npz`, and what else the way has to
 tell to `FOLDER/WAY.json`. Every way starts from the same weights and sees the

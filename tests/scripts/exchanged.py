@@ -1,7 +1,7 @@
 """Saves models on one backend, or loads those that any backend has saved.
 
-    KERAS_BACKEND=jax python exchanged.py FOLDER save
-    KERAS_BACKEND=torch python exchanged.py FOLDER load jax
+    KERAS_BACKEND=jax python tests/scripts/exchanged.py FOLDER save
+    KERAS_BACKEND=torch python tests/scripts/exchanged.py FOLDER load jax
 
 The first writes models, a rule and predictions to `FOLDER/jax`; the second
 writes what torch predicts with them to `FOLDER/jax-on-torch.npz`.

@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 import zipfile
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # What somebody needs who has nothing but the sdist.
 IN_SDIST = [
@@ -69,11 +69,8 @@ def check_sdist(sdist, folder):
         archive.extractall(folder, filter="data")
     (source,) = folder.iterdir()
     missing = [name for name in IN_SDIST if not (source / name).is_file()]
-    missing += sorted(
-        path.name
-        for path in (ROOT / "tests").glob("*.py")
-        if not (source / "tests" / path.name).is_file()
-    )
+    ours = [p.relative_to(ROOT) for p in (ROOT / "tests").rglob("*.py")]
+    missing += sorted(str(p) for p in ours if not (source / p).is_file())
     assert not missing, f"not in the sdist: {missing}"
     return source
 

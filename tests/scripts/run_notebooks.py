@@ -1,7 +1,7 @@
 """Makes notebooks of the examples and executes them.
 
-    python tests/run_notebooks.py FOLDER [NAME ...]
-    python tests/run_notebooks.py FOLDER --convert-only
+    python tests/scripts/run_notebooks.py FOLDER [NAME ...]
+    python tests/scripts/run_notebooks.py FOLDER --convert-only
 
 Every script of `examples/`, or those named, becomes a notebook in FOLDER and
 is executed there. An error in a cell, or no picture at the end, is a failure.
@@ -18,7 +18,7 @@ import time
 import jupytext
 
 BACKENDS = ("jax", "tensorflow", "torch")
-EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
 
 def to_percent(source):
