@@ -17,8 +17,6 @@ ROOT = pathlib.Path(keras_halo.__file__).parent
 
 # The one module that may use what Keras does not publish.
 PRIVATE = "utils/keras_private.py"
-# Those that still do, and are to ask `keras_private` instead.
-STILL_TO_MOVE = {"workflows/convert_head.py", "workflows/graph.py"}
 
 # Public, whatever they look like.
 OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
@@ -121,7 +119,7 @@ def test_one_module_uses_what_keras_does_not_publish():
         for path in ROOT.rglob("*.py")
         if (lines := private_uses(path.read_text("utf-8"), names))
     }
-    assert set(found) == {PRIVATE, *STILL_TO_MOVE}, found
+    assert set(found) == {PRIVATE}, found
 
 
 @pytest.mark.parametrize(

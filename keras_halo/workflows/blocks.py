@@ -3,7 +3,8 @@
 import keras
 from keras import layers
 
-from keras_halo.workflows.graph import free_name, input_structure, node_before
+from keras_halo.utils.keras_private import history_of
+from keras_halo.workflows.graph import free_name, input_structure
 
 # Tensors that say what another one says already, the inputs included.
 _REPEATING = (
@@ -82,9 +83,9 @@ def find_blocks(model, features):
 
 def _is_average(tensor):
     """Whether a tensor is the mean of a map over its positions."""
-    operation, node = node_before(tensor)
+    operation, node = history_of(tensor)
     while isinstance(operation, (layers.Dropout, layers.Identity)):
-        operation, node = node_before(node.input_tensors[0])
+        operation, node = history_of(node.input_tensors[0])
     return isinstance(operation, _AVERAGES)
 
 
@@ -121,7 +122,7 @@ def _in_order(tensor):
     done, pending = {}, [(tensor, False)]
     while pending:
         tensor, ready = pending.pop()
-        operation, node = node_before(tensor)
+        operation, node = history_of(tensor)
         if node in done:
             continue
         if ready:

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_halo.layers.feature_normalization import FeatureNormalization
 from keras_halo.layers.halo_dense import HALODense
+from keras_halo.utils.keras_private import flat_layers, history_of
 
 
 def input_structure(model):
@@ -33,9 +34,7 @@ def find_head(model):
     3
     """
     heads = [
-        layer
-        for layer in model._flatten_layers()
-        if isinstance(layer, HALODense)
+        layer for layer in flat_layers(model) if isinstance(layer, HALODense)
     ]
     if len(heads) != 1:
         raise ValueError(
@@ -84,16 +83,15 @@ def head_tensors(model):
     visited = set()
     while pending:
         tensor = pending.pop()
-        operation, node = node_before(tensor)
+        operation, node = history_of(tensor)
         if node in visited:
             continue
         visited.add(node)
         if operation is head:
             features = node.input_tensors[0]
             return embedding_of(head, features, model), node.output_tensors[0]
-        if (
-            isinstance(operation, keras.Model)
-            and head in operation._flatten_layers()
+        if isinstance(operation, keras.Model) and head in flat_layers(
+            operation
         ):
             if not getattr(operation, "outputs", None):
                 raise _no_graph(operation)
@@ -115,20 +113,6 @@ def _no_graph(model):
         "For a subclassed model compute the embeddings yourself and use "
         "`keras_halo.layers.ClassGaussians` and its method `adapt`."
     )
-
-
-def node_before(tensor):
-    """Returns the operation behind a symbolic tensor, and the call of it.
-
-    Args:
-        tensor: `keras.KerasTensor` of a functional or sequential model.
-
-    Returns:
-        Tuple of a `keras.layers.Layer`, or another operation, and the node of
-        the graph, with `input_tensors`, `output_tensors` and `arguments`.
-    """
-    operation, node_index, _ = tensor._keras_history
-    return operation, operation._inbound_nodes[node_index]
 
 
 def embedding_of(head, features, model):
@@ -182,7 +166,7 @@ def free_name(model, name):
     >>> free_name(model, "turned"), free_name(model, "head")
     ('turned', 'head_1')
     """
-    taken = {layer.name for layer in model._flatten_layers()}
+    taken = {layer.name for layer in flat_layers(model)}
     count = 0
     free = name
     while free in taken:

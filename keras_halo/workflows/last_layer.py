@@ -7,11 +7,11 @@ import numpy as np
 from keras import layers, ops
 
 from keras_halo.layers.halo_dense import HALODense
+from keras_halo.utils.keras_private import history_of
 from keras_halo.workflows.graph import (
     embedding_of,
     free_name,
     input_structure,
-    node_before,
 )
 
 # What a classifier may do to its logits before it emits them.
@@ -123,7 +123,7 @@ def _walk(model, tensor):
     """Embeddings, head, and shapes of positions from the last to the first."""
     shapes = []
     while True:
-        operation, node = node_before(tensor)
+        operation, node = history_of(tensor)
         features = node.input_tensors[0] if node.input_tensors else None
         if isinstance(operation, HALODense):
             embeddings = embedding_of(operation, features, model)
