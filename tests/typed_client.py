@@ -178,8 +178,10 @@ upgraded: NDArray[Any] = ops.packing.upgrade_scores(scores)
 ops.packing.check_packed(scores, argument="scores")
 
 # Models that come back, and what is left of the workflows.
-converted: keras.Model = keras_halo.convert_head(model, x, y)
-fitted: keras.Model = keras_halo.fit_class_gaussians(model, x, y)
+guarded: keras.Model = keras_halo.add_abstention(model, x, y, verbose=0)
+converted: keras.Model = keras_halo.convert_head(model, x, y, verbose=0)
+fitted: keras.Model = keras_halo.fit_class_gaussians(model, x, y, verbose=0)
+guarded_again = workflows.add_abstention(model, x, y)
 converted_again = workflows.convert_head(model, x, y)
 fitted_again = workflows.fit_class_gaussians(model, x, y)
 workflows_again = (

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -8,6 +9,7 @@ from keras_halo.layers.score_layer import ScoreLayer
 from keras_halo.ops import geometry, ood_scores, packing
 from keras_halo.ops.class_statistics import ClassStatistics, check_counts
 from keras_halo.utils.checks import check_units
+from keras_halo.utils.types import Shape, Tensor
 
 # What there is to do about classes without samples, besides more data.
 OR_SKIP = (
@@ -160,13 +162,13 @@ class ClassGaussians(ScoreLayer):
 
     _SCORES_AT = 1
 
-    def __init__(self, units, **kwargs):
+    def __init__(self, units: int, **kwargs: Any) -> None:
         check_units(units)
         super().__init__(**kwargs)
         self.units = units
         self.supports_masking = True
 
-    def build(self, embeddings_shape, scores_shape):
+    def build(self, embeddings_shape: Shape, scores_shape: Shape) -> None:
         self._check_shapes(embeddings_shape, scores_shape)
         dim = embeddings_shape[-1]
         self.shift = self._add_statistic("shift", (dim,), "zeros")
@@ -211,7 +213,9 @@ class ClassGaussians(ScoreLayer):
                 "`HALODense` head, in this order."
             )
 
-    def adapt(self, embeddings, labels, skip_missing=False):
+    def adapt(
+        self, embeddings: Any, labels: Any, skip_missing: bool = False
+    ) -> None:
         """Fits the Gaussians to embeddings of training data, all at once.
 
         Args:
@@ -230,7 +234,9 @@ class ClassGaussians(ScoreLayer):
         statistics.update(embeddings, labels)
         self.set_statistics(statistics, skip_missing)
 
-    def set_statistics(self, statistics, skip_missing=False):
+    def set_statistics(
+        self, statistics: ClassStatistics, skip_missing: bool = False
+    ) -> None:
         """Fits the Gaussians to statistics that were collected before.
 
         Args:
@@ -285,9 +291,10 @@ class ClassGaussians(ScoreLayer):
         for weight, value in zip(self.weights, constants, strict=True):
             weight.assign(value)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         if "3" in store:
-            return super().load_own_variables(store)
+            super().load_own_variables(store)
+            return
         # Files of 0.1.0 hold means, whitenings and log_normalizers.
         means, whitenings, log_normalizers = (
             np.asarray(store[key], "float64") for key in ("0", "1", "2")
@@ -299,7 +306,7 @@ class ClassGaussians(ScoreLayer):
             weight.assign(value)
         self.log_normalizers.assign(log_normalizers)
 
-    def call(self, embeddings, scores):
+    def call(self, embeddings: Tensor, scores: Tensor) -> Tensor:
         embeddings = ops.clip(
             ops.cast(embeddings, self.head_dtype),
             -geometry.MAX_COMPONENT,
@@ -320,15 +327,17 @@ class ClassGaussians(ScoreLayer):
         odds = ood_scores.abstain_log_odds(ops.cast(scores, self.head_dtype))
         return ops.min(densities, axis=-1) + ops.squeeze(odds, axis=-1)
 
-    def compute_output_shape(self, embeddings_shape, scores_shape):
+    def compute_output_shape(
+        self, embeddings_shape: Shape, scores_shape: Shape
+    ) -> Shape:
         return tuple(scores_shape[:-1])
 
-    def compute_output_spec(self, embeddings, scores):
+    def compute_output_spec(self, embeddings: Tensor, scores: Tensor) -> Any:
         self._check_shapes(embeddings.shape, scores.shape)
         return keras.KerasTensor(
             self.compute_output_shape(embeddings.shape, scores.shape),
             dtype=self.head_dtype,
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "units": self.units}

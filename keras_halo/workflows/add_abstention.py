@@ -2,6 +2,8 @@
 
 import numbers
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,6 +15,7 @@ from keras_halo.ops.class_statistics import check_counts
 from keras_halo.ops.labels import class_indices
 from keras_halo.utils.batches import check_readable, labelled_data
 from keras_halo.utils.checks import check_finite
+from keras_halo.utils.types import Data
 from keras_halo.workflows.blocks import find_blocks
 from keras_halo.workflows.collecting import check_labels, collect
 from keras_halo.workflows.convert_head import convert_head
@@ -36,17 +39,17 @@ _WARN_BELOW = 0.01
 
 
 def add_abstention(
-    model,
-    x,
-    y=None,
-    blocks=None,
-    epochs=3,
-    batch_size=None,
-    sample_weight=None,
-    max_features=1024,
-    verbose="auto",
-    **kwargs,
-):
+    model: keras.Model,
+    x: Data,
+    y: Any = None,
+    blocks: Sequence[Any] | None = None,
+    epochs: int = 3,
+    batch_size: int | None = None,
+    sample_weight: Any = None,
+    max_features: int = 1024,
+    verbose: str | int = "auto",
+    **kwargs: Any,
+) -> keras.Model:
     """Returns a trained classifier that can abstain, with a HALO head.
 
     Any functional or sequential classifier will do, whatever it was trained

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -16,6 +17,7 @@ from keras_halo.ops.class_statistics import (
 )
 from keras_halo.ops.labels import class_indices
 from keras_halo.utils.batches import check_readable, labelled_data
+from keras_halo.utils.types import Data
 from keras_halo.workflows.collecting import check_labels, collect
 from keras_halo.workflows.graph import free_name, input_structure
 from keras_halo.workflows.last_layer import embeddings_before_head
@@ -32,17 +34,17 @@ _WARN_BELOW = 0.02
 
 
 def convert_head(
-    model,
-    x,
-    y=None,
-    label_smoothing=None,
-    batch_size=None,
-    sample_weight=None,
-    abstain_rate=0.01,
-    units=None,
-    verbose="auto",
-    **kwargs,
-):
+    model: keras.Model,
+    x: Data,
+    y: Any = None,
+    label_smoothing: float | None = None,
+    batch_size: int | None = None,
+    sample_weight: Any = None,
+    abstain_rate: float | None = 0.01,
+    units: int | None = None,
+    verbose: str | int = "auto",
+    **kwargs: Any,
+) -> keras.Model:
     """Replaces the head of a trained classifier by a HALO head that fits it.
 
     The new model starts from what the old one knows and can say "I don't know"

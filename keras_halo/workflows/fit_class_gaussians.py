@@ -1,21 +1,24 @@
+from typing import Any
+
 import keras
 
 from keras_halo.layers.class_gaussians import OR_SKIP, ClassGaussians
 from keras_halo.ops.class_statistics import ClassStatistics
 from keras_halo.utils.batches import check_readable, labelled_data
+from keras_halo.utils.types import Data
 from keras_halo.workflows.collecting import check_labels, collect
 from keras_halo.workflows.graph import find_head, head_tensors, input_structure
 
 
 def fit_class_gaussians(
-    model,
-    x,
-    y=None,
-    batch_size=None,
-    verbose="auto",
-    sample_weight=None,
-    skip_missing=False,
-):
+    model: keras.Model,
+    x: Data,
+    y: Any = None,
+    batch_size: int | None = None,
+    verbose: str | int = "auto",
+    sample_weight: Any = None,
+    skip_missing: bool = False,
+) -> keras.Model:
     """Appends an out-of-distribution score that is fitted to training data.
 
     One pass over the data computes the embeddings that enter the head; the
