@@ -14,12 +14,14 @@ from keras_halo.workflows.predictions import (
     decode_predictions,
     pair_log_odds,
 )
+from keras_halo.workflows.sklearn_classifier import SKLearnClassifier
 
 __all__ = [
     "Calibration",
     "KnownResult",
     "OODReport",
     "Predictions",
+    "SKLearnClassifier",
     "UnknownResult",
     "calibrate",
     "convert_head",
