@@ -1,4 +1,6 @@
 from keras_halo.metrics.abstention_rate import AbstentionRate
+from keras_halo.metrics.best_class_accuracy import BestClassAccuracy
+from keras_halo.metrics.best_class_top_k_accuracy import BestClassTopKAccuracy
 from keras_halo.metrics.calibration import (
     ReliabilityBins,
     brier_score,
@@ -11,6 +13,7 @@ from keras_halo.metrics.coverage import Coverage
 from keras_halo.metrics.expected_calibration import ExpectedCalibrationError
 from keras_halo.metrics.on_probabilities import OnProbabilities
 from keras_halo.metrics.ranking import aupr, auroc, fpr_at_95, fpr_at_recall
+from keras_halo.metrics.retrieval_recall import RetrievalRecall
 from keras_halo.metrics.selective import (
     RiskCoverageCurve,
     augrc,
@@ -21,10 +24,13 @@ from keras_halo.metrics.selective_accuracy import SelectiveAccuracy
 
 __all__ = [
     "AbstentionRate",
+    "BestClassAccuracy",
+    "BestClassTopKAccuracy",
     "Coverage",
     "ExpectedCalibrationError",
     "OnProbabilities",
     "ReliabilityBins",
+    "RetrievalRecall",
     "RiskCoverageCurve",
     "SelectiveAccuracy",
     "augrc",
