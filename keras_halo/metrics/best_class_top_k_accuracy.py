@@ -78,6 +78,8 @@ class BestClassTopKAccuracy(PackedMean):
         # Of equal ones the first comes first, as in an argmax.
         first = ops.logical_and(ops.equal(logits, own), classes < labels)
         is_ahead = ops.logical_or(logits > own, first)
+        # Also where a compiler has computed it twice, with other roundings.
+        is_ahead = ops.logical_and(is_ahead, ops.logical_not(is_own))
         ahead = ops.sum(ops.cast(is_ahead, "int32"), axis=-1)
         found = ops.logical_and(ops.any(is_own, axis=-1), ahead < self.k)
         return ops.cast(found, self.dtype), weights

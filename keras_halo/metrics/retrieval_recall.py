@@ -107,9 +107,14 @@ class RetrievalRecall(PackedMean):
 
     def _add(self, labels, scores, weights):
         logits = scores[..., : -packing.NUM_EXTRA_COLUMNS]
-        matching = ops.where(labels > 0.0, logits, -float("inf"))
-        best = ops.max(matching, axis=-1, keepdims=True)
-        ahead = ops.sum(ops.cast(logits > best, "int32"), axis=-1)
+        is_match = labels > 0.0
+        best = ops.max(
+            ops.where(is_match, logits, -float("inf")), axis=-1, keepdims=True
+        )
+        # No match is ahead of the best one, also where a compiler has computed
+        # it twice, with other roundings.
+        is_ahead = ops.logical_and(logits > best, ops.logical_not(is_match))
+        ahead = ops.sum(ops.cast(is_ahead, "int32"), axis=-1)
         # A batch of one pair is too narrow to be unpacked.
         if scores.shape[-1] != packing.packed_width(1):
             is_packed = packing.unpack(scores).embedding_dim[..., 0] >= 2.0

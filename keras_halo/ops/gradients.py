@@ -7,13 +7,14 @@ any other.
 """
 
 import contextlib
-import contextvars
 import sys
 
 import keras
 from keras import ops
 
-_PLAIN = contextvars.ContextVar("plain_gradients", default=False)
+# One entry for every open scope. No context variable, which `torch.compile`
+# cannot trace; in another thread a scope changes no number.
+_SCOPES = []
 
 
 @contextlib.contextmanager
@@ -47,15 +48,15 @@ def plain_gradients():
     >>> bool(ops.abs(plain - loss(np.array([0, 2]), scores)) < 1e-5)
     True
     """
-    token = _PLAIN.set(True)
+    _SCOPES.append(True)
     try:
         yield
     finally:
-        _PLAIN.reset(token)
+        _SCOPES.pop()
 
 
 def _needs_plain():
-    if _PLAIN.get():
+    if _SCOPES:
         return True
     if keras.backend.backend() != "torch":
         return False
