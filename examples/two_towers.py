@@ -223,10 +223,12 @@ def build_model(kind):
         loss = keras_halo.HALOContrastiveLoss(
             label_smoothing=LABEL_SMOOTHING, radial_weight=0.0
         )
+        # Among the pairs of a batch; "accuracy" would take ids for positions.
+        metrics = [keras_halo.metrics.RetrievalRecall(k=1)]
     else:
-        join, loss = ScaledCosine(name="join"), info_nce
+        join, loss, metrics = ScaledCosine(name="join"), info_nce, []
     model = keras.Model([pictures, tokens], join(towers))
-    model.compile(keras.optimizers.Adam(2e-3), loss)
+    model.compile(keras.optimizers.Adam(2e-3), loss, metrics=metrics)
     return model
 
 

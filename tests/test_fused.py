@@ -1,6 +1,7 @@
 """The fused head and loss against the formulas that they stand for."""
 
 import contextlib
+import functools
 
 import keras
 import numpy as np
@@ -63,6 +64,13 @@ def plain_losses(labels, scores, smoothing, distill, radial_weight):
         targets, parts.logits, parts.abstain_logit
     ) + radial_weight * ops.sum(one_hot * radial, axis=-1, keepdims=True)
     return ops.squeeze(losses, axis=-1)
+
+
+def losses_of(labels, *arguments, block_size):
+    labels = ops.convert_to_tensor(labels)
+    if block_size is None:
+        return fused.integer_label_losses(labels, *arguments)
+    return blockwise.integer_label_losses(labels, *arguments, block_size)
 
 
 def arrays(shape, dtype):
@@ -252,8 +260,12 @@ def test_loss_and_its_gradient_are_those_of_the_formulas(
 
 
 @pytest.mark.parametrize("argument", ["embeddings", "centroids"])
-@pytest.mark.parametrize("distill", [True, False])
-def test_second_derivatives_are_those_of_the_formulas(argument, distill):
+@pytest.mark.parametrize(
+    ("distill", "block_size"), [(True, None), (False, None), (True, 3)]
+)
+def test_second_derivatives_are_those_of_the_formulas(
+    argument, distill, block_size
+):
     shape = (6, 4, 3)
     labels = np.arange(shape[0], dtype="int32") % shape[1]
     with float64():
@@ -275,9 +287,7 @@ def test_second_derivatives_are_those_of_the_formulas(argument, distill):
             for functions in (
                 (
                     fused.packed_scores,
-                    lambda y, *rest: fused.integer_label_losses(
-                        ops.convert_to_tensor(y), *rest
-                    ),
+                    functools.partial(losses_of, block_size=block_size),
                 ),
                 (plain_scores, plain_losses),
             )

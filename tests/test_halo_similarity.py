@@ -14,10 +14,12 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
+from keras.src import backend
 
 import keras_halo
 from keras_halo import HALOContrastiveLoss, HALOLoss, HALOSimilarity
 from keras_halo.layers.halo_similarity import similarity_scores
+from keras_halo.metrics import RetrievalRecall
 from keras_halo.ops import geometry, packing
 
 D = 6
@@ -591,3 +593,129 @@ def test_ids_that_are_no_integers_are_refused(kind):
 
     with pytest.raises(ValueError, match="Ids must be integers"):
         read(ids)
+
+
+def naive_recall(ids, scores, k, weights):
+    """Recall@k, query by query."""
+    found = []
+    for row, own in zip(scores, ids, strict=True):
+        logits = row[: len(ids)]
+        best = max(logits[j] for j in range(len(ids)) if ids[j] == own)
+        found.append(np.sum(logits > best) < k)
+    return np.average(found, weights=weights)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("direction", ["both", "queries", "keys"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_recall_knows_ids(k, direction, weighted):
+    rng = np.random.default_rng(0)
+    metric = RetrievalRecall(k, direction)
+    rows = []
+    for size in (12, 7):
+        queries = rng.normal(size=(size, 6)).astype("float32")
+        keys = queries + 1.5 * rng.normal(size=(size, 6)).astype("float32")
+        # Not their positions, far beyond float32, and some of them twice.
+        ids = 2**25 + 3 * rng.integers(0, 6, size)
+        weights = rng.random((size, 2)).astype("float32") if weighted else None
+        scores = HALOSimilarity(bidirectional=True)([queries, keys])
+        metric.update_state(ids, scores, weights)
+        scores = to_numpy(scores)
+        for index, name in enumerate(("queries", "keys")):
+            if direction in ("both", name):
+                part = np.ones(size) if weights is None else weights[:, index]
+                found = naive_recall(ids, scores[:, index], k, part)
+                rows.append((found, part.sum()))
+    found, counts = np.transpose(rows)
+    expected = np.average(found, weights=counts)
+    np.testing.assert_allclose(float(metric.result()), expected, rtol=1e-5)
+    assert 0.2 < expected <= 1.0
+
+
+def test_recall_of_pairs_that_are_found_is_one_where_accuracy_is_not():
+    pairs = 3.0 * np.eye(4, dtype="float32")
+    ids = np.array([17, 5, 2, 1])
+    scores = to_numpy(HALOSimilarity()([pairs, pairs]))
+    assert (scores.argmax(axis=-1) == np.arange(4)).all()
+    accuracy = keras.metrics.SparseCategoricalAccuracy()
+    accuracy.update_state(ids, scores)
+    recall = RetrievalRecall()
+    recall.update_state(ids, scores)
+    # It takes ids for positions, of which one is right by chance.
+    assert float(accuracy.result()) == 0.25
+    assert float(recall.result()) == 1.0
+
+
+def test_recall_in_fit_of_several_batches_and_back_from_its_config():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(16, 6)).astype("float32")
+    ids = rng.integers(0, 1000, 16)
+    inputs = [keras.Input((6,)), keras.Input((6,))]
+    outputs = HALOSimilarity(bidirectional=True)(inputs)
+    model = keras.Model(inputs, outputs)
+    metric = RetrievalRecall(2, "queries")
+    config = keras.saving.serialize_keras_object(metric)
+    copy = keras.saving.deserialize_keras_object(config)
+    assert copy.get_config() == metric.get_config()
+    assert copy.name == "recall_at_2"
+    model.compile("sgd", HALOContrastiveLoss(), metrics=[copy])
+    logs = model.evaluate(
+        [x, x[::-1]], ids, batch_size=8, verbose=0, return_dict=True
+    )
+    expected = []
+    for rows in (slice(0, 8), slice(8, 16)):
+        scores = to_numpy(model([x[rows], x[::-1][rows]]))[:, 0]
+        expected.append(naive_recall(ids[rows], scores, 2, np.ones(8)))
+    np.testing.assert_allclose(
+        logs["recall_at_2"], np.mean(expected), rtol=1e-5
+    )
+
+
+def test_recall_honours_masks_and_tells_scores_of_others():
+    pairs = np.random.default_rng(0).normal(size=(5, 6)).astype("float32")
+    ids = np.arange(5)
+    keep = np.array([True, False, True, True, False])
+    scores = to_numpy(HALOSimilarity()([pairs, pairs[[1, 0, 2, 3, 4]]]))
+    broken = scores.copy()
+    broken[1] = np.nan
+    masked = ops.convert_to_tensor(broken)
+    backend.set_keras_mask(masked, ops.convert_to_tensor(keep))
+    metric = RetrievalRecall()
+    metric.update_state(ids, masked)
+    expected = naive_recall(ids, scores, 1, keep.astype(float))
+    np.testing.assert_allclose(float(metric.result()), expected)
+    metric.update_state(ids, broken)
+    assert np.isnan(float(metric.result()))
+
+
+def test_recall_of_one_pair_is_one():
+    metric = RetrievalRecall()
+    assert np.isnan(float(metric.result()))
+    x = np.ones((1, 6), "float32")
+    metric.update_state(np.array([9]), HALOSimilarity()([x, x]))
+    assert float(metric.result()) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RetrievalRecall(0), "`k` must be a positive integer"),
+        (lambda: RetrievalRecall(True), "`k` must be a positive integer"),
+        (lambda: RetrievalRecall(1, "up"), "`direction` must be"),
+        (
+            lambda: RetrievalRecall().update_state(
+                np.arange(3), np.zeros((4, 10), "float32")
+            ),
+            "Expected ids of shape",
+        ),
+        (
+            lambda: RetrievalRecall().update_state(
+                np.array([0.5, 1.5]), np.zeros((2, 8), "float32")
+            ),
+            "Ids must be integers",
+        ),
+    ],
+)
+def test_recall_refuses(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,5 +1,7 @@
 """Metrics on packed scores: streaming, weighted, masked, saved, compiled."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ OWN_METRICS = [
     metrics.AbstentionRate,
     Coverage,
     metrics.SelectiveAccuracy,
+    metrics.BestClassAccuracy,
 ]
 
 
@@ -60,6 +63,9 @@ def naive_result(metric_class, labels, scores, weights=None):
         if metric_class is metrics.SelectiveAccuracy:
             total += weight * correct * (not abstained)
             count += weight * (not abstained)
+        elif metric_class is metrics.BestClassAccuracy:
+            total += weight * correct
+            count += weight
         else:
             rate = abstained == (metric_class is metrics.AbstentionRate)
             total += weight * rate
@@ -282,6 +288,8 @@ def test_labels_out_of_range_are_never_right(outside):
     labels[:] = outside
     batch = (ops.convert_to_tensor(labels), ops.convert_to_tensor(scores))
     assert result_of(metrics.SelectiveAccuracy(), batch) == 0.0
+    assert result_of(metrics.BestClassAccuracy(), batch) == 0.0
+    assert result_of(metrics.BestClassTopKAccuracy(k=9), batch) == 0.0
     confidence = naive_softmax(scores[:, :NUM_CLASSES]).max(axis=-1)
     error = result_of(metrics.ExpectedCalibrationError(), batch)
     assert error == pytest.approx(confidence.mean(), abs=1e-5)
@@ -308,13 +316,48 @@ def test_all_abstained_and_no_samples_have_stated_results(metric_class):
     result = result_of(metric_class(), (labels, at_the_origin))
     if metric_class is metrics.SelectiveAccuracy:
         assert np.isnan(result)
-    elif metric_class is not metrics.ExpectedCalibrationError:
+    elif metric_class in (metrics.AbstentionRate, Coverage):
         assert result == float(metric_class is metrics.AbstentionRate)
     else:
         expected = naive_result(metric_class, labels, at_the_origin)
         assert result == pytest.approx(expected, abs=1e-6)
     nothing = result_of(metric_class(), (labels, at_the_origin, np.zeros(200)))
     assert np.isnan(nothing)
+
+
+def top_k(labels, scores, k):
+    """Whether labels are among the k best classes, ties in their order."""
+    order = np.argsort(-scores[..., :NUM_CLASSES], axis=-1, kind="stable")
+    return np.any(order[..., :k] == labels[..., None], axis=-1)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("shape", [(), (5,)])
+@pytest.mark.parametrize("form", ["integers", "one-hot"])
+def test_top_k_accuracy_leaves_abstaining_out(k, shape, form):
+    labels, scores = make_batch(60, shape=shape)
+    # Ties, among them with the label.
+    scores[::4, ..., 1] = scores[::4, ..., 0]
+    weights = np.random.default_rng(2).random(labels.shape)
+    found = top_k(labels, scores, k)
+    y = labels if form == "integers" else np.eye(NUM_CLASSES)[labels]
+    result = result_of(metrics.BestClassTopKAccuracy(k), (y, scores, weights))
+    assert result == pytest.approx(np.average(found, weights=weights), abs=1e-6)
+    if k == 1:
+        best = result_of(metrics.BestClassAccuracy(), (y, scores, weights))
+        assert best == result
+    assert (found.mean() == 1.0) == (k >= NUM_CLASSES)
+
+
+def test_top_k_accuracy_keeps_its_arguments_and_checks_k():
+    metric = metrics.BestClassTopKAccuracy(k=2, ignore_class=1, name="mine")
+    config = keras.saving.serialize_keras_object(metric)
+    copy = keras.saving.deserialize_keras_object(config)
+    assert copy.get_config() == metric.get_config()
+    assert (copy.k, copy.ignore_class) == (2, 1)
+    for k in (0, 2.5, True, None):
+        with pytest.raises(ValueError, match="`k` must be a positive integer"):
+            metrics.BestClassTopKAccuracy(k)
 
 
 def test_all_wrong_is_zero_and_not_nan():
@@ -826,11 +869,18 @@ def test_callbacks_know_which_way_is_better():
         metrics.AbstentionRate(): "down",
         Coverage(): "up",
         metrics.SelectiveAccuracy(): "up",
+        metrics.BestClassAccuracy(): "up",
+        metrics.BestClassTopKAccuracy(): "up",
+        metrics.RetrievalRecall(): "up",
         metrics.ProbabilityMetric(keras.metrics.AUC()): "up",
     }
     for metric, direction in directions.items():
         assert metric._direction == direction
-    unknown = metrics.ProbabilityMetric(keras.metrics.Mean())
+
+    class OfMyOwn(keras.metrics.Mean):
+        """One that says nothing of its direction."""
+
+    unknown = metrics.ProbabilityMetric(OfMyOwn())
     assert not hasattr(unknown, "_direction")
 
 
@@ -839,6 +889,8 @@ def test_callbacks_know_which_way_is_better():
     [
         keras_halo.metrics.SelectiveAccuracy,
         keras_halo.metrics.ExpectedCalibrationError,
+        keras_halo.metrics.BestClassAccuracy,
+        functools.partial(keras_halo.metrics.BestClassTopKAccuracy, k=2),
     ],
 )
 def test_fractional_labels_are_no_classes(metric):
@@ -858,6 +910,8 @@ def test_fractional_labels_are_no_classes(metric):
     [
         keras_halo.metrics.SelectiveAccuracy,
         keras_halo.metrics.ExpectedCalibrationError,
+        keras_halo.metrics.BestClassAccuracy,
+        functools.partial(keras_halo.metrics.BestClassTopKAccuracy, k=2),
     ],
 )
 def test_metrics_take_the_labels_that_the_loss_takes(metric):

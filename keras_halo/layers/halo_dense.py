@@ -115,7 +115,8 @@ class HALODense(TemperatureLayer):
 
     Input shape:
         N-D tensor of floats with shape `(batch_size, ..., features)`.
-        Components beyond `1e12` in magnitude are saturated.
+        Components beyond `1e12` in magnitude are saturated. A sparse tensor
+        is made dense.
 
     Output shape:
         N-D tensor with shape `(batch_size, ..., units + 6)`.
@@ -344,6 +345,7 @@ class HALODense(TemperatureLayer):
         self, inputs: Tensor, training: bool | None = None, mask: Tensor = None
     ) -> Tensor:
         check_floating(inputs.dtype, self)
+        inputs = self._as_dense(inputs)
         embeddings = self._embed(ops.cast(inputs, self.head_dtype))
         if len(inputs.shape) > 2:
             embeddings = ops.reshape(embeddings, (-1, embeddings.shape[-1]))
@@ -370,6 +372,16 @@ class HALODense(TemperatureLayer):
             shape = self.compute_output_shape(ops.shape(inputs))
             scores = ops.reshape(scores, shape)
         return scores
+
+    def _as_dense(self, inputs):
+        """Inputs as a dense tensor with a known number of features."""
+        inputs = ops.convert_to_tensor(inputs, sparse=False)
+        if inputs.shape[-1] is None:
+            # In a graph of TensorFlow that was told of the rank alone.
+            num_features = self.input_spec.axes[-1]
+            shape = (*ops.shape(inputs)[:-1], num_features)
+            inputs = ops.reshape(inputs, shape)
+        return inputs
 
     def _embed(self, features):
         if self.embedding_dim is None:

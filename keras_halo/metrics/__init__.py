@@ -1,4 +1,6 @@
 from keras_halo.metrics.abstention_rate import AbstentionRate
+from keras_halo.metrics.best_class_accuracy import BestClassAccuracy
+from keras_halo.metrics.best_class_top_k_accuracy import BestClassTopKAccuracy
 from keras_halo.metrics.calibration import (
     ReliabilityBins,
     brier_score,
@@ -10,6 +12,7 @@ from keras_halo.metrics.calibration import (
 from keras_halo.metrics.expected_calibration import ExpectedCalibrationError
 from keras_halo.metrics.probability_metric import ProbabilityMetric
 from keras_halo.metrics.ranking import aupr, auroc, fpr_at_recall
+from keras_halo.metrics.retrieval_recall import RetrievalRecall
 from keras_halo.metrics.selective import (
     RiskCoverageCurve,
     augrc,
@@ -20,9 +23,12 @@ from keras_halo.metrics.selective_accuracy import SelectiveAccuracy
 
 __all__ = [
     "AbstentionRate",
+    "BestClassAccuracy",
+    "BestClassTopKAccuracy",
     "ExpectedCalibrationError",
     "ProbabilityMetric",
     "ReliabilityBins",
+    "RetrievalRecall",
     "RiskCoverageCurve",
     "SelectiveAccuracy",
     "augrc",

@@ -132,7 +132,15 @@ class PackedMean(keras.Metric):
             weights,
             float("nan"),
         )
-        values, weights = self.values_and_weights(samples, weights)
+        self.add(*self.values_and_weights(samples, weights))
+
+    def add(self, values, weights):
+        """Adds values to the mean.
+
+        Args:
+            values: Tensor of shape `(*shape, N)`.
+            weights: Tensor of shape `(N,)`.
+        """
         weighted = ops.where(ops.equal(weights, 0.0), 0.0, values * weights)
         self._accumulate(
             self.total, self.total_correction, ops.sum(weighted, axis=-1)

@@ -78,7 +78,8 @@ class ProbabilityMetric(keras.Metric):
     zeros among one-hot labels, and not class `c` with a `class_id`.
 
     Raises:
-        ValueError: If `metric` is no `keras.Metric`, `class_id` is negative or
+        ValueError: If `metric` is no `keras.Metric` or one that knows nothing
+            of classes (`Accuracy`, `Mean`, `Sum`), `class_id` is negative or
             not below the number of classes, or both `class_id` and
             `one_hot_labels` are given.
 
@@ -201,6 +202,14 @@ class ProbabilityMetric(keras.Metric):
         return cls(**{**config, "metric": metric})
 
 
+# They compare, or add, the numbers themselves.
+_NOT_OF_CLASSES = (
+    keras.metrics.Accuracy,
+    keras.metrics.Mean,
+    keras.metrics.Sum,
+)
+
+
 def _one_against_rest(labels, probabilities, class_id):
     num_classes = probabilities.shape[-1]
     if class_id >= num_classes:
@@ -229,6 +238,13 @@ def _check_arguments(metric, class_id, one_hot_labels):
             "`metric` must be a `keras.Metric`. Received: "
             f"metric={metric!r}. Pass an instance, such as "
             "`keras.metrics.AUC()`."
+        )
+    if type(metric) in _NOT_OF_CLASSES:
+        raise ValueError(
+            "`metric` must be one that compares labels with probabilities. "
+            f"Received: `keras.metrics.{type(metric).__name__}`, which knows "
+            "nothing of classes. Use `keras_halo.metrics.BestClassAccuracy()` "
+            "for the share of right answers."
         )
     if class_id is None:
         if isinstance(metric, keras.metrics.BinaryIoU):

@@ -16,14 +16,15 @@ from keras_halo.ops.fused import (
     abstain_slope,
     at_labels,
     is_known,
+    plain_losses,
     plus_at_labels,
     radial_losses,
     radial_slopes,
     safe_indices,
     sum_columns,
     training_bias,
-    with_gradient,
 )
+from keras_halo.ops.gradients import with_gradient
 
 # Tensors of PyTorch can be written into.
 _WRITES = keras.backend.backend() == "torch"
@@ -75,6 +76,9 @@ def integer_label_losses(
         Tensor of shape `(...)`; NaN, with a gradient of zero, where a label is
         not in `[0, K)` or a row does not hold packed scores.
 
+    Raises:
+        ValueError: If the number of columns is not known.
+
     Example:
 
     >>> scores = packing.pack(
@@ -84,6 +88,12 @@ def integer_label_losses(
     >>> round(float(loss[0]), 4)
     1.0986
     """
+    if scores.shape[-1] is None:
+        raise ValueError(
+            "`block_size` needs packed scores with a known number of columns. "
+            f"Received: shape={tuple(scores.shape)}. Leave `block_size` out, "
+            "or name the columns in the `input_signature`."
+        )
     shape = ops.shape(labels)
     scores = ops.reshape(scores, (-1, scores.shape[-1]))
     num_classes = packing.count_classes(scores.shape)
@@ -194,7 +204,12 @@ def integer_label_losses(
         )
         return _with_columns(gradient, num_classes, rest), None, None
 
-    losses = with_gradient(forward, backward)(scores, labels, in_range)
+    def plain(scores, labels, in_range):
+        return plain_losses(
+            labels, in_range, scores, label_smoothing, distill, radial_weight
+        )
+
+    losses = with_gradient(forward, backward, plain)(scores, labels, in_range)
     return ops.reshape(losses, shape)
 
 
@@ -204,4 +219,22 @@ def _with_columns(matrix, start, columns):
         # `ops.slice_update` would copy the whole matrix.
         matrix[:, start : start + columns.shape[-1]] = columns
         return matrix
+    if keras.backend.backend() == "tensorflow":
+        return _updated(matrix, columns, ops.cast(start, "int32"))
     return ops.slice_update(matrix, (0, start), columns)
+
+
+# TensorFlow knows no gradient of its update.
+_updated = with_gradient(
+    lambda matrix, columns, start: ops.slice_update(
+        matrix, (0, start), columns
+    ),
+    lambda inputs, upstream: (
+        _updated(upstream, ops.zeros_like(inputs[1]), inputs[2]),
+        ops.slice(upstream, (0, inputs[2]), ops.shape(inputs[1])),
+        None,
+    ),
+    lambda matrix, columns, start: ops.slice_update(
+        matrix, (0, start), columns
+    ),
+)

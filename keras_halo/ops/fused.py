@@ -25,6 +25,7 @@ import keras
 from keras import ops
 
 from keras_halo.ops import geometry, packing
+from keras_halo.ops.gradients import with_gradient
 
 _NARROW = ("bool", "int8", "uint8", "int16", "uint16")
 
@@ -33,39 +34,6 @@ _MIN_FAR_RADIUS = 1e-3
 
 # Numbers that a block of a matrix may have to stay in the processor's cache.
 _BLOCK_SIZE = 2**18
-
-
-def with_gradient(function, gradient):
-    """Joins a function of tensors with its vector-Jacobian product.
-
-    Both have to get every tensor as an input, labels included: JAX calls them
-    again when the trace in which a closure was made is long over.
-
-    Args:
-        function: Callable, `function(*inputs)` returns a tensor.
-        gradient: Callable, `gradient(inputs, upstream)` returns a tuple with
-            one tensor for every input, or `None` where it has no gradient.
-
-    Returns:
-        Callable like `function`.
-    """
-
-    @ops.custom_gradient
-    def joined(*inputs):
-        def backward(*args, upstream=None):
-            # PyTorch passes the inputs on, the others pass upstream alone.
-            if upstream is not None:
-                return gradient(args, upstream)
-            (upstream,) = args
-            if hasattr(upstream, "dense_shape"):
-                # On TensorFlow what gathers rows passes the gradient of these
-                # rows alone, which most operations turn into a tensor.
-                upstream = ops.squeeze(ops.expand_dims(upstream, 0), 0)
-            return gradient(inputs, upstream)
-
-        return function(*inputs), backward
-
-    return joined
 
 
 def _mean_row(matrix):
@@ -154,8 +122,16 @@ def _saturated(x):
     return geometry.bounded(x, -limit, limit)
 
 
+def _plain_saturated(x):
+    # The differences are zero, and have a slope. That of infinities is NaN.
+    difference = x - ops.stop_gradient(x)
+    return ops.stop_gradient(_saturated(x)) + ops.where(
+        ops.isfinite(x), difference, 0.0
+    )
+
+
 _saturated_where_far = with_gradient(
-    _saturated, lambda inputs, upstream: (upstream,)
+    _saturated, lambda inputs, upstream: (upstream,), _plain_saturated
 )
 
 
@@ -238,7 +214,20 @@ def _packed_scores_backward(inputs, upstream):
     return dx, dcentroids, dgamma, dbias, None, None, None
 
 
-_packed_scores = with_gradient(_packed_scores_forward, _packed_scores_backward)
+def _plain_packed_scores(embeddings, centroids, gamma, abstain_bias, *_):
+    x = _plain_saturated(embeddings)
+    return packing.pack(
+        logits=geometry.class_logits(x, geometry.centered(centroids), gamma),
+        abstain_logit=abstain_bias,
+        squared_norm=geometry.mean_square(x),
+        temperature=gamma,
+        embedding_dim=centroids.shape[-1],
+    )
+
+
+_packed_scores = with_gradient(
+    _packed_scores_forward, _packed_scores_backward, _plain_packed_scores
+)
 
 
 def with_far_background(scores, far_bias, far_scale):
@@ -284,7 +273,8 @@ def _far_logit(parts, top, far_bias, far_scale):
 
 def _with_far_forward(scores, far_bias, far_scale):
     parts = packing.unpack(scores)
-    gamma = parts.temperature
+    # Where the background begins is a constant for gradients.
+    gamma = ops.stop_gradient(parts.temperature)
     far = _far_logit(
         parts, geometry.max_of_rows(parts.logits), far_bias, far_scale
     )
@@ -321,7 +311,9 @@ def _with_far_backward(inputs, upstream):
     return plus_at_labels(gradient, winner, of_far - of_exponent), None, None
 
 
-_with_far_background = with_gradient(_with_far_forward, _with_far_backward)
+_with_far_background = with_gradient(
+    _with_far_forward, _with_far_backward, _with_far_forward
+)
 
 
 def integer_label_losses(
@@ -394,7 +386,8 @@ def integer_label_losses(
         if radial_weight:
             losses += radial_losses(parts, own) * radial_weight
         losses = ops.where(is_known(parts, in_range), losses, float("nan"))
-        return ops.squeeze(losses, axis=-1)
+        # Not squeezed, which needs a known number of classes.
+        return losses[..., 0]
 
     def backward(inputs, upstream):
         scores, labels, in_range = inputs
@@ -438,8 +431,57 @@ def integer_label_losses(
             None,
         )
 
-    losses = with_gradient(forward, backward)(scores, labels, in_range)
+    def plain(scores, labels, in_range):
+        return plain_losses(
+            labels, in_range, scores, label_smoothing, distill, radial_weight
+        )
+
+    losses = with_gradient(forward, backward, plain)(scores, labels, in_range)
     return losses if shape is None else ops.reshape(losses, shape)
+
+
+def plain_losses(
+    labels, in_range, scores, label_smoothing, distill, radial_weight
+):
+    """The losses of integer labels by the formulas, as they stand.
+
+    Args:
+        labels: Integer tensor `y` of shape `(N, 1)`, in `[0, K)`.
+        in_range: Boolean tensor of shape `(N, 1)`, false where the loss is
+            NaN.
+        scores: Packed scores, a tensor of shape `(N, K + 6)`.
+        label_smoothing: Float in `[0, 1)`.
+        distill: Boolean, distilled or plain soft targets.
+        radial_weight: Non-negative float.
+
+    Returns:
+        Tensor of shape `(N,)`.
+    """
+    parts = packing.unpack(scores)
+    num_classes = packing.count_classes(scores)
+    one_hot = ops.cast(
+        ops.equal(labels, _class_indices(num_classes)), scores.dtype
+    )
+    if distill:
+        targets = geometry.distilled_targets(
+            one_hot,
+            parts.logits,
+            parts.squared_norm,
+            parts.temperature,
+            label_smoothing,
+        )
+    else:
+        targets = geometry.smoothed_targets(one_hot, label_smoothing)
+    losses = geometry.cross_entropy(
+        targets,
+        parts.logits,
+        training_bias(parts, label_smoothing, num_classes),
+    )
+    if radial_weight:
+        own = sum_columns(one_hot * parts.logits)
+        losses = losses + radial_losses(parts, own) * radial_weight
+    losses = ops.where(is_known(parts, in_range), losses, float("nan"))
+    return losses[..., 0]
 
 
 def _class_indices(num_classes):

@@ -15,12 +15,14 @@ from keras_halo.workflows.predictions import (
     decode_predictions,
     pair_log_odds,
 )
+from keras_halo.workflows.sklearn_classifier import SKLearnClassifier
 
 __all__ = [
     "CalibrationReport",
     "KnownResult",
     "OODReport",
     "Predictions",
+    "SKLearnClassifier",
     "UnknownResult",
     "add_abstention",
     "calibrate",

@@ -1,0 +1,61 @@
+import keras
+from keras import ops
+
+from keras_halo.metrics.packed_mean import PackedMean
+from keras_halo.metrics.samples import are_distributions
+
+
+@keras.saving.register_keras_serializable(package="keras_halo")
+class BestClassAccuracy(PackedMean):
+    """Accuracy of the most probable class, whether the model abstains or not.
+
+    What `"accuracy"` is of a model that cannot abstain: that which stands in
+    tables, and which to compare with cross-entropy. `"accuracy"` on packed
+    scores counts an abstention as a mistake.
+
+    Formula:
+
+    ```python
+    best_class_accuracy = mean(argmax([s_1, ..., s_K]) == label)
+    ```
+
+    Args:
+        ignore_class: Optional integer, a label that does not count, such as
+            255 for void pixels; needs integer labels. Defaults to `None`.
+        name: Optional name for the metric instance.
+        dtype: The dtype of the metric's computations; 16-bit dtypes are raised
+            to float32. Defaults to `None`, which means
+            `keras.config.floatx()`.
+
+    Labels are integers, or a distribution whose most probable class is the
+    label. An integer that belongs to no class is never right.
+
+    The result is NaN before the first sample that counts, and if a row that
+    counts holds no packed scores.
+
+    Example:
+
+    >>> layer = keras_halo.HALODense.reference(
+    ...     2, centroid_initializer=keras.initializers.Identity()
+    ... )
+    >>> scores = layer(np.array([[3.0, 0], [0, 3.0], [0.02, 0.01]]))
+    >>> labels = np.array([0, 1, 0])
+    >>> metric = keras_halo.metrics.BestClassAccuracy()
+    >>> metric.update_state(labels, scores)
+    >>> float(metric.result())
+    1.0
+    """
+
+    def __init__(
+        self, ignore_class=None, name="best_class_accuracy", dtype=None
+    ):
+        super().__init__(ignore_class=ignore_class, name=name, dtype=dtype)
+        # Metric should be maximized during optimization.
+        self._direction = "up"
+
+    def values_and_weights(self, samples, weights):
+        labels = samples.labels
+        if are_distributions(labels):
+            labels = ops.cast(ops.argmax(labels, axis=-1), "int32")
+        named = ops.cast(ops.argmax(samples.logits[:, :-1], axis=-1), "int32")
+        return ops.cast(ops.equal(named, labels), self.dtype), weights

@@ -1,0 +1,160 @@
+import keras
+from keras import ops
+from keras.src import backend
+
+from keras_halo.metrics.packed_mean import PackedMean
+from keras_halo.ops import packing
+from keras_halo.ops.labels import pair_labels
+
+
+@keras.saving.register_keras_serializable(package="keras_halo")
+class RetrievalRecall(PackedMean):
+    """How often a query finds a key of its own id among the best `k`.
+
+    Recall@k of two towers, within each batch: what `"accuracy"` is meant to
+    be, which compares ids with positions in the batch. Labels are the ids that
+    `HALOContrastiveLoss` takes, predictions the packed scores of
+    `HALOSimilarity`, of one direction or of both.
+
+    The candidates of a query are the keys of its batch. The larger a batch is,
+    the harder the task: compare results of one batch size only. For a fixed
+    gallery use `HALOSimilarity.to_head` and `BestClassTopKAccuracy`.
+
+    Formula:
+
+    ```python
+    same = ids[:, None] == ids[None, :]
+    ahead_i = sum_j (s_ij > max_{j: same_ij} s_ij)
+    recall = mean_i(ahead_i < k)
+    ```
+
+    Args:
+        k: Positive integer, how many keys are looked at. Defaults to `1`.
+        direction: `"both"`, `"queries"` or `"keys"`: which of the two
+            directions of a layer with `bidirectional=True` count, queries that
+            look for keys or keys that look for queries. Scores of one
+            direction are always those of queries. Defaults to `"both"`.
+        name: Optional name for the metric instance. Defaults to
+            `"recall_at_{k}"`.
+        dtype: The dtype of the metric's computations; 16-bit dtypes are raised
+            to float32. Defaults to `None`, which means
+            `keras.config.floatx()`.
+
+    Whether the model abstains does not matter: a query that is told that
+    nothing matches has a best key all the same. Keys that tie with the best
+    match count for it.
+
+    The result is NaN before the first pair that counts, and if a row that
+    counts holds no packed scores.
+
+    Raises:
+        ValueError: If an argument is out of range, or ids and scores do not
+            fit.
+
+    Example:
+
+    >>> pairs = np.eye(3, 8, dtype="float32")
+    >>> scores = keras_halo.HALOSimilarity(bidirectional=True)([pairs, pairs])
+    >>> metric = keras_halo.metrics.RetrievalRecall(k=1)
+    >>> metric.update_state(np.array([17, 5, 17]), scores)
+    >>> float(metric.result())
+    1.0
+    """
+
+    def __init__(self, k=1, direction="both", name=None, dtype=None):
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise ValueError(
+                f"`k` must be a positive integer. Received: k={k!r}."
+            )
+        if direction not in ("both", "queries", "keys"):
+            raise ValueError(
+                "`direction` must be 'both', 'queries' or 'keys'. Received: "
+                f"direction={direction!r}."
+            )
+        super().__init__(name=name or f"recall_at_{k}", dtype=dtype)
+        self.k = k
+        self.direction = direction
+        # Metric should be maximized during optimization.
+        self._direction = "up"
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        """Adds a batch.
+
+        Args:
+            y_true: Ids, integers of shape `(B,)` or `(B, 1)`.
+            y_pred: Packed scores of shape `(B, B + 6)`, or `(B, 2, B + 6)` of
+                both directions.
+            sample_weight: Optional weights of shape `(B,)`, or `(B, 2)` to
+                weigh the directions by themselves. Defaults to `None`.
+        """
+        labels = ops.convert_to_tensor(pair_labels(y_true, dtype=self.dtype))
+        mask = backend.get_keras_mask(y_pred)
+        y_pred = ops.convert_to_tensor(y_pred)
+        packing.check_precision(y_pred.dtype, "y_pred")
+        y_pred = ops.cast(y_pred, self.dtype)
+        _check_shapes(labels.shape, y_pred.shape)
+        weights = ops.ones_like(y_pred[..., 0])
+        for factor in (sample_weight, mask):
+            if factor is not None:
+                factor = ops.cast(ops.convert_to_tensor(factor), self.dtype)
+                weights = weights * _like(factor, weights)
+        if len(y_pred.shape) == 2:
+            self._add(labels, y_pred, weights)
+            return
+        for index, name in enumerate(("queries", "keys")):
+            if self.direction in ("both", name):
+                self._add(labels, y_pred[:, index], weights[:, index])
+
+    def _add(self, labels, scores, weights):
+        logits = scores[..., : -packing.NUM_EXTRA_COLUMNS]
+        is_match = labels > 0.0
+        best = ops.max(
+            ops.where(is_match, logits, -float("inf")), axis=-1, keepdims=True
+        )
+        # No match is ahead of the best one, also where a compiler has computed
+        # it twice, with other roundings.
+        is_ahead = ops.logical_and(logits > best, ops.logical_not(is_match))
+        ahead = ops.sum(ops.cast(is_ahead, "int32"), axis=-1)
+        # A batch of one pair is too narrow to be unpacked.
+        if scores.shape[-1] != packing.packed_width(1):
+            is_packed = packing.unpack(scores).embedding_dim[..., 0] >= 2.0
+            weights = ops.where(
+                ops.logical_or(is_packed, ops.equal(weights, 0.0)),
+                weights,
+                float("nan"),
+            )
+        self.add(ops.cast(ahead < self.k, self.dtype), weights)
+
+    def get_config(self):
+        config = super().get_config()
+        # Ids are compared; none stands for nothing.
+        del config["ignore_class"]
+        return {**config, "k": self.k, "direction": self.direction}
+
+
+def _like(factor, weights):
+    """Weights of pairs, with an axis for the directions where there is one."""
+    if len(weights.shape) == 1:
+        return ops.reshape(factor, (-1,))
+    return factor[:, None] if len(factor.shape) == 1 else factor
+
+
+def _check_shapes(labels_shape, y_pred_shape):
+    rank = len(y_pred_shape)
+    fits = rank == 2 or (rank == 3 and y_pred_shape[1] == 2)
+    if fits:
+        sizes = {labels_shape[0], y_pred_shape[0]} - {None}
+        if y_pred_shape[-1] is not None:
+            sizes.add(y_pred_shape[-1] - packing.NUM_EXTRA_COLUMNS)
+        fits = len(sizes) <= 1
+    if not fits:
+        raise ValueError(
+            "Expected ids of shape (B,) and packed scores of shape "
+            f"(B, B + {packing.NUM_EXTRA_COLUMNS}) or "
+            f"(B, 2, B + {packing.NUM_EXTRA_COLUMNS}), as "
+            "`keras_halo.HALOSimilarity` emits them for pairs. Received: "
+            f"{labels_shape[0]} ids and scores of shape "
+            f"{tuple(y_pred_shape)}. For a fixed gallery use "
+            "`HALOSimilarity.to_head` and "
+            "`keras_halo.metrics.BestClassTopKAccuracy`."
+        )

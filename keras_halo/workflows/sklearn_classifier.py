@@ -1,0 +1,187 @@
+import copy
+
+import keras
+import numpy as np
+
+from keras_halo.ops import packing
+
+
+class SKLearnClassifier(keras.wrappers.SKLearnClassifier):
+    """Makes a model that ends in a HALO head a classifier of scikit-learn.
+
+    Takes the place of `keras.wrappers.SKLearnClassifier`, which takes the
+    columns of packed scores for classes. Training is the same. What comes out
+    is what scikit-learn expects: labels as `fit` was given them, probabilities
+    of shape `(N, K)` with rows that sum to one, and accuracy as the score. So
+    pipelines, cross-validation, and libraries for conformal prediction can use
+    it.
+
+    With `abstain_label`, `predict` answers this label where the model
+    abstains. `score` then counts abstaining as an error. Probabilities are
+    those of the classes under the condition that the model answers, whether or
+    not it does.
+
+    Formula:
+
+    ```python
+    predict_proba = softmax([s_1, ..., s_K])
+    decision_function = [s_1, ..., s_K]     # s_2 - s_1 for two classes
+    ```
+
+    Args:
+        model: A compiled `keras.Model`, which is cloned before it is fitted,
+            or a callable that returns one, called with `X`, one-hot labels `y`
+            and `model_kwargs`. The model ends in `HALODense(y.shape[1])` and
+            its loss is `HALOLoss()`.
+        warm_start: Boolean, whether fitting goes on from the weights of the
+            given model. Defaults to `False`.
+        model_kwargs: Optional dictionary of arguments for a callable `model`.
+            Defaults to `None`.
+        fit_kwargs: Optional dictionary of arguments of `model.fit`, such as
+            `{"epochs": 20, "verbose": 0}`. Defaults to `None`.
+        abstain_label: Optional label, such as -1 or `"unknown"`, of the kind
+            that `y` has and none of its classes. Defaults to `None`: `predict`
+            always names a class.
+
+    Attributes:
+        model_: The fitted `keras.Model`, for everything else that keras_halo
+            does: `keras_halo.ood_score(classifier.model_.predict(x))`.
+        classes_: Array of shape `(K,)`, the labels.
+        history_: What `model.fit` returned.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+        ValueError: If the output of the model is no packed scores of as many
+            classes as there are labels, or `abstain_label` is a class or of
+            another kind than the labels.
+
+    Example:
+
+    >>> def make_model(X, y):
+    ...     inputs = keras.Input(X.shape[1:])
+    ...     outputs = keras_halo.HALODense(y.shape[1])(inputs)
+    ...     model = keras.Model(inputs, outputs)
+    ...     model.compile("adam", loss=keras_halo.HALOLoss())
+    ...     return model
+    >>> classifier = keras_halo.SKLearnClassifier(
+    ...     make_model, fit_kwargs={"epochs": 2, "verbose": 0}
+    ... )
+    >>> x = np.array([[0.0, 1.0], [1.0, 0.0], [0.1, 1.0], [1.0, 0.1]])
+    >>> classifier = classifier.fit(x, np.array(["up", "right"] * 2))
+    >>> classifier.predict_proba(x).shape
+    (4, 2)
+    """
+
+    def __init__(
+        self,
+        model,
+        warm_start=False,
+        model_kwargs=None,
+        fit_kwargs=None,
+        abstain_label=None,
+    ):
+        super().__init__(
+            model,
+            warm_start=warm_start,
+            model_kwargs=model_kwargs,
+            fit_kwargs=fit_kwargs,
+        )
+        self.abstain_label = abstain_label
+
+    def __sklearn_clone__(self):
+        # That of Keras forgets `fit_kwargs`.
+        parameters = self.get_params(deep=False)
+        if not callable(self.model) or isinstance(self.model, keras.Model):
+            parameters["model"] = copy.deepcopy(self.model)
+        parameters["fit_kwargs"] = copy.copy(self.fit_kwargs)
+        return type(self)(**parameters)
+
+    def fit(self, X, y, **kwargs):
+        """Fits the model.
+
+        Args:
+            X: Array of shape `(N, features)`.
+            y: Labels of shape `(N,)`, numbers or strings.
+            **kwargs: Arguments of `model.fit`, which go before `fit_kwargs`.
+
+        Returns:
+            The classifier itself.
+        """
+        _check_abstain_label(self.abstain_label, np.unique(y))
+        fit_kwargs = self.fit_kwargs
+        # Into which Keras would write the arguments.
+        self.fit_kwargs = None
+        try:
+            return super().fit(X, y, **{**(fit_kwargs or {}), **kwargs})
+        finally:
+            self.fit_kwargs = fit_kwargs
+
+    def predict(self, X):
+        """Names the most probable class, or `abstain_label`.
+
+        Args:
+            X: Array of shape `(N, features)`.
+
+        Returns:
+            Array of shape `(N,)`, labels as given to `fit`.
+        """
+        logits, abstain_logit = self._logits(X)
+        labels = self.classes_[logits.argmax(axis=-1)]
+        if self.abstain_label is None:
+            return labels
+        abstained = abstain_logit > logits.max(axis=-1)
+        return np.where(abstained, self.abstain_label, labels)
+
+    def predict_proba(self, X):
+        """Probabilities of the classes, under the condition of an answer.
+
+        Args:
+            X: Array of shape `(N, features)`.
+
+        Returns:
+            Float64 array of shape `(N, K)`, in the order of `classes_`.
+        """
+        logits, _ = self._logits(X)
+        exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+    def decision_function(self, X):
+        """Logits of the classes, as scorers of scikit-learn read them.
+
+        Args:
+            X: Array of shape `(N, features)`.
+
+        Returns:
+            Float64 array of shape `(N, K)`; `(N,)`, positive for the second
+            class, where there are two.
+        """
+        logits, _ = self._logits(X)
+        if logits.shape[-1] == 2:
+            return logits[:, 1] - logits[:, 0]
+        return logits
+
+    def _logits(self, X):
+        scores = super().decision_function(X)
+        packing.check_packed(scores, argument="the output of the model")
+        num_classes = packing.count_classes(scores.shape)
+        if scores.ndim != 2 or num_classes != len(self.classes_):
+            raise ValueError(
+                f"Expected packed scores of {len(self.classes_)} classes, one "
+                "row a sample. Received: output of shape "
+                f"{scores.shape}. Let the model end in "
+                f"`HALODense({len(self.classes_)})`."
+            )
+        logits = packing.answer_logits(scores).astype("float64")
+        return logits[:, :-1], logits[:, -1]
+
+
+def _check_abstain_label(label, classes):
+    if label is None:
+        return
+    are_strings = classes.dtype.kind in "OUST"
+    if isinstance(label, str) != are_strings or label in classes.tolist():
+        raise ValueError(
+            "`abstain_label` must be of the kind of the labels, and none of "
+            f"them. Received: abstain_label={label!r} for labels such as "
+            f"{classes[0]!r}. Take -1 for numbers, 'unknown' for strings."
+        )

@@ -1,0 +1,330 @@
+"""Transforms of functions: per-sample gradients, ensembles, forward mode."""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+from helpers import (
+    jit,
+    packed,
+    second_derivative,
+    to_numpy,
+    value_and_gradients,
+)
+from keras import ops
+
+from keras_halo import HALODense, HALOLoss, HALOSimilarity
+from keras_halo.ops import plain_gradients
+
+BACKEND = keras.backend.backend()
+
+# PyTorch warns of what its own forward mode does.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
+X = np.random.default_rng(0).normal(size=(5, 6)).astype("float32")
+Y = np.arange(5) % 3
+HEADS = {"default": HALODense, "reference": HALODense.reference}
+LABELS = {
+    "integers": (HALOLoss(), Y),
+    "blocks": (HALOLoss(block_size=2), Y),
+    "plain targets": (HALOLoss(distill=False, label_smoothing=0.2), Y),
+    "one-hot": (HALOLoss(), np.eye(3, dtype="float32")[Y]),
+}
+
+
+def stateless_loss(head="default", labels="integers", training=False):
+    """A loss as a function of weights, inputs and labels; and its weights."""
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(4, activation="tanh"),
+            HEADS[head](3),
+        ]
+    )
+    loss, y = LABELS[labels]
+    fixed = [ops.convert_to_tensor(v) for v in model.non_trainable_variables]
+
+    def total(weights, x, y):
+        scores, _ = model.stateless_call(weights, fixed, x, training=training)
+        return loss(y, scores)
+
+    weights = [
+        ops.stop_gradient(ops.convert_to_tensor(v))
+        for v in model.trainable_variables
+    ]
+    return total, weights, ops.convert_to_tensor(X), ops.convert_to_tensor(y)
+
+
+def gradients(function, weights, *constants):
+    """Gradients of a function of many weights, one call a time."""
+    arrays = [to_numpy(weight) for weight in weights]
+    _, found = value_and_gradients(
+        lambda *weights: function(list(weights), *constants), *arrays
+    )
+    return found
+
+
+def vectorized(function, stacked):
+    """`function(*rows)` for every row of stacked tensors, by a transform."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.jit(jax.vmap(function))(*stacked)
+    if BACKEND == "torch":
+        import torch
+
+        return torch.func.vmap(function)(*stacked)
+    import tensorflow as tf
+
+    return tf.vectorized_map(lambda rows: function(*rows), tuple(stacked))
+
+
+def slopes(function, weights):
+    """Gradients inside of a transform."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.grad(function)(weights)
+    if BACKEND == "torch":
+        import torch
+
+        return torch.func.grad(function)(weights)
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        value = function(weights)
+    return tape.gradient(value, weights)
+
+
+def assert_close(found, expected, rtol=2e-4):
+    scale = max(np.abs(expected).max(), 1e-3)
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * scale)
+
+
+HEADS_AND_LABELS = pytest.mark.parametrize(
+    ("head", "labels"),
+    [*(("default", labels) for labels in LABELS), ("reference", "integers")],
+)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@HEADS_AND_LABELS
+def test_per_sample_gradients(head, labels, training):
+    if training and labels != "integers":
+        pytest.skip("statistics do not depend on labels")
+    total, weights, x, y = stateless_loss(head, labels, training)
+    found = vectorized(
+        lambda x, y: slopes(lambda w: total(w, x[None], y[None]), weights),
+        (x, y),
+    )
+    for index in (0, 4):
+        row = slice(index, index + 1)
+        alone = gradients(total, weights, x[row], y[row])
+        for of_all, of_one in zip(found, alone, strict=True):
+            assert_close(to_numpy(of_all)[index], of_one)
+
+
+@pytest.mark.parametrize("labels", ["integers", "blocks"])
+def test_ensembles(labels):
+    total, weights, x, y = stateless_loss(labels=labels)
+    members = [ops.stack([w, 1.3 * w + 0.1]) for w in weights]
+    found = vectorized(
+        lambda *weights: slopes(lambda w: total(w, x, y), list(weights)),
+        members,
+    )
+    for index in range(2):
+        alone = gradients(total, [w[index] for w in members], x, y)
+        for of_all, of_one in zip(found, alone, strict=True):
+            assert_close(to_numpy(of_all)[index], of_one)
+
+
+def pushed(function, x, direction):
+    """The derivative along a direction, in forward mode."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.jit(lambda *x: jax.jvp(function, x, (direction,)))(x)[1]
+    if BACKEND == "torch":
+        import torch
+
+        return torch.func.jvp(function, (x,), (direction,))[1]
+    import tensorflow as tf
+
+    with tf.autodiff.ForwardAccumulator(x, direction) as accumulator:
+        value = function(x)
+    return accumulator.jvp(value)
+
+
+def forward_mode():
+    return plain_gradients() if BACKEND == "jax" else contextlib.nullcontext()
+
+
+@HEADS_AND_LABELS
+def test_forward_mode(head, labels):
+    total, weights, x, y = stateless_loss(head, labels)
+    direction = ops.flip(x, axis=0)
+    with forward_mode():
+        found = pushed(lambda x: total(weights, x, y), x, direction)
+    (slope,) = gradients(lambda w, y: total(weights, w[0], y), [x], y)
+    assert_close(to_numpy(found), np.sum(slope * X[::-1]), rtol=1e-3)
+
+
+def test_forward_mode_of_two_towers():
+    layer = HALOSimilarity()
+    layer.build([(None, 6), (None, 6)])
+    labels = ops.convert_to_tensor(np.eye(5, dtype="float32"))
+
+    def total(x):
+        return HALOLoss()(labels, layer([x, ops.flip(x, axis=1)]))
+
+    x = ops.convert_to_tensor(X)
+    with forward_mode():
+        found = pushed(total, x, ops.flip(x, axis=0))
+    _, (slope,) = value_and_gradients(total, X)
+    assert_close(to_numpy(found), np.sum(slope * X[::-1]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["jacrev", "jacfwd", "hessian"])
+def test_jacobians(name):
+    if BACKEND == "tensorflow":
+        pytest.skip("these are transforms of JAX and PyTorch")
+    total, weights, x, y = stateless_loss()
+    library = pytest.importorskip("jax" if BACKEND == "jax" else "torch.func")
+
+    def of_input(x):
+        return total(weights, x, y)
+
+    transformed = getattr(library, name)(of_input)
+    with forward_mode() if name == "jacfwd" else contextlib.nullcontext():
+        found = to_numpy(jit(transformed)(x))
+    _, (slope,) = value_and_gradients(of_input, X)
+    if name == "hessian":
+        # Targets are constants to it: no finite differences.
+        slope = second_derivative(of_input, X, X[::-1].copy())
+        found = np.einsum("ijkl,kl->ij", found, X[::-1])
+    assert_close(found, slope, rtol=1e-3)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="others take apart any gradient")
+@pytest.mark.parametrize("name", ["jvp", "jacfwd", "linearize"])
+def test_forward_mode_on_jax_says_what_to_do(name):
+    import jax
+
+    total, weights, x, y = stateless_loss()
+
+    def of_input(x):
+        return total(weights, x, y)
+
+    transforms = {
+        "jvp": lambda: jax.jvp(of_input, (x,), (x,)),
+        "jacfwd": lambda: jax.jacfwd(of_input)(x),
+        "linearize": lambda: jax.linearize(of_input, x)[1](x),
+    }
+    with pytest.raises(TypeError, match="plain_gradients|custom_vjp"):
+        transforms[name]()
+    with plain_gradients():
+        transforms[name]()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e13])
+@HEADS_AND_LABELS
+def test_plain_gradients_are_those_derived_by_hand(head, labels, scale):
+    loss, y = LABELS[labels]
+    # Without normalization: what is far out stays there.
+    layer = HEADS[head](3, **({} if head != "default" else {"normalize": 0}))
+    layer.build((None, 6))
+    y = ops.convert_to_tensor(y)
+    values = [ops.convert_to_tensor(w) for w in layer.trainable_weights]
+    fixed = [ops.convert_to_tensor(w) for w in layer.non_trainable_variables]
+
+    def total(x, *weights):
+        return loss(y, layer.stateless_call(list(weights), fixed, x)[0])
+
+    def plainly(x, *weights):
+        with plain_gradients():
+            return total(x, *weights)
+
+    arrays = [scale * X, *map(to_numpy, values)]
+    expected, by_hand = value_and_gradients(total, *arrays)
+    value, found = value_and_gradients(plainly, *arrays)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for slope, hand in zip(found, by_hand, strict=True):
+        assert np.isfinite(slope).all()
+        assert_close(slope, hand)
+
+
+def test_bad_labels_stay_nan_with_a_gradient_of_zero():
+    scores = packed(np.eye(4), np.eye(3, 4))
+    labels = ops.convert_to_tensor(np.array([0, 3, 2, -1]))
+
+    def total(scores):
+        with plain_gradients():
+            losses = HALOLoss(reduction=None)(labels, scores)
+        return ops.sum(ops.where(ops.isnan(losses), 0.0, losses))
+
+    value, (slope,) = value_and_gradients(total, scores)
+    assert np.isfinite(value)
+    np.testing.assert_array_equal(slope[[1, 3]], 0.0)
+    assert np.abs(slope[[0, 2]]).max() > 0.1
+
+
+tensorflow_only = pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="an input signature is of TensorFlow"
+)
+
+
+@tensorflow_only
+@HEADS_AND_LABELS
+def test_a_signature_that_gives_the_rank_alone(head, labels):
+    import tensorflow as tf
+
+    layer = HEADS[head](3)
+    layer.build((None, 6))
+    loss, y = LABELS[labels]
+    rank = tf.TensorSpec([None, None], "float32")
+
+    @tf.function(input_signature=[rank])
+    def scores_of(x):
+        return layer(x, training=True)
+
+    expected = to_numpy(layer(X))
+    np.testing.assert_allclose(scores_of(X), expected, rtol=1e-5)
+
+    @tf.function(
+        input_signature=[rank, tf.TensorSpec([None] * y.ndim, "float32")]
+    )
+    def slope_of(scores, y):
+        with tf.GradientTape() as tape:
+            tape.watch(scores)
+            value = loss(y, scores)
+        return value, tape.gradient(value, scores)
+
+    if labels == "blocks":
+        with pytest.raises(ValueError, match="known number of columns"):
+            slope_of(expected, y)
+        return
+    value, slope = slope_of(expected, y)
+    eager, (gradient,) = value_and_gradients(
+        lambda s: loss(ops.convert_to_tensor(y), s), expected
+    )
+    np.testing.assert_allclose(value, eager, rtol=1e-5)
+    np.testing.assert_allclose(slope, gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has none on PyTorch")
+@pytest.mark.parametrize("head", HEADS)
+def test_sparse_inputs(head):
+    dense = np.where(X > 0.3, X, 0.0)
+    if BACKEND == "jax":
+        from jax.experimental import sparse
+
+        x = sparse.BCOO.fromdense(dense)
+    else:
+        import tensorflow as tf
+
+        x = tf.sparse.from_dense(dense)
+    inputs = keras.Input((6,), sparse=True)
+    model = keras.Model(inputs, HEADS[head](3)(inputs))
+    np.testing.assert_allclose(model(x), model(dense), rtol=1e-5)
