@@ -3,6 +3,7 @@ from keras import ops
 
 from keras_halo.metrics.packed_mean import PackedMean
 from keras_halo.metrics.samples import are_distributions
+from keras_halo.utils.keras_private import set_direction
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -50,8 +51,7 @@ class BestClassAccuracy(PackedMean):
         self, ignore_class=None, name="best_class_accuracy", dtype=None
     ):
         super().__init__(ignore_class=ignore_class, name=name, dtype=dtype)
-        # Metric should be maximized during optimization.
-        self._direction = "up"
+        set_direction(self, "up")
 
     def values_and_weights(self, samples, weights):
         labels = samples.labels

@@ -3,6 +3,7 @@ from keras import ops
 
 from keras_halo.metrics.packed_mean import PackedMean
 from keras_halo.metrics.samples import are_distributions
+from keras_halo.utils.keras_private import set_direction
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -63,8 +64,7 @@ class BestClassTopKAccuracy(PackedMean):
             )
         super().__init__(ignore_class=ignore_class, name=name, dtype=dtype)
         self.k = k
-        # Metric should be maximized during optimization.
-        self._direction = "up"
+        set_direction(self, "up")
 
     def values_and_weights(self, samples, weights):
         logits, labels = samples.logits[:, :-1], samples.labels

@@ -1,10 +1,10 @@
 import keras
 from keras import ops
-from keras.src import backend
 
 from keras_halo.metrics.packed_mean import PackedMean
 from keras_halo.ops import packing
 from keras_halo.ops.labels import pair_labels
+from keras_halo.utils.keras_private import mask_of, set_direction
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -74,8 +74,7 @@ class RetrievalRecall(PackedMean):
         super().__init__(name=name or f"recall_at_{k}", dtype=dtype)
         self.k = k
         self.direction = direction
-        # Metric should be maximized during optimization.
-        self._direction = "up"
+        set_direction(self, "up")
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         """Adds a batch.
@@ -88,7 +87,7 @@ class RetrievalRecall(PackedMean):
                 weigh the directions by themselves. Defaults to `None`.
         """
         labels = ops.convert_to_tensor(pair_labels(y_true, dtype=self.dtype))
-        mask = backend.get_keras_mask(y_pred)
+        mask = mask_of(y_pred)
         y_pred = ops.convert_to_tensor(y_pred)
         packing.check_precision(y_pred.dtype, "y_pred")
         y_pred = ops.cast(y_pred, self.dtype)

@@ -7,10 +7,11 @@ any other.
 """
 
 import contextlib
-import sys
 
 import keras
 from keras import ops
+
+from keras_halo.utils.keras_private import in_torch_transform
 
 # One entry for every open scope. No context variable, which `torch.compile`
 # cannot trace; in another thread a scope changes no number.
@@ -61,8 +62,7 @@ def _needs_plain():
     if keras.backend.backend() != "torch":
         return False
     # Its transforms refuse the gradient of Keras, which writes into tensors.
-    torch = sys.modules["torch"]
-    return torch._C._are_functorch_transforms_active()
+    return in_torch_transform()
 
 
 def with_gradient(function, gradient, plain):

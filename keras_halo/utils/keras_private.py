@@ -1,8 +1,10 @@
-"""The one place that reads what Keras does not publish.
+"""The one place that reads what Keras, and PyTorch, do not publish.
 
 Everything here is in Keras 3.10 and in every release since. Where a later one
 breaks, it breaks here.
 """
+
+import sys
 
 from keras.src import backend
 from keras.src.trainers import data_adapters
@@ -235,3 +237,17 @@ def print_message(text):
     1/1 noise
     """
     io_utils.print_msg(text)
+
+
+def in_torch_transform():
+    """Tells whether a transform of `torch.func` is running.
+
+    PyTorch publishes no way to ask.
+
+    Example:
+
+    >>> in_torch_transform()
+    False
+    """
+    torch = sys.modules.get("torch")
+    return torch is not None and torch._C._are_functorch_transforms_active()
