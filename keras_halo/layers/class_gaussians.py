@@ -120,7 +120,7 @@ class ClassGaussians(ScoreLayer):
     _SCORES_AT = 1
 
     def __init__(self, units, **kwargs):
-        check_units(units)
+        units = check_units(units)
         super().__init__(**kwargs)
         self.units = units
         self.supports_masking = True

@@ -3,6 +3,7 @@ from keras import ops
 
 from keras_halo.layers.score_layer import ScoreLayer
 from keras_halo.ops import packing
+from keras_halo.utils.checks import as_boolean
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -47,6 +48,7 @@ class HALOSoftmax(ScoreLayer):
     """
 
     def __init__(self, abstain=True, **kwargs):
+        abstain = as_boolean(abstain, "abstain")
         super().__init__(**kwargs)
         self.abstain = abstain
         self.input_spec = keras.layers.InputSpec(min_ndim=2)

@@ -4,6 +4,8 @@ from keras import ops
 from keras_halo.losses.halo_loss import HALOLoss
 from keras_halo.ops import packing
 from keras_halo.ops.labels import matches
+from keras_halo.ops.model_output import is_symbolic_or_tensor
+from keras_halo.utils.checks import number_array
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -87,6 +89,10 @@ class HALOContrastiveLoss(HALOLoss):
         # Before the base class turns them into floats: a float32 cannot tell
         # 2^24 from its successor.
         labels = ops.convert_to_tensor(matches(y_true, dtype=self.dtype))
+        if not is_symbolic_or_tensor(y_pred):
+            y_pred = number_array(
+                y_pred, "y_pred", "Pass what `keras_halo.HALOSimilarity` emits."
+            )
         y_pred = ops.convert_to_tensor(y_pred)
         _check_pairs(labels.shape, y_pred.shape)
         if len(y_pred.shape) == 3:

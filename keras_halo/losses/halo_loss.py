@@ -8,11 +8,17 @@ from keras_halo.ops.labels import (
     are_distributions,
     are_integer_labels,
     check_distributions,
+    labels_and_scores,
 )
+from keras_halo.ops.model_output import is_symbolic_or_tensor
 from keras_halo.utils.checks import (
+    as_boolean,
+    as_number,
     check_block_size,
+    check_ignore_class,
     check_label_smoothing,
-    check_numeric_labels,
+    label_array,
+    number_array,
 )
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.shapes import axis_length
@@ -63,6 +69,15 @@ def halo_loss(
     >>> tuple(keras_halo.losses.halo_loss(np.array([0, 2]), scores).shape)
     (2,)
     """
+    label_smoothing = check_label_smoothing(label_smoothing)
+    distill = as_boolean(distill, "distill")
+    radial_weight = _check_radial_weight(radial_weight)
+    ignore_class = check_ignore_class(ignore_class)
+    block_size = check_block_size(block_size)
+    if not is_symbolic_or_tensor(y_pred):
+        y_pred = number_array(y_pred, "y_pred")
+    if not is_symbolic_or_tensor(y_true):
+        y_true = label_array(y_true, "y_true")
     y_pred = ops.convert_to_tensor(y_pred)
     y_pred = ops.cast(y_pred, computation_dtype(y_pred.dtype))
     y_true = ops.convert_to_tensor(y_true)
@@ -244,15 +259,11 @@ class HALOLoss(keras.losses.Loss):
         name="halo_loss",
         dtype=None,
     ):
-        check_label_smoothing(label_smoothing)
-        if not radial_weight >= 0.0:
-            raise ValueError(
-                "`radial_weight` must be non-negative: a negative weight would "
-                "reward embeddings for leaving their shell. Received: "
-                f"radial_weight={radial_weight}. Use 0 to switch the radial "
-                "term off."
-            )
-        check_block_size(block_size)
+        label_smoothing = check_label_smoothing(label_smoothing)
+        distill = as_boolean(distill, "distill")
+        radial_weight = _check_radial_weight(radial_weight)
+        ignore_class = check_ignore_class(ignore_class)
+        block_size = check_block_size(block_size)
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         super().__init__(
             name=name,
@@ -266,17 +277,18 @@ class HALOLoss(keras.losses.Loss):
         self.block_size = block_size
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        if isinstance(y_pred, (np.ndarray, list, tuple)):
-            y_pred = np.asarray(y_pred)
-            packing.check_packed(y_pred, argument="y_pred")
-        elif hasattr(y_pred, "dtype"):
-            # Before Keras casts them, and what is lost cannot be seen.
-            packing.check_precision(y_pred.dtype, "y_pred")
+        if y_true is None:
+            raise ValueError(
+                "The HALO loss needs labels. Received: y_true=None. Pass the "
+                "labels of the samples."
+            )
+        y_true, y_pred = labels_and_scores(y_true, y_pred)
+        if sample_weight is not None:
+            sample_weight = _fitting_weights(sample_weight, y_pred.shape[:-1])
         mask = backend.get_keras_mask(y_pred)
         if mask is not None:
             y_true = _without_masked_labels(y_true, y_pred.shape, mask)
-        elif isinstance(y_true, (np.ndarray, list, tuple)):
-            y_true = np.asarray(y_true)
+        elif isinstance(y_true, np.ndarray):
             _check_labels(y_true, y_pred.shape, self.ignore_class)
         return super().__call__(y_true, y_pred, sample_weight=sample_weight)
 
@@ -306,6 +318,37 @@ class HALOLoss(keras.losses.Loss):
         return config
 
 
+def _check_radial_weight(radial_weight):
+    return as_number(
+        radial_weight,
+        "radial_weight",
+        lambda weight: 0.0 <= weight < np.inf,
+        "non-negative and finite: a negative weight would reward embeddings "
+        "for leaving their shell",
+        "Use 0 to switch the radial term off.",
+    )
+
+
+def _fitting_weights(sample_weight, shape):
+    """Sample weights, refused where they fit no sample."""
+    if not is_symbolic_or_tensor(sample_weight):
+        sample_weight = number_array(sample_weight, "sample_weight")
+    given, shape = tuple(sample_weight.shape), tuple(shape)
+    # What Keras broadcasts stays allowed.
+    dims = given[:-1] if len(given) == len(shape) + 1 else given
+    fits = given[len(shape) :] in ((), (1,)) and all(
+        a is None or b is None or a in (1, b)
+        for a, b in zip(dims, shape, strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            "`sample_weight` must have one weight for every sample, shape "
+            f"{shape[:1]}, or for every position, shape {shape}. Received: "
+            f"shape={given}. Pass the weights of the samples in `y_pred`."
+        )
+    return sample_weight
+
+
 def _without_masked_labels(y_true, y_pred_shape, mask):
     """Replaces labels at masked positions, often -1, by a harmless class."""
     y_true = ops.convert_to_tensor(y_true)
@@ -316,7 +359,6 @@ def _without_masked_labels(y_true, y_pred_shape, mask):
 
 
 def _check_labels(y_true, y_pred_shape, ignore_class):
-    check_numeric_labels(y_true)
     if not are_integer_labels(y_true.shape, y_pred_shape):
         check_distributions(y_true)
         return

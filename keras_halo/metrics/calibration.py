@@ -11,7 +11,12 @@ import collections
 
 import numpy as np
 
-from keras_halo.utils.checks import check_finite, to_array
+from keras_halo.utils.checks import (
+    as_integer,
+    check_finite,
+    label_array,
+    to_array,
+)
 
 # The smallest normal float32: about what a float32 model can output at all.
 PROBABILITY_FLOOR = float(np.finfo("float32").tiny)
@@ -35,16 +40,8 @@ Args:
 
 
 def check_num_bins(num_bins):
-    """Raises `ValueError` unless `num_bins` is a positive integer."""
-    if (
-        not isinstance(num_bins, (int, np.integer))
-        or isinstance(num_bins, bool)
-        or num_bins < 1
-    ):
-        raise ValueError(
-            "`num_bins` must be a positive integer. Received: "
-            f"num_bins={num_bins}. 15 is customary."
-        )
+    """Returns a positive integer; raises `ValueError` otherwise."""
+    return as_integer(num_bins, "num_bins", 1, remedy="15 is customary.")
 
 
 def bin_edges(num_bins):
@@ -131,7 +128,7 @@ def reliability_bins(labels, probabilities, num_bins=15):
 
     - Chuan Guo et al., On calibration of modern neural networks, 2017.
     """
-    check_num_bins(num_bins)
+    num_bins = check_num_bins(num_bins)
     labels, probabilities = _checked(labels, probabilities)
     if len(probabilities) < num_bins:
         raise ValueError(
@@ -274,7 +271,7 @@ def _checked(labels, probabilities):
     """Labels as a distribution of shape `(N, K)`, and the probabilities."""
     probabilities = _checked_probabilities(probabilities)
     num_samples, num_classes = probabilities.shape
-    labels = to_array(labels)
+    labels = label_array(labels).astype("float64")
     if labels.shape == (num_samples, num_classes):
         _check_distribution(labels)
         return labels, probabilities
@@ -300,7 +297,7 @@ def _checked(labels, probabilities):
 
 
 def _checked_probabilities(probabilities):
-    probabilities = to_array(probabilities)
+    probabilities = to_array(probabilities, "probabilities")
     if (
         probabilities.ndim != 2
         or probabilities.shape[0] < 1

@@ -9,6 +9,7 @@ from keras_halo.metrics.samples import (
     class_probabilities,
     one_hot,
 )
+from keras_halo.utils.checks import as_boolean
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -76,7 +77,8 @@ class ExpectedCalibrationError(PackedMean):
         name="expected_calibration_error",
         dtype=None,
     ):
-        check_num_bins(num_bins)
+        num_bins = check_num_bins(num_bins)
+        renormalize = as_boolean(renormalize, "renormalize")
         super().__init__(
             shape=(num_bins,), ignore_class=ignore_class, name=name, dtype=dtype
         )

@@ -2,6 +2,7 @@ import keras
 from keras import ops
 
 from keras_halo.metrics.samples import check_labels_given, to_samples
+from keras_halo.utils.checks import check_ignore_class
 from keras_halo.utils.precision import computation_dtype
 
 
@@ -61,6 +62,7 @@ class PackedMean(keras.Metric):
     reads_labels = True
 
     def __init__(self, shape=(), ignore_class=None, name=None, dtype=None):
+        ignore_class = check_ignore_class(ignore_class)
         policy = keras.dtype_policies.get(dtype or keras.config.floatx())
         super().__init__(
             name=name, dtype=computation_dtype(policy.compute_dtype)

@@ -11,8 +11,13 @@ from keras import ops
 from keras.src import backend
 
 from keras_halo.ops import packing
-from keras_halo.ops.labels import are_integer_labels, check_distributions
-from keras_halo.utils.checks import check_numeric_labels
+from keras_halo.ops.labels import (
+    are_integer_labels,
+    check_distributions,
+    labels_and_scores,
+)
+from keras_halo.ops.model_output import is_symbolic_or_tensor
+from keras_halo.utils.checks import number_array
 
 Samples = collections.namedtuple(
     "Samples", ["logits", "labels", "weights", "packed"]
@@ -61,11 +66,7 @@ def to_samples(
     >>> tuple(samples.logits.shape), tuple(samples.weights.shape)
     ((10, 4), (10,))
     """
-    if isinstance(y_pred, (np.ndarray, list, tuple)):
-        y_pred = np.asarray(y_pred)
-        packing.check_packed(y_pred, argument="y_pred")
-    elif hasattr(y_pred, "dtype"):
-        packing.check_precision(y_pred.dtype, "y_pred")
+    y_true, y_pred = labels_and_scores(y_true, y_pred)
     mask = backend.get_keras_mask(y_pred)
     y_pred = ops.cast(ops.convert_to_tensor(y_pred), dtype)
     num_classes = packing.count_classes(y_pred.shape)
@@ -119,10 +120,8 @@ def to_samples(
 
 
 def _check_integral(y_true, y_pred_shape):
-    if not isinstance(y_true, (np.ndarray, list, tuple)):
+    if not isinstance(y_true, np.ndarray):
         return
-    y_true = np.asarray(y_true)
-    check_numeric_labels(y_true)
     if not are_integer_labels(y_true.shape, y_pred_shape):
         check_distributions(y_true)
         return
@@ -228,6 +227,8 @@ def _check_ignorable(labels, ignore_class):
 
 def _spread(weights, template, argument):
     """Broadcasts weights over the positions of a sample."""
+    if not is_symbolic_or_tensor(weights):
+        weights = number_array(weights, argument)
     weights = ops.cast(ops.convert_to_tensor(weights), template.dtype)
     shape = tuple(weights.shape)
     rank = len(template.shape)

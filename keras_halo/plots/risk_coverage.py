@@ -65,7 +65,7 @@ def risk_coverage(errors, uncertainty, ax=None, label="risk"):
         label=f"{label} (AURC {area:.3g})",
         gid=_GID,
     )
-    coverage, risk = _best_curve(to_array(errors))
+    coverage, risk = _best_curve(to_array(errors, "errors"))
     ax.plot(
         coverage,
         risk,

@@ -4,10 +4,14 @@ import types
 
 import keras
 import numpy as np
-from keras import ops
 from keras.src.trainers import data_adapters
 
-from keras_halo.utils.checks import check_numeric_labels
+from keras_halo.utils.checks import (
+    check_batch_size,
+    check_not_masked,
+    label_array,
+    weight_array,
+)
 
 
 def check_readable(data, where, again=False):
@@ -20,8 +24,8 @@ def check_readable(data, where, again=False):
             to `False`.
 
     Raises:
-        ValueError: If the data are infinite, or a generator is to be read
-            again.
+        ValueError: If the data are none, empty or infinite, or a generator is
+            to be read again.
 
     Example:
 
@@ -38,6 +42,12 @@ def check_readable(data, where, again=False):
                 f"such as `keras.utils.PyDataset`. Received: {data}."
             )
         return
+    if not is_dataset(data):
+        x = data
+        if isinstance(data, tuple):
+            x = keras.utils.unpack_x_y_sample_weight(data)[0]
+        check_arrays(x, where)
+        return
     infinite = (
         isinstance(data, keras.utils.PyDataset) and data.num_batches is None
     )
@@ -50,8 +60,53 @@ def check_readable(data, where, again=False):
             f"{type(data).__name__}. Leave out `repeat()`, or take a number of "
             "batches of it."
         )
-    if not data_adapters.is_tf_dataset(data):
-        count_batches(data)
+
+
+def check_arrays(x, where):
+    """Raises `ValueError` unless these are arrays with an axis of samples.
+
+    Args:
+        x: What should be an array, or a list or dictionary of arrays.
+        where: String, the name by which an error calls them.
+
+    Example:
+
+    >>> check_arrays("train.npz", "x")
+    Traceback (most recent call last):
+        ...
+    ValueError: `x` must be an array whose first axis is that of samples, ...
+    """
+    expected = (
+        f"`{where}` must be an array whose first axis is that of samples, a "
+        "list or dictionary of such arrays, or a dataset. Received: "
+    )
+    leaves = keras.tree.flatten(x)
+    shapes = [getattr(leaf, "shape", None) for leaf in leaves]
+    if not leaves:
+        raise ValueError(f"{expected}{x!r:.100}.")
+    if None in shapes:
+        try:
+            # What Keras itself can read, whatever it is.
+            count_batches(x)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{expected}{x!r:.100}. Load a file, or make an array of "
+                f"a list, before. ({error})"
+            ) from error
+        return
+    for leaf, shape in zip(leaves, shapes, strict=True):
+        check_not_masked(leaf, where)
+        if len(shape) == 0:
+            raise ValueError(
+                f"{expected}a single value, shape=(). For one sample pass "
+                "`x[None]`."
+            )
+        if shape[0] == 0:
+            raise ValueError(
+                f"`{where}` must hold at least one sample. Received: "
+                f"shape={tuple(shape)}. Check the path of the data, or the "
+                "condition that selected from it."
+            )
 
 
 def count_batches(data, batch_size=None):
@@ -101,7 +156,7 @@ def read_batches(data, batch_size=None):
         adapter.on_epoch_end()
 
 
-def counted_positions(sample_weight, shape, where):
+def counted_positions(sample_weight, shape, where, mask=None):
     """Tells which samples or positions have a weight other than zero.
 
     Args:
@@ -109,12 +164,14 @@ def counted_positions(sample_weight, shape, where):
             positions, or `(*shape, 1)`; or `None`.
         shape: Tuple, that of one number a position.
         where: String, the name by which an error calls the data.
+        mask: Optional booleans of a shape like that of the weights, false for
+            positions that do not count either. Defaults to `None`.
 
     Returns:
         Boolean array of the given shape.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes do not fit, or a weight is negative or NaN.
 
     Example:
 
@@ -122,18 +179,26 @@ def counted_positions(sample_weight, shape, where):
     [[True, True, True], [False, False, False]]
     """
     counted = np.ones(shape, "bool")
-    if sample_weight is None:
-        return counted
-    weight = np.asarray(sample_weight)
+    if sample_weight is not None:
+        weight = weight_array(sample_weight)
+        counted &= _spread(weight, shape, f"The sample weights of `{where}`")
+    if mask is not None:
+        mask = np.asarray(mask, bool)
+        counted &= _spread(mask, shape, f"The mask of the model on `{where}`")
+    return counted
+
+
+def _spread(weight, shape, what):
+    """Booleans that broadcast over positions: where a weight is not zero."""
     if weight.shape == (*shape, 1):
         weight = weight[..., 0]
     if weight.shape != shape[: weight.ndim]:
         raise ValueError(
-            f"The sample weights of `{where}` must have the shape "
-            f"{shape[:1]} or {shape}. Received: shape={weight.shape}."
+            f"{what} must have the shape {shape[:1]} or {shape}. Received: "
+            f"shape={weight.shape}. Give every sample, or every position of "
+            "it, one weight."
         )
-    weight = weight.reshape(weight.shape + (1,) * (counted.ndim - weight.ndim))
-    return counted & (weight != 0)
+    return weight.reshape(weight.shape + (1,) * (len(shape) - weight.ndim)) != 0
 
 
 def _to_adapter(data, batch_size):
@@ -147,7 +212,7 @@ def _to_adapter(data, batch_size):
         x,
         _listed(y),
         sample_weight=_listed(sample_weight),
-        batch_size=batch_size,
+        batch_size=check_batch_size(batch_size),
     )
 
 
@@ -237,42 +302,56 @@ def labelled_data(x, y=None, sample_weight=None):
             "y=None. Pass `y`, or a dataset of batches `(x, y)`."
         )
     leaves = [v for v in keras.tree.flatten(x) if hasattr(v, "shape")]
-    y = np.asarray(ops.convert_to_numpy(y))
-    check_numeric_labels(y)
+    check_arrays(x, "x")
+    y = label_array(y, "y")
+    if y.ndim == 0:
+        raise ValueError(
+            "Expected one label for every input. Received: a single number "
+            f"as `y`, {y}. Pass an array of labels."
+        )
     if leaves and len(y) != len(leaves[0]):
         raise ValueError(
             "Expected one label for every input. Received: "
             f"{len(leaves[0])} inputs and {len(y)} labels."
         )
+    if sample_weight is not None:
+        sample_weight = weight_array(sample_weight)
+        if len(sample_weight) != len(y):
+            raise ValueError(
+                "Expected one sample weight for every label. Received: "
+                f"{len(y)} labels and {len(sample_weight)} weights. Give what "
+                "must not count a weight of zero."
+            )
     return x, y, sample_weight
 
 
-def counted(values, labels, sample_weight):
-    """Leaves out what has a weight of zero, such as padding.
+def counted(values, labels, sample_weight, mask=None):
+    """Leaves out what is masked or has a weight of zero, such as padding.
 
     Args:
         values: Array of shape `(B, ..., D)`.
         labels: Array of shape `(B, ...)`, `(B, ..., 1)` or `(B, ..., K)`.
         sample_weight: Weights of shape `(B,)` or `(B, ...)`, or `None`.
+        mask: Optional booleans of shape `(B, ...)`, false for what does not
+            count either. Defaults to `None`.
 
     Returns:
-        Values and labels, as they are where there are no weights, otherwise
-        with a single axis in place of `(B, ...)`.
+        Values and labels, as they are where there are neither weights nor a
+        mask, otherwise with a single axis in place of `(B, ...)`.
 
     Raises:
-        ValueError: If weights or labels do not fit.
+        ValueError: If weights or labels do not fit, or a weight is negative or
+            NaN.
 
     Example:
 
     >>> counted(np.eye(2), np.array([0, -1]), [1.0, 0.0])
     (array([[1., 0.]]), array([0]))
     """
-    if sample_weight is None:
+    if sample_weight is None and mask is None:
         return values, labels
-    kept = counted_positions(
-        ops.convert_to_numpy(sample_weight), values.shape[:-1], "x"
-    )
-    labels = np.asarray(ops.convert_to_numpy(labels))
+    kept = counted_positions(sample_weight, values.shape[:-1], "x", mask)
+    labels = label_array(labels)
     if labels.shape[: kept.ndim] != kept.shape:
         raise ValueError(
             "Expected one label for every sample or position, of shape "

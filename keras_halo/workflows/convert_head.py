@@ -395,7 +395,8 @@ def _before_head(model):
         "`Softmax` layer may follow, or in `keras_halo.HALODense`. Received: "
         f"a layer {layer.name!r} of type {type(layer).__name__} at the end of "
         f"model {model.name!r}. Put a `keras_halo.HALODense` where its logits "
-        "are computed by hand."
+        "are computed by hand; of two towers, `HALOSimilarity.to_head(keys)` "
+        "makes one."
     )
 
 
