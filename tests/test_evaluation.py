@@ -543,7 +543,10 @@ def refused():
             ((x, np.zeros((30, 2))), unknown),
             r"shape \(30,\)",
         ),
-        "labels of another length": (((x, y[:7]), unknown), "cardinality"),
+        "labels of another length": (
+            ((x, y[:7]), unknown),
+            "one label for every input. Received: 30 inputs and 7",
+        ),
         "labels out of range": (((x, y + 1), unknown), "Labels must be"),
         "NaN inputs": (((x, y), {"a": nan}), r"unknown\['a'\].*finite"),
         "unknown data type": (((x, y), {"a": "mnist"}), "Unrecognized"),
@@ -828,3 +831,28 @@ def test_names_of_sets_do_not_break_the_tables(name, model):
     assert [cells(line) for line in tables[0]] == [
         cells(line) for line in tables[1]
     ]
+
+
+def test_a_mask_is_found_without_running_the_model_twice():
+    x = np.zeros((12, 4), "int32")
+    x[:, :2] = np.random.default_rng(0).integers(1, 9, (12, 2))
+
+    def stateful():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input(batch_shape=(4, 4), dtype="int32")
+        embedded = keras.layers.Embedding(9, 3, mask_zero=True)(inputs)
+        recurrent = keras.layers.SimpleRNN(
+            DIM, return_sequences=True, stateful=True
+        )
+        return keras.Model(inputs, head()(recurrent(embedded)))
+
+    scores = stateful().predict(x, batch_size=4, verbose=0)[:, :2]
+    report = evaluate_ood(
+        stateful(), (x, x % 3), {"same": x}, batch_size=4, verbose=0
+    )
+    np.testing.assert_allclose(
+        report.known.scores,
+        keras_halo.ood_score(scores).ravel(),
+        rtol=1e-5,
+        atol=1e-5,
+    )

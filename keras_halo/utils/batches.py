@@ -318,8 +318,8 @@ def labelled_data(x, y=None, sample_weight=None):
         sample_weight = weight_array(sample_weight)
         if len(sample_weight) != len(y):
             raise ValueError(
-                "Expected one sample weight for every label. Received: "
-                f"{len(y)} labels and {len(sample_weight)} weights. Give what "
+                "The sample weights of `x` must be one for every label. "
+                f"Received: {len(y)} labels and {len(sample_weight)} weights. Give what "
                 "must not count a weight of zero."
             )
     return x, y, sample_weight

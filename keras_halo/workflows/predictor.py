@@ -13,9 +13,9 @@ class Predictor:
 
     A model that was given padding knows it: `Embedding(mask_zero=True)` and
     `Masking` make a mask that travels with the tensors, and that losses and
-    metrics honour. `model.predict` drops it. The mask is computed beside the
-    predictions, which stay those of `model.predict`; models without a layer
-    that can make a mask are spared that.
+    metrics honour. `model.predict` drops it; here it is returned beside what
+    `model.predict` returns. Models without a layer that can make a mask are
+    asked as they are.
 
     One predictor serves any number of batches and data sets of a model, which
     is compiled once.
@@ -39,7 +39,7 @@ class Predictor:
     def __init__(self, model, read=None):
         self.model = model
         self._read = _packed_scores if read is None else read
-        self._masks = None
+        self._masked = None
 
     def predict_on_batch(self, x):
         """Returns predictions and a boolean mask, or `None` without one.
@@ -47,13 +47,7 @@ class Predictor:
         Args:
             x: Inputs, as in `model.predict_on_batch`.
         """
-        # The model first: that builds it.
-        output = self.model.predict_on_batch(x)
-        if not may_mask(self.model):
-            return output, None
-        # What cannot be read shows here, not inside of a compiled graph.
-        self._read(output)
-        return output, _only(self._mask_model().predict_on_batch(x))
+        return self._predict("predict_on_batch", x)
 
     def predict(self, x, batch_size=None, verbose="auto"):
         """Returns predictions and a boolean mask, or `None` without one.
@@ -63,47 +57,56 @@ class Predictor:
             batch_size: Optional integer. Defaults to `None`, which means 32.
             verbose: As in `model.predict`. Defaults to `"auto"`.
         """
-        output = self.model.predict(x, batch_size=batch_size, verbose=verbose)
-        if not may_mask(self.model):
-            return output, None
-        self._read(output)
-        masks = self._mask_model().predict(x, batch_size=batch_size, verbose=0)
-        return output, _only(masks)
+        return self._predict(
+            "predict", x, batch_size=batch_size, verbose=verbose
+        )
 
-    def _mask_model(self):
-        if self._masks is None:
+    def _predict(self, method, x, **kwargs):
+        if not may_mask(self.model):
+            return getattr(self.model, method)(x, **kwargs), None
+        has_own_step = (
+            type(self.model).predict_step is not keras.Model.predict_step
+        )
+        if has_own_step or not self.model.built:
+            output = getattr(self.model, method)(x, **kwargs)
+        found, masks = getattr(self._with_mask(), method)(x, **kwargs)
+        mask = masks[0].astype(bool) if masks else None
+        return (output if has_own_step else found), mask
+
+    def _with_mask(self):
+        if self._masked is None:
             strategy = getattr(self.model, "distribute_strategy", None)
             scope = contextlib.nullcontext()
             if strategy is not None:
                 scope = strategy.scope()
             with scope:
-                self._masks = _MaskModel(self.model, self._read)
-            self._masks.run_eagerly = self.model.run_eagerly
-            self._masks.jit_compile = self.model.jit_compile
-        return self._masks
+                self._masked = _WithMask(self.model, self._read)
+            self._masked.run_eagerly = self.model.run_eagerly
+            self._masked.jit_compile = self.model.jit_compile
+        return self._masked
 
 
-class _MaskModel(keras.Model):
-    """Answers with the mask of the outputs alone, in a list; empty if none."""
+class _WithMask(keras.Model):
+    """Answers as a model does, and with the mask in a list; empty if none."""
 
     def __init__(self, model, read):
         # TensorFlow takes no name that begins with an underscore.
-        super().__init__(name="masks")
+        super().__init__(name="with_mask")
         self.model = model
         self.read = read
 
     def call(self, inputs):
         outputs = self.model(inputs, training=False)
-        mask = backend.get_keras_mask(self.read(outputs))
-        return [] if mask is None else [mask]
+        try:
+            mask = backend.get_keras_mask(self.read(outputs))
+        except ValueError:
+            # Who reads the outputs says what is wrong with them.
+            mask = None
+        return outputs, [] if mask is None else [mask]
 
 
 def _packed_scores(outputs):
-    return read_model_output(outputs, "the output of the model").scores
-
-
-def _only(masks):
-    return masks[0].astype(bool) if masks else None
+    return read_model_output(outputs).scores
 
 
 def may_mask(model):
