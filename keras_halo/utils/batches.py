@@ -319,8 +319,8 @@ def labelled_data(x, y=None, sample_weight=None):
         if len(sample_weight) != len(y):
             raise ValueError(
                 "The sample weights of `x` must be one for every label. "
-                f"Received: {len(y)} labels and {len(sample_weight)} weights. Give what "
-                "must not count a weight of zero."
+                f"Received: {len(y)} labels and {len(sample_weight)} weights. "
+                "Give what must not count a weight of zero."
             )
     return x, y, sample_weight
 
