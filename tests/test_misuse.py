@@ -94,6 +94,7 @@ INPUTS = {
     "no rows": np.zeros((0, D), "float32"),
     "masked": np.ma.masked_less(X, 0.0),
     "no arrays": [],
+    "list of tuples": [("a", "b")],
 }
 PATH = {"none": None, "number": 3, "object": Opaque()}
 METHOD = {"text": "typo", "number": 3, "list": ["abstain"], "none": None}

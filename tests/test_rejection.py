@@ -1371,3 +1371,10 @@ def test_nothing_but_nan_is_rejected(count, new_rule):
     with pytest.warns(UserWarning, match=f"{count} of {count} rows"):
         decisions = rule.predict(bad)
     assert decisions.labels.tolist() == [-1] * count
+
+
+@pytest.mark.parametrize("share", [0.5, 0.01])
+def test_an_error_rate_next_to_the_risk_has_an_end(share):
+    rate = np.nextafter(0.05, 0)
+    needed = bounds.samples_for_rate(rate, share, 0.05, 0.05, 200)
+    assert 1e11 < needed < 1e14

@@ -15,6 +15,8 @@ from keras_halo.utils.extras import require
 # Doubles that should be an integer, such as 0.07 * 100, may miss it by this.
 _ROUNDING = 1e-12
 
+_MAX_SAMPLES = 1e12
+
 # By how much another batch size or compiler moves a score, relative to it. A
 # score is a difference of logits that are some tens of times as large.
 _SCORE_ROUNDING = 1e-5
@@ -406,12 +408,14 @@ def samples_for_rate(rate, share, risk, delta, num_samples):
     680
     """
     found = float(num_samples)
-    while True:
+    # A rate next to the risk would take more samples than can be counted.
+    while found < _MAX_SAMPLES:
         found *= 1.05
         level = delta / len(_start_ranks(int(found), risk, delta))
         count = share * found
         if risk_bound(math.ceil(rate * count), count, level) <= risk:
-            return int(float(f"{found:.2g}"))
+            break
+    return int(float(f"{found:.2g}"))
 
 
 def _test_upwards(scores, errors, risk, delta):

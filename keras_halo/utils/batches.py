@@ -60,6 +60,19 @@ def check_readable(data, where, again=False):
             f"{type(data).__name__}. Leave out `repeat()`, or take a number of "
             "batches of it."
         )
+    if not data_adapters.is_tf_dataset(data):
+        _check_adapter(data, f"`{where}` cannot be read. Received: ")
+
+
+def _check_adapter(data, expected):
+    """Raises `ValueError` for what Keras itself cannot read either."""
+    try:
+        count_batches(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{expected}{data!r:.100}. Load a file, or make an array of a "
+            f"list, before. ({error})"
+        ) from error
 
 
 def check_arrays(x, where):
@@ -85,14 +98,7 @@ def check_arrays(x, where):
     if not leaves:
         raise ValueError(f"{expected}{x!r:.100}.")
     if None in shapes:
-        try:
-            # What Keras itself can read, whatever it is.
-            count_batches(x)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{expected}{x!r:.100}. Load a file, or make an array of "
-                f"a list, before. ({error})"
-            ) from error
+        _check_adapter(x, expected)
         return
     for leaf, shape in zip(leaves, shapes, strict=True):
         check_not_masked(leaf, where)

@@ -157,8 +157,8 @@ def calibrate(
         verbose: `"auto"`, 0, 1 or 2, as in `model.predict`.
         sample_weight: Optional weights of shape `(N,)` or `(N, ...)`, those
             of `y`. What has a weight of zero is left out, whatever its label,
-            such as padding; every other weight counts as one. Defaults to
-            `None`.
+            such as padding; every other weight counts as one. None may be
+            negative. Defaults to `None`.
 
     Returns:
         `Calibration`, with the values before and after and with `undo()`.
