@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import re
 
 import keras
 import numpy as np
@@ -542,7 +543,10 @@ def refused():
             ((x, np.zeros((30, 2))), unknown),
             r"shape \(30,\)",
         ),
-        "labels of another length": (((x, y[:7]), unknown), "cardinality"),
+        "labels of another length": (
+            ((x, y[:7]), unknown),
+            "one label for every input. Received: 30 inputs and 7",
+        ),
         "labels out of range": (((x, y + 1), unknown), "Labels must be"),
         "NaN inputs": (((x, y), {"a": nan}), r"unknown\['a'\].*finite"),
         "unknown data type": (((x, y), {"a": "mnist"}), "Unrecognized"),
@@ -650,3 +654,205 @@ def test_nothing_underflows_where_abstaining_is_far_ahead(model):
         plain.known.nll_renormalized, abs=1e-5
     )
     assert report.known.nll_with_abstain > 80.0
+
+
+# What Keras masks does not count ---------------------------------------------
+
+
+def token_model(kind):
+    """A model that masks zeros, and makes of other tokens their embedding."""
+    table = np.concatenate([np.zeros((1, DIM)), X]).astype("float32")
+
+    def embedding(mask_zero=True):
+        return keras.layers.Embedding(
+            len(table),
+            DIM,
+            mask_zero=mask_zero,
+            embeddings_initializer=lambda shape, dtype=None: table,
+        )
+
+    if kind == "sequential":
+        return keras.Sequential(
+            [keras.Input((4,), dtype="int32"), embedding(), head()]
+        )
+    inputs = keras.Input((4,), dtype="int32")
+    scores = head()(embedding()(inputs))
+    if kind == "nested":
+        inner = keras.Model(inputs, scores)
+        outer = keras.Input((4,), dtype="int32")
+        return keras.Model(outer, inner(outer))
+    if kind == "dictionary":
+        ood = keras_halo.layers.OODScore("nearest")(scores)
+        return keras.Model(inputs, {"scores": scores, "ood": ood})
+    if kind == "subclassed":
+        return Subclassed(embedding(), head())
+    if kind == "own step":
+        return OwnStep(inputs, scores)
+    if kind == "masking":
+        vectors = keras.layers.Masking()(embedding(mask_zero=False)(inputs))
+        return keras.Model(inputs, head()(vectors))
+    return keras.Model(inputs, scores)
+
+
+class Subclassed(keras.Model):
+    def __init__(self, embedding, head):
+        super().__init__()
+        self.embedding, self.head = embedding, head
+
+    def call(self, inputs):
+        return self.head(self.embedding(inputs))
+
+
+class OwnStep(keras.Model):
+    def predict_step(self, *args, **kwargs):
+        return super().predict_step(*args, **kwargs)
+
+
+MASKED = [
+    "functional",
+    "sequential",
+    "nested",
+    "dictionary",
+    "subclassed",
+    "own step",
+    "masking",
+]
+
+# Tokens 1 to 80 are samples, 0 is padding: half of every sequence, so that
+# every number differs where padding counts.
+TOKENS = np.zeros((40, 4), "int32")
+TOKENS[:, :2] = np.arange(1, 81).reshape(40, 2)
+TOKEN_LABELS = np.full((40, 4), -1)
+TOKEN_LABELS[:, :2] = Y[:80].reshape(40, 2)
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_positions_that_keras_masks_do_not_count(kind, model):
+    masking = token_model(kind)
+    real = {"tokens": X[:60]}
+    expected = evaluate_ood(model, (X[:80], Y[:80]), real, verbose=0)
+    unknown = {"tokens": TOKENS[:30]}
+    report = evaluate_ood(masking, (TOKENS, TOKEN_LABELS), unknown, verbose=0)
+    assert report.known.count == 80 and report["tokens"].count == 60
+    assert_same(report, expected)
+    # Loss and metrics count the same.
+    masking.compile(
+        loss=keras_halo.HALOLoss(),
+        metrics=[keras_halo.metrics.AbstentionRate()],
+    )
+    if kind != "dictionary":
+        rate = masking.evaluate(
+            TOKENS, TOKEN_LABELS.clip(0), verbose=0, return_dict=True
+        )["abstention_rate"]
+        assert report.known.abstention_rate == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("weights", ["samples", "positions"])
+def test_a_mask_and_weights_both_count(weights, model):
+    weight = np.arange(40) % 2
+    kept = np.repeat(weight == 1, 2)
+    expected = evaluate_ood(
+        model, (X[:80][kept], Y[:80][kept]), UNKNOWN, verbose=0
+    )
+    if weights == "positions":
+        weight = np.repeat(weight[:, None], 4, axis=1)
+    masking = token_model("functional")
+    report = evaluate_ood(
+        masking,
+        (TOKENS, TOKEN_LABELS, weight),
+        {"near": TOKENS[:1], "far": TOKENS[:1]},
+        verbose=0,
+    )
+    assert report.known.count == 40
+    assert report.known.to_dict() == pytest.approx(
+        expected.known.to_dict(), rel=1e-5, abs=1e-6
+    )
+
+
+def test_calibration_leaves_out_what_is_masked(model):
+    pytest.importorskip("scipy", reason="needs SciPy")
+    labels = np.where(np.arange(80) % 7 == 0, (Y[:80] + 1) % 3, Y[:80])
+    expected = keras_halo.calibrate(
+        model, X[:80], labels, unknown=X[80:100], verbose=0
+    )
+    expected.undo()
+    masking = token_model("functional")
+    padded = TOKEN_LABELS.copy()
+    padded[:, :2] = labels.reshape(40, 2)
+    unknown = np.zeros((10, 4), "int32")
+    unknown[:, 1:3] = np.arange(81, 101).reshape(10, 2)
+    for x, y, other in (
+        (TOKENS, padded, unknown),
+        (Batches(TOKENS, padded), None, Batches(unknown)),
+    ):
+        found = keras_halo.calibrate(masking, x, y, unknown=other, verbose=0)
+        found.undo()
+        assert found.temperature == pytest.approx(expected.temperature, 1e-4)
+        assert found.abstain_bias == pytest.approx(
+            expected.abstain_bias, rel=1e-4, abs=1e-5
+        )
+
+
+def test_a_converted_head_is_measured_without_what_is_masked():
+    converted = []
+    for x, y in (
+        (TOKENS, TOKEN_LABELS),
+        (TOKENS[:, :2], TOKEN_LABELS[:, :2]),
+    ):
+        inputs = keras.Input((None,), dtype="int32")
+        embedding = token_model("functional").layers[1]
+        dense = keras.layers.Dense(NUM_CLASSES, kernel_initializer="ones")
+        classifier = keras.Model(inputs, dense(embedding(inputs)))
+        converted.append(keras_halo.convert_head(classifier, x, y))
+    for one, other in zip(
+        *(model.layers[-1].get_weights() for model in converted), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["two\nlines", "a | b", "a \\| b", "carriage\rreturn", "\u2028 x"]
+)
+def test_names_of_sets_do_not_break_the_tables(name, model):
+    report = evaluate_ood(
+        model, (X[:20], Y[:20]), {name: UNKNOWN["far"]}, verbose=0
+    )
+    plain = evaluate_ood(
+        model, (X[:20], Y[:20]), {"far": UNKNOWN["far"]}, verbose=0
+    )
+    assert len(str(report).splitlines()) == len(str(plain).splitlines())
+    tables = [r.to_markdown().splitlines() for r in (report, plain)]
+    assert len(tables[0]) == len(tables[1])
+
+    def cells(line):
+        # As GitHub splits a row: at every bar that no backslash escapes.
+        return len(re.findall(r"(?<!\\)(?:\\\\)*\|", line))
+
+    assert [cells(line) for line in tables[0]] == [
+        cells(line) for line in tables[1]
+    ]
+
+
+def test_a_mask_is_found_without_running_the_model_twice():
+    x = np.zeros((12, 4), "int32")
+    x[:, :2] = np.random.default_rng(0).integers(1, 9, (12, 2))
+
+    def stateful():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input(batch_shape=(4, 4), dtype="int32")
+        embedded = keras.layers.Embedding(9, 3, mask_zero=True)(inputs)
+        recurrent = keras.layers.SimpleRNN(
+            DIM, return_sequences=True, stateful=True
+        )
+        return keras.Model(inputs, head()(recurrent(embedded)))
+
+    scores = stateful().predict(x, batch_size=4, verbose=0)[:, :2]
+    report = evaluate_ood(
+        stateful(), (x, x % 3), {"same": x}, batch_size=4, verbose=0
+    )
+    np.testing.assert_allclose(
+        report.known.scores,
+        keras_halo.ood_score(scores).ravel(),
+        rtol=1e-5,
+        atol=1e-5,
+    )

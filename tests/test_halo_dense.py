@@ -222,7 +222,7 @@ def test_config_round_trip():
 @pytest.mark.parametrize("units", [1, 0, -3, 2.0, "10", None, True])
 def test_units_below_two_or_no_integer_are_refused(units):
     with pytest.raises(
-        ValueError, match=f"at least 2.*Received: units={units}"
+        ValueError, match=f"at least 2.*Received: units={units!r}"
     ):
         HALODense(units)
 

@@ -108,6 +108,25 @@ def test_gradients_pass_the_neutral_columns_exactly():
     assert by_gamma == 3.0
 
 
+@pytest.mark.parametrize("value", [1e-6, 1e-3, 0.1, 0.7, 1.0, 3.0, 1e3, 1e6])
+def test_geometry_comes_back_to_within_the_rounding_that_is_stated(value):
+    values = np.float32(value) * np.linspace(1.0, 1.9, 200, dtype="float32")
+    packed = packing.pack(
+        ops.zeros((200, 2)),
+        0.0,
+        ops.convert_to_tensor(values[:, None]),
+        ops.convert_to_tensor(values[:, None]),
+        2,
+    )
+    parts = packing.unpack(to_numpy(packed).astype("float64"))
+    for found in (parts.temperature, parts.squared_norm):
+        error = np.abs(found[:, 0] - values.astype("float64"))
+        assert (error <= 6e-8 * (1.0 + values)).all()
+        # Below one the relative error grows as is said.
+        if value < 0.5:
+            assert (error / values).max() > 1e-8 / values.max()
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (4, 1), (4, 5), (4, None)])
 def test_too_narrow_or_undefined_width_is_refused(shape):
     with pytest.raises(ValueError, match="at least 8 columns.*HALODense"):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -602,6 +603,105 @@ def test_a_risk_out_of_reach_is_refused_with_the_bound_reached():
         rule.fit(scores, errors=np.ones(500))
 
 
+def refusal(rule, scores, errors):
+    with pytest.raises(ValueError, match="No threshold keeps") as refused:
+        rule.fit(scores, errors=errors)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("risk", [0.02, 0.1])
+@pytest.mark.parametrize("n", [240, 1000, 4000])
+@pytest.mark.parametrize("shape", ["even", "late", "early"])
+def test_figures_of_a_refusal_are_those_of_its_own_test(shape, n, risk):
+    rng = np.random.default_rng(n)
+    rate = np.full(n, 1.05 * risk)
+    if shape == "late":
+        # So few errors among the lowest scores that their bound, which is not
+        # that of a test, lies below the risk.
+        few = bounds.samples_for_risk(risk, 0.05) + 5
+        rate = np.where(np.arange(n) < few, 0.0, 5.0 * risk)
+    elif shape == "early":
+        rate = 3.0 * risk * (1.0 - np.arange(n) / n)
+    errors = rng.random(n) < rate
+    rule = SelectiveRiskRule(risk, method=None)
+    text = refusal(rule, np.arange(float(n)), errors)
+    numbers = r"is ([\d.]+) %, with ([\d.]+) % confidence.* the (\d+) samples"
+    found = re.search(numbers + r" with the lowest scores, (\d+) of", text)
+    bound, confidence, count, wrong = map(float, found.groups())
+    count, wrong = int(count), int(wrong)
+    assert wrong == errors[:count].sum()
+    assert bound > 100 * risk
+    level = 1.0 - confidence / 100
+    # So many errors are that improbable just at the bound.
+    binomial = pytest.importorskip("scipy.stats").binom
+    if bound < 100.0:
+        assert binomial.cdf(wrong, count, bound / 100) == pytest.approx(
+            level, rel=0.03
+        )
+    assert binomial.cdf(wrong, count, risk) > level
+
+
+@pytest.mark.parametrize(("n", "every"), [(200, 25), (300, 32), (400, 36)])
+def test_about_as_many_samples_as_a_refusal_names_would_do(n, every):
+    def fit_on(count):
+        errors = np.arange(count) % every == every // 2
+        scores = np.arange(float(count))
+        return SelectiveRiskRule(0.05, method=None), scores, errors
+
+    text = refusal(*fit_on(n))
+    found = re.search(r"about ([\d,]+) calibration samples would do", text)
+    needed = int(found[1].replace(",", ""))
+    rule, scores, errors = fit_on(int(1.3 * needed))
+    assert rule.fit(scores, errors=errors).predict(scores).accepted.any()
+    refusal(*fit_on(int(max(n, 0.5 * needed))))
+
+
+def test_a_refusal_for_ties_says_so():
+    # Some of them pass before all of them fail.
+    errors = np.random.default_rng(46).random(200) < 0.03
+    text = refusal(
+        SelectiveRiskRule(0.05, method=None), np.full(200, 7), errors
+    )
+    assert "200 samples share the score 7" in text
+
+
+SHARES = [0.01, 0.02, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.98, 0.99, 0.999]
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_as_few_samples_as_are_named_do_in_spite_of_rounding(share):
+    for delta in SHARES:
+        check_least_samples(share, delta)
+
+
+def check_least_samples(share, delta):
+    needed = {
+        SelectiveRiskRule(share, delta, None): bounds.samples_for_risk(
+            share, delta
+        ),
+        CoverageRule(share, None, delta): bounds.samples_for_coverage(
+            share, delta
+        ),
+        FalsePositiveRateRule(share, None, delta): bounds.samples_for_coverage(
+            1.0 - share, delta
+        ),
+        ConformalRule(share, None): bounds.samples_for_coverage(1.0 - share),
+    }
+    for rule, n in needed.items():
+        scores = np.arange(float(n))
+        if isinstance(rule, SelectiveRiskRule):
+            rule.fit(scores, errors=np.zeros(n))
+            continue
+        rule.fit(scores)
+        with pytest.raises(ValueError, match="needs at least|at least one"):
+            type(rule)(**rule.get_config()).fit(scores[:-1])
+
+
+def test_near_certainty_is_not_called_certain():
+    rule = CoverageRule(0.9, None, delta=1e-9)
+    assert "99.9999999 % confidence" in rule.guarantee
+
+
 def broken(scores, what):
     scores = scores.copy()
     if what == "NaN":
@@ -951,6 +1051,15 @@ def forge(path, **changes):
         {"version": 3},
         {"version": "1"},
         {"format": "pickle"},
+        {"config": {"alpha": 10**400}},
+        {"calibration": {"samples": 10**400}},
+        {"calibration": {"accepted": -(10**400)}},
+        {"fingerprint": {"num_classes": 10**400}},
+        {"fingerprint": {"temperature": 10**400}},
+        {"scores": [10**400] * 12},
+        {"threshold": 10**400},
+        {"version": 10**400},
+        {"threshold": [[[[1.0]]]]},
     ],
     ids=str,
 )
@@ -960,6 +1069,27 @@ def test_forged_files_are_refused_as_they_are_loaded(saved, changes):
     forge(saved, **changes)
     with pytest.raises(ValueError, match="rule.json"):
         load_rule(saved)
+
+
+@pytest.mark.parametrize("place", ["threshold", "config", "scores", "more"])
+@pytest.mark.parametrize("depth", [300, 900, 3000, 100_000])
+def test_files_that_are_nested_deeply_are_refused(place, depth, saved):
+    document = json.loads(saved.read_text())
+    document[place] = "HERE"
+    nested = "[" * depth + "]" * depth
+    saved.write_text(json.dumps(document).replace('"HERE"', nested))
+    with pytest.raises(ValueError, match="rule.json"):
+        load_rule(saved)
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_files_with_endless_integers_are_refused(digits, saved):
+    text = saved.read_text()
+    for key in ("threshold", "samples", "num_classes"):
+        number = re.search(rf'"{key}": ([-.\de]+)', text)[1]
+        saved.write_text(text.replace(number, "9" * digits, 1))
+        with pytest.raises(ValueError, match="rule.json"):
+            load_rule(saved)
 
 
 def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
@@ -1241,3 +1371,10 @@ def test_nothing_but_nan_is_rejected(count, new_rule):
     with pytest.warns(UserWarning, match=f"{count} of {count} rows"):
         decisions = rule.predict(bad)
     assert decisions.labels.tolist() == [-1] * count
+
+
+@pytest.mark.parametrize("share", [0.5, 0.01])
+def test_an_error_rate_next_to_the_risk_has_an_end(share):
+    rate = np.nextafter(0.05, 0)
+    needed = bounds.samples_for_rate(rate, share, 0.05, 0.05, 200)
+    assert 1e11 < needed < 1e14

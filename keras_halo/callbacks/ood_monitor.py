@@ -7,12 +7,14 @@ import numpy as np
 
 from keras_halo import metrics
 from keras_halo.utils.batches import check_readable
+from keras_halo.utils.checks import as_integer, check_batch_size
 from keras_halo.utils.types import Data
 from keras_halo.workflows.predicting import (
     check_score_method,
     check_sets,
     predict_answers,
 )
+from keras_halo.workflows.predictor import Predictor
 
 # `<name>_auroc` of a set with one of these names would be another quantity.
 RESERVED_NAMES = ("known", "ood", "val")
@@ -35,6 +37,8 @@ class OODMonitor(keras.callbacks.Callback):
     `fpr95` is the share of unknown inputs accepted at the threshold that
     accepts 95 % of the known ones. The abstention rate is the share in which
     abstaining is the most probable answer.
+
+    Positions that the model masks do not count, as in `evaluate_ood`.
 
     Training is not disturbed: the weights after it are the same as without the
     monitor, and where a model diverges the numbers are NaN, with a warning. The
@@ -87,15 +91,10 @@ class OODMonitor(keras.callbacks.Callback):
         super().__init__()
         check_score_method(method)
         check_sets(unknown, reserved=RESERVED_NAMES)
-        if (
-            not isinstance(frequency, int)
-            or isinstance(frequency, bool)
-            or frequency < 1
-        ):
-            raise ValueError(
-                "`frequency` must be a positive integer, a number of epochs. "
-                f"Received: frequency={frequency}."
-            )
+        frequency = as_integer(
+            frequency, "frequency", 1, ", a number of epochs"
+        )
+        batch_size = check_batch_size(batch_size)
         check_readable(known, "known", again=True)
         for name, data in unknown.items():
             check_readable(data, f"unknown[{name!r}]", again=True)
@@ -104,6 +103,7 @@ class OODMonitor(keras.callbacks.Callback):
         self.method = method
         self.batch_size = batch_size
         self.frequency = frequency
+        self._predictor = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._measured = self._unmeasured()
@@ -158,8 +158,11 @@ class OODMonitor(keras.callbacks.Callback):
 
     def _answers(self, name, **kwargs):
         """Answers on the unknown set with that name, `None` for the known."""
+        model = self.model
+        if self._predictor is None or self._predictor.model is not model:
+            self._predictor = Predictor(model)
         return predict_answers(
-            self.model,
+            self._predictor,
             self.known if name is None else self.unknown[name],
             "known" if name is None else f"unknown[{name!r}]",
             self.method,

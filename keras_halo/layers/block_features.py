@@ -6,7 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_halo.ops import geometry
-from keras_halo.utils.checks import check_floating
+from keras_halo.utils.checks import as_boolean, check_floating
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.shapes import axis_length
 from keras_halo.utils.types import Shape, Tensor
@@ -215,6 +215,7 @@ class BlockFeatures(keras.layers.Layer):
                 '`data_format` must be "channels_last" or "channels_first". '
                 f"Received: data_format={data_format!r}."
             )
+        places = as_boolean(places, "places")
         super().__init__(**kwargs)
         # Squares and logarithms lose their digits in 16 bits: cast in `call`.
         self.autocast = False

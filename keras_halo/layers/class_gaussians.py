@@ -163,7 +163,7 @@ class ClassGaussians(ScoreLayer):
     _SCORES_AT = 1
 
     def __init__(self, units: int, **kwargs: Any) -> None:
-        check_units(units)
+        units = check_units(units)
         super().__init__(**kwargs)
         self.units = units
         self.supports_masking = True

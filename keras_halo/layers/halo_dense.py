@@ -8,6 +8,7 @@ from keras import constraints, initializers, ops, regularizers
 from keras_halo.layers.temperature_layer import TemperatureLayer
 from keras_halo.ops import evidence, fused, geometry, packing
 from keras_halo.utils.checks import (
+    as_boolean,
     check_abstain_rate,
     check_embedding_dim,
     check_floating,
@@ -158,11 +159,13 @@ class HALODense(TemperatureLayer):
         centroid_constraint: Identifier = None,
         **kwargs: Any,
     ) -> None:
-        check_units(units)
-        check_embedding_dim(embedding_dim)
-        check_abstain_rate(abstain_rate)
+        units = check_units(units)
+        embedding_dim = check_embedding_dim(embedding_dim)
+        abstain_rate = check_abstain_rate(abstain_rate)
+        normalize = as_boolean(normalize, "normalize")
+        _check_not_of_dense(kwargs)
         if label_smoothing is not None:
-            check_label_smoothing(label_smoothing)
+            label_smoothing = check_label_smoothing(label_smoothing)
             if abstain_rate is not None:
                 raise ValueError(
                     "`label_smoothing` belongs to the loss, "
@@ -528,3 +531,30 @@ class HALODense(TemperatureLayer):
             "abstain_rate": None,
             "normalize": False,
         }
+
+
+# What `Dense` or a loss takes, and why there is no such thing here.
+_NOT_TAKEN = {
+    "activation": (
+        "its output are packed scores, which the loss has to see as they are. "
+        "Leave it out, and append `keras_halo.HALOSoftmax` to the trained "
+        "model for probabilities"
+    ),
+    "from_logits": (
+        "packed scores always are logits. Leave it out; a metric on "
+        "probabilities is wrapped in `keras_halo.metrics.ProbabilityMetric`"
+    ),
+    "use_bias": (
+        "distances to centroids have no bias of the classes, and the bias of "
+        "the embedding is learned. Leave it out"
+    ),
+}
+
+
+def _check_not_of_dense(kwargs):
+    for name, reason in _NOT_TAKEN.items():
+        if name in kwargs:
+            raise ValueError(
+                f"`HALODense` takes no `{name}`: {reason}. Received: "
+                f"{name}={kwargs[name]!r:.100}."
+            )

@@ -6,7 +6,12 @@ from keras import ops
 from keras_halo.layers.halo_dense import HALODense
 from keras_halo.layers.temperature_layer import TemperatureLayer
 from keras_halo.ops import fused, geometry, packing
-from keras_halo.utils.checks import check_floating, check_label_smoothing
+from keras_halo.utils.checks import (
+    as_boolean,
+    check_floating,
+    check_label_smoothing,
+    number_array,
+)
 from keras_halo.utils.shapes import axis_length
 from keras_halo.utils.types import ArrayLike, Shape, Tensor
 
@@ -183,7 +188,8 @@ class HALOSimilarity(TemperatureLayer):
         bidirectional: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_label_smoothing(label_smoothing)
+        label_smoothing = check_label_smoothing(label_smoothing)
+        bidirectional = as_boolean(bidirectional, "bidirectional")
         super().__init__(learn_gamma=learn_gamma, **kwargs)
         self.label_smoothing = label_smoothing
         self.bidirectional = bidirectional
@@ -246,7 +252,7 @@ class HALOSimilarity(TemperatureLayer):
                 f"layer {self.name!r}, which was not built. Train it first, or "
                 "load trained weights."
             )
-        keys = ops.convert_to_numpy(keys)
+        keys = number_array(keys, "keys")
         dim = self.input_spec[0].axes[-1]
         if keys.ndim != 2 or len(keys) < 2 or keys.shape[-1] != dim:
             raise ValueError(

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_halo.layers.score_layer import ScoreLayer
 from keras_halo.ops import packing
+from keras_halo.utils.checks import as_boolean
 from keras_halo.utils.types import Shape, Tensor
 
 
@@ -50,6 +51,7 @@ class HALOSoftmax(ScoreLayer):
     """
 
     def __init__(self, abstain: bool = True, **kwargs: Any) -> None:
+        abstain = as_boolean(abstain, "abstain")
         super().__init__(**kwargs)
         self.abstain = abstain
         self.input_spec = keras.layers.InputSpec(min_ndim=2)

@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_halo.ops import geometry
+from keras_halo.utils.checks import as_boolean, as_number
 from keras_halo.utils.precision import computation_dtype, exact_constant
 from keras_halo.utils.types import Tensor
 
@@ -36,6 +37,7 @@ class TemperatureLayer(keras.layers.Layer):
     VERSION = 2
 
     def __init__(self, learn_gamma: bool = True, **kwargs: Any) -> None:
+        learn_gamma = as_boolean(learn_gamma, "learn_gamma")
         super().__init__(**kwargs)
         # Inputs and weights are cast in `call`, never down to 16 bits.
         self.autocast = False
@@ -60,7 +62,10 @@ class TemperatureLayer(keras.layers.Layer):
         Args:
             value: Positive float.
         """
-        raw_gamma = geometry.inverse_softplus(float(value))
+        value = as_number(
+            value, "value", lambda v: 0.0 < v < np.inf, "positive and finite"
+        )
+        raw_gamma = geometry.inverse_softplus(value)
         self.raw_gamma.assign(raw_gamma - self.gamma_origin)
 
     def _add_temperature(self, embedding_dim):

@@ -11,6 +11,8 @@ from keras_halo.losses.packed_scores_loss import (
 )
 from keras_halo.ops import packing
 from keras_halo.ops.labels import pair_labels
+from keras_halo.ops.model_output import is_symbolic_or_tensor
+from keras_halo.utils.checks import number_array
 from keras_halo.utils.types import DType, Tensor
 from keras_halo.utils.weights import weight_tensor
 
@@ -93,6 +95,10 @@ class HALOContrastiveLoss(PackedScoresLoss):
         # Before the base class turns them into floats: a float32 cannot tell
         # 2^24 from its successor.
         labels = ops.convert_to_tensor(pair_labels(y_true, dtype=self.dtype))
+        if not is_symbolic_or_tensor(y_pred):
+            y_pred = number_array(
+                y_pred, "y_pred", "Pass what `keras_halo.HALOSimilarity` emits."
+            )
         y_pred = checked_scores(ops.convert_to_tensor(y_pred))
         _check_pairs(labels.shape, y_pred.shape)
         if len(y_pred.shape) == 3:

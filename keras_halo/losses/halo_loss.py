@@ -6,18 +6,27 @@ from keras import ops
 
 from keras_halo.losses.packed_scores_loss import (
     PackedScoresLoss,
-    checked_scores,
+    check_radial_weight,
     without_masked_labels,
 )
 from keras_halo.ops import blockwise, fused, geometry, packing
 from keras_halo.ops.labels import (
     are_distributions,
     are_integer_labels,
-    check_ignore_class,
+    check_ignorable,
     label_tensor,
+    labels_and_scores,
     read_labels,
 )
-from keras_halo.utils.checks import check_block_size
+from keras_halo.ops.model_output import is_symbolic_or_tensor
+from keras_halo.utils.checks import (
+    as_boolean,
+    check_block_size,
+    check_ignore_class,
+    check_label_smoothing,
+    label_array,
+    number_array,
+)
 from keras_halo.utils.keras_private import mask_of, set_mask
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.shapes import axis_length
@@ -69,6 +78,15 @@ def halo_loss(
     >>> tuple(keras_halo.losses.halo_loss(np.array([0, 2]), scores).shape)
     (2,)
     """
+    label_smoothing = check_label_smoothing(label_smoothing)
+    distill = as_boolean(distill, "distill")
+    radial_weight = check_radial_weight(radial_weight)
+    ignore_class = check_ignore_class(ignore_class)
+    block_size = check_block_size(block_size)
+    if not is_symbolic_or_tensor(y_pred):
+        y_pred = number_array(y_pred, "y_pred")
+    if not is_symbolic_or_tensor(y_true):
+        y_true = label_array(y_true, "y_true")
     y_pred = ops.convert_to_tensor(y_pred)
     y_pred = ops.cast(y_pred, computation_dtype(y_pred.dtype))
     y_true, are_integers = label_tensor(y_true, y_pred.shape)
@@ -90,7 +108,7 @@ def halo_loss(
             set_mask(losses, counted)
         return losses
     received = f"labels of shape {tuple(y_true.shape)}"
-    check_ignore_class(ignore_class, are_integers, received)
+    check_ignorable(ignore_class, are_integers, received)
     if block_size is not None:
         raise ValueError(
             "`block_size` needs integer labels of shape "
@@ -242,7 +260,8 @@ class HALOLoss(PackedScoresLoss):
         name: str | None = "halo_loss",
         dtype: DType = None,
     ) -> None:
-        check_block_size(block_size)
+        ignore_class = check_ignore_class(ignore_class)
+        block_size = check_block_size(block_size)
         super().__init__(
             label_smoothing, distill, radial_weight, reduction, name, dtype
         )
@@ -252,10 +271,17 @@ class HALOLoss(PackedScoresLoss):
     def __call__(
         self, y_true: Any, y_pred: Tensor, sample_weight: Any = None
     ) -> Tensor:
-        y_pred = checked_scores(y_pred)
+        if y_true is None:
+            raise ValueError(
+                "The HALO loss needs labels. Received: y_true=None. Pass the "
+                "labels of the samples."
+            )
+        y_true, y_pred = labels_and_scores(y_true, y_pred)
+        if sample_weight is not None:
+            sample_weight = _fitting_weights(sample_weight, y_pred.shape[:-1])
         if mask_of(y_pred) is not None:
             y_true = without_masked_labels(y_true, y_pred)
-        elif isinstance(y_true, (np.ndarray, list, tuple)):
+        elif isinstance(y_true, np.ndarray):
             y_true = _checked_labels(y_true, y_pred.shape, self.ignore_class)
         return super().__call__(y_true, y_pred, sample_weight=sample_weight)
 
@@ -291,3 +317,23 @@ def _checked_labels(y_true, y_pred_shape, ignore_class):
         remedy="Number the classes from zero, or name the label to leave out "
         "as `ignore_class`.",
     )
+
+
+def _fitting_weights(sample_weight, shape):
+    """Sample weights, refused where they fit no sample."""
+    if not is_symbolic_or_tensor(sample_weight):
+        sample_weight = number_array(sample_weight, "sample_weight")
+    given, shape = tuple(sample_weight.shape), tuple(shape)
+    # What Keras broadcasts stays allowed.
+    dims = given[:-1] if len(given) == len(shape) + 1 else given
+    fits = given[len(shape) :] in ((), (1,)) and all(
+        a is None or b is None or a in (1, b)
+        for a, b in zip(dims, shape, strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            "`sample_weight` must have one weight for every sample, shape "
+            f"{shape[:1]}, or for every position, shape {shape}. Received: "
+            f"shape={given}. Pass the weights of the samples in `y_pred`."
+        )
+    return sample_weight

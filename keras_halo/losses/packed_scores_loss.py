@@ -6,7 +6,11 @@ from keras import ops
 
 from keras_halo.ops import packing
 from keras_halo.ops.labels import label_tensor
-from keras_halo.utils.checks import check_label_smoothing
+from keras_halo.utils.checks import (
+    as_boolean,
+    as_number,
+    check_label_smoothing,
+)
 from keras_halo.utils.keras_private import mask_of
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.types import DType
@@ -37,14 +41,9 @@ class PackedScoresLoss(keras.losses.Loss):
         name: str | None,
         dtype: DType,
     ) -> None:
-        check_label_smoothing(label_smoothing)
-        if not radial_weight >= 0.0:
-            raise ValueError(
-                "`radial_weight` must be non-negative: a negative weight would "
-                "reward embeddings for leaving their shell. Received: "
-                f"radial_weight={radial_weight}. Use 0 to switch the radial "
-                "term off."
-            )
+        label_smoothing = check_label_smoothing(label_smoothing)
+        distill = as_boolean(distill, "distill")
+        radial_weight = check_radial_weight(radial_weight)
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         super().__init__(
             name=name,
@@ -63,6 +62,27 @@ class PackedScoresLoss(keras.losses.Loss):
             "radial_weight": self.radial_weight,
             "dtype": self.dtype,
         }
+
+
+def check_radial_weight(radial_weight):
+    """Returns the weight of the radial term, checked.
+
+    Args:
+        radial_weight: Non-negative, finite number.
+
+    Example:
+
+    >>> check_radial_weight(1)
+    1.0
+    """
+    return as_number(
+        radial_weight,
+        "radial_weight",
+        lambda weight: 0.0 <= weight < np.inf,
+        "non-negative and finite: a negative weight would reward embeddings "
+        "for leaving their shell",
+        "Use 0 to switch the radial term off.",
+    )
 
 
 def checked_scores(y_pred):

@@ -12,7 +12,7 @@ import collections
 import numpy as np
 
 from keras_halo.ops.labels import read_labels
-from keras_halo.utils.checks import check_finite, to_array
+from keras_halo.utils.checks import as_integer, check_finite, to_array
 from keras_halo.utils.types import Array, ArrayLike
 
 # The smallest normal float32: about what a float32 model can output at all.
@@ -37,16 +37,8 @@ Args:
 
 
 def check_num_bins(num_bins):
-    """Raises `ValueError` unless `num_bins` is a positive integer."""
-    if (
-        not isinstance(num_bins, (int, np.integer))
-        or isinstance(num_bins, bool)
-        or num_bins < 1
-    ):
-        raise ValueError(
-            "`num_bins` must be a positive integer. Received: "
-            f"num_bins={num_bins}. 15 is customary."
-        )
+    """Returns a positive integer; raises `ValueError` otherwise."""
+    return as_integer(num_bins, "num_bins", 1, remedy="15 is customary.")
 
 
 def bin_edges(num_bins):
@@ -135,7 +127,7 @@ def reliability_bins(
 
     - Chuan Guo et al., On calibration of modern neural networks, 2017.
     """
-    check_num_bins(num_bins)
+    num_bins = check_num_bins(num_bins)
     labels, probabilities = _checked(labels, probabilities)
     if len(probabilities) < num_bins:
         raise ValueError(
@@ -297,7 +289,7 @@ def _checked(labels, probabilities):
 
 
 def _checked_probabilities(probabilities):
-    probabilities = to_array(probabilities)
+    probabilities = to_array(probabilities, "probabilities")
     if (
         probabilities.ndim != 2
         or probabilities.shape[0] < 1

@@ -11,6 +11,7 @@ from keras_halo.metrics.samples import (
     class_probabilities,
     one_hot,
 )
+from keras_halo.utils.checks import as_boolean
 from keras_halo.utils.keras_private import set_direction
 from keras_halo.utils.types import DType, Tensor
 
@@ -80,7 +81,8 @@ class ExpectedCalibrationError(PackedMean):
         name: str | None = "expected_calibration_error",
         dtype: DType = None,
     ) -> None:
-        check_num_bins(num_bins)
+        num_bins = check_num_bins(num_bins)
+        renormalize = as_boolean(renormalize, "renormalize")
         super().__init__(
             shape=(num_bins,), ignore_class=ignore_class, name=name, dtype=dtype
         )

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_halo.metrics.samples import check_labels_given, to_samples
+from keras_halo.utils.checks import check_ignore_class
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.types import DType, Tensor
 
@@ -70,6 +71,7 @@ class PackedMean(keras.Metric):
         name: str | None = None,
         dtype: DType = None,
     ) -> None:
+        ignore_class = check_ignore_class(ignore_class)
         policy = keras.dtype_policies.get(dtype or keras.config.floatx())
         super().__init__(
             name=name, dtype=computation_dtype(policy.compute_dtype)

@@ -10,6 +10,11 @@ from keras_halo.metrics.samples import (
     one_hot,
     to_samples,
 )
+from keras_halo.utils.checks import (
+    as_boolean,
+    as_integer,
+    check_ignore_class,
+)
 from keras_halo.utils.keras_private import (
     direction_of,
     function_of,
@@ -117,6 +122,14 @@ class ProbabilityMetric(keras.Metric):
         name: str | None = None,
         dtype: DType = None,
     ) -> None:
+        if class_id is not None:
+            class_id = as_integer(
+                class_id, "class_id", 0, remedy="Number the classes from zero."
+            )
+        if one_hot_labels is not None:
+            one_hot_labels = as_boolean(one_hot_labels, "one_hot_labels")
+        renormalize = as_boolean(renormalize, "renormalize")
+        ignore_class = check_ignore_class(ignore_class)
         _check_arguments(metric, class_id, one_hot_labels)
         policy = keras.dtype_policies.get(dtype or keras.config.floatx())
         super().__init__(
@@ -253,11 +266,6 @@ def _check_arguments(metric, class_id, one_hot_labels):
                 "Name the class, for two classes with `class_id=1`."
             )
         return
-    if not isinstance(class_id, int) or class_id < 0:
-        raise ValueError(
-            "`class_id` must be a non-negative integer. Received: "
-            f"class_id={class_id}. Number the classes from zero."
-        )
     if one_hot_labels is not None:
         raise ValueError(
             "With a `class_id` the labels are those of this class against the "

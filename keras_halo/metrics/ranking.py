@@ -7,7 +7,7 @@ them, so that distances of thousands stay apart.
 
 import numpy as np
 
-from keras_halo.utils.checks import finite_vector
+from keras_halo.utils.checks import as_number, finite_vector
 from keras_halo.utils.extras import require
 from keras_halo.utils.types import ArrayLike
 
@@ -141,12 +141,13 @@ def fpr_at_recall(
     - Jingyang Zhang et al., OpenOOD v1.5: Enhanced benchmark for
       out-of-distribution detection, 2023.
     """
-    # Written so that NaN fails.
-    if not 0.0 < recall <= 1.0:
-        raise ValueError(
-            "`recall` must be in (0, 1]. Received: "
-            f"recall={recall}. Write 95 % as 0.95."
-        )
+    recall = as_number(
+        recall,
+        "recall",
+        lambda share: 0.0 < share <= 1.0,
+        "in (0, 1]",
+        "Write 95 % as 0.95.",
+    )
     labels, ranks = _labelled_ranks(known, unknown, positive)
     sklearn_metrics = require("sklearn.metrics")
     false_positive_rate, true_positive_rate, _ = sklearn_metrics.roc_curve(
@@ -157,7 +158,7 @@ def fpr_at_recall(
 
 def _labelled_ranks(known, unknown, positive):
     """Labels (1: positive) and ranks that grow towards the positive side."""
-    if positive not in SIDES:
+    if not isinstance(positive, str) or positive not in SIDES:
         raise ValueError(
             f"`positive` must be one of {SIDES}. Received: "
             f"positive={positive!r}."

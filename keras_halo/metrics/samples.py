@@ -12,8 +12,9 @@ from keras import ops
 from keras_halo.ops import packing
 from keras_halo.ops.labels import (
     are_integer_labels,
-    check_ignore_class,
+    check_ignorable,
     label_tensor,
+    labels_and_scores,
     read_labels,
 )
 from keras_halo.utils.keras_private import mask_of
@@ -66,11 +67,7 @@ def to_samples(
     >>> tuple(samples.logits.shape), tuple(samples.weights.shape)
     ((10, 4), (10,))
     """
-    if isinstance(y_pred, (np.ndarray, list, tuple)):
-        y_pred = np.asarray(y_pred)
-        packing.check_packed(y_pred, argument="y_pred")
-    elif hasattr(y_pred, "dtype"):
-        packing.check_precision(y_pred.dtype, "y_pred")
+    y_true, y_pred = labels_and_scores(y_true, y_pred)
     mask = mask_of(y_pred)
     y_pred = ops.cast(ops.convert_to_tensor(y_pred), dtype)
     num_classes = packing.count_classes(y_pred.shape)
@@ -84,7 +81,7 @@ def to_samples(
             labels = ops.cast(ops.reshape(labels, (-1, num_classes)), dtype)
             # A row of zeros has no part, as in the loss.
             counted = ops.cast(ops.sum(labels, axis=-1) > 0.0, dtype)
-    check_ignore_class(
+    check_ignorable(
         ignore_class,
         labels is not None and not are_distributions(labels),
         "no labels" if labels is None else "a label distribution",

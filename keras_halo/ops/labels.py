@@ -12,7 +12,8 @@ import numpy as np
 from keras import ops
 
 from keras_halo.ops import packing
-from keras_halo.utils.checks import label_array
+from keras_halo.ops.model_output import is_symbolic_or_tensor
+from keras_halo.utils.checks import label_array, number_array
 
 # Soft labels may come through 16 bits.
 _SUM_TOLERANCE = 0.01
@@ -213,6 +214,69 @@ def _class_numbers(labels, num_classes, ignore_class=None, remedy=None):
     return labels.astype("int64")
 
 
+def labels_and_scores(y_true, y_pred):
+    """What a loss or a metric is called with, in order and readable.
+
+    Args:
+        y_true: Labels, a tensor or what NumPy makes an array of; or `None`.
+        y_pred: Packed scores, likewise.
+
+    Returns:
+        Tuple of both: a NumPy array for what is no tensor, `None` for no
+        labels.
+
+    Raises:
+        ValueError: If one of them holds no numbers, the two are swapped, or
+            the second shows that it holds no packed scores.
+
+    Example:
+
+    >>> labels_and_scores(np.zeros((2, 9)), [0, 1])
+    Traceback (most recent call last):
+        ...
+    ValueError: `y_pred` must be packed scores in floating point. Received: ...
+    """
+    if not is_symbolic_or_tensor(y_pred):
+        y_pred = number_array(
+            y_pred, "y_pred", "Pass what `keras_halo.HALODense` emits."
+        )
+    if y_true is not None and not is_symbolic_or_tensor(y_true):
+        y_true = label_array(y_true, "y_true")
+    _check_order(y_true, y_pred)
+    packing.check_precision(y_pred.dtype, "y_pred")
+    if isinstance(y_pred, np.ndarray):
+        packing.check_packed(y_pred, argument="y_pred")
+    return y_true, y_pred
+
+
+def _check_order(y_true, y_pred):
+    order = "Labels come first: `loss(y_true, y_pred)`."
+    dtype = keras.backend.standardize_dtype(y_pred.dtype)
+    if "float" not in dtype:
+        raise ValueError(
+            "`y_pred` must be packed scores in floating point. Received: "
+            f"dtype={dtype}, shape={tuple(y_pred.shape)}. {order}"
+        )
+    if y_true is None:
+        return
+    labels, scores = tuple(y_true.shape), tuple(y_pred.shape)
+    width = labels[-1] if labels else None
+    if width is None or width < packing.MIN_COLUMNS:
+        return
+    num_classes = width - packing.NUM_EXTRA_COLUMNS
+    if scores in (
+        labels[:-1],
+        (*labels[:-1], 1),
+        (*labels[:-1], num_classes),
+    ):
+        raise ValueError(
+            "`y_true` has the shape of packed scores and `y_pred` that of "
+            f"their labels: they seem to be swapped. Received: y_true.shape="
+            f"{labels}, y_pred.shape={scores}. {order} Packed scores are what "
+            "`keras_halo.HALODense` emits."
+        )
+
+
 def are_distributions(labels):
     """Which rows are distributions over the classes, or zero.
 
@@ -293,7 +357,7 @@ def class_indices(labels, num_classes, leading_shape, remedy=None):
     return labels.argmax(axis=-1)
 
 
-def check_ignore_class(ignore_class, are_integers, received):
+def check_ignorable(ignore_class, are_integers, received):
     """Raises `ValueError` if a class is to be ignored that cannot be.
 
     Args:
@@ -303,7 +367,7 @@ def check_ignore_class(ignore_class, are_integers, received):
 
     Example:
 
-    >>> check_ignore_class(255, False, "no labels")
+    >>> check_ignorable(255, False, "no labels")
     Traceback (most recent call last):
         ...
     ValueError: `ignore_class` needs integer labels. Received: no labels ...
@@ -394,7 +458,13 @@ def pair_labels(
 
 def _flat_ids(ids):
     if not ops.is_tensor(ids):
-        ids = np.asarray(ids)
+        ids = number_array(
+            ids,
+            "ids",
+            "Ids must be integers. Number them with "
+            "`np.unique(ids, return_inverse=True)[1]`.",
+            to_float=False,
+        )
     shape = tuple(ids.shape)
     if len(shape) == 2 and shape[1] == 1:
         ids = ids[:, 0]

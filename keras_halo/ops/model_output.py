@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_halo.ops import packing
+from keras_halo.utils.checks import check_not_masked
 from keras_halo.utils.precision import as_array
 
 # The method that names the score which a model itself emits.
@@ -53,6 +54,7 @@ def read_model_output(output, argument="scores"):
     scores = output
     if isinstance(output, Mapping):
         scores, fitted = output.get("scores"), output.get("ood")
+    check_not_masked(scores, argument)
     if not is_symbolic_or_tensor(scores):
         if scores is None or isinstance(scores, (str, bytes, Mapping)):
             raise ValueError(_expected(argument, output))
@@ -66,10 +68,11 @@ def read_model_output(output, argument="scores"):
         except (TypeError, ValueError) as error:
             raise ValueError(_expected(argument, output)) from error
         # NumPy has no kind of its own for bfloat16.
-        if scores.dtype.kind not in "fiuV":
+        if scores.dtype.kind not in "fiu" and scores.dtype.name != "bfloat16":
             raise ValueError(_expected(argument, output))
     packing.check_precision(scores.dtype, argument)
     if fitted is not None:
+        check_not_masked(fitted, f"{argument}['ood']")
         if not is_symbolic_or_tensor(fitted):
             try:
                 fitted = np.asarray(fitted)

@@ -11,8 +11,14 @@ therefore emits one tensor of `K + 6` columns,
 
 with `neutral(u) = -2^40 * (1 + u)`. The last five columns are so negative that
 a softmax gives them probability exactly zero and neither an argmax nor a top-k
-ever picks them; scaling by a power of two is undone without loss. Code written
-for ordinary logits keeps working on packed scores.
+ever picks them. Code written for ordinary logits keeps working on packed
+scores.
+
+Scaling by a power of two is undone without loss, adding one is not: in float32
+a value `u` comes back to within `6e-8 * (1 + u)`. So a temperature below one
+has a relative error of up to `6e-8 / gamma`, and so has the squared norm of an
+embedding near the origin. Where more digits are needed, read
+`head.temperature`, or compute under a float64 policy.
 
 `a` is the logit of abstaining. `kappa` says where the far background begins,
 which that logit includes; it is zero for a head without one.
@@ -31,7 +37,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_halo.utils.checks import check_finite
+from keras_halo.utils.checks import check_finite, number_array
 from keras_halo.utils.shapes import axis_length
 from keras_halo.utils.types import Array, ArrayLike, DType, Tensor
 
@@ -52,7 +58,17 @@ MIN_COLUMNS = 2 + NUM_EXTRA_COLUMNS
 
 _NEUTRAL_SCALE = 2.0**40
 
-_WHAT_TO_DO = "The last layer of the model must be `keras_halo.HALODense`."
+_WHAT_TO_DO = (
+    "The last layer of the model must be `keras_halo.HALODense`; with two "
+    "towers it is the head that `HALOSimilarity.to_head(keys)` makes."
+)
+
+_ABOUT_TOWERS = (
+    "The classes of `keras_halo.HALOSimilarity` are the keys of a batch, so "
+    "that their number is not known. Give its queries to the head of a fixed "
+    "gallery, `similarity.to_head(keys)`, which is a `keras_halo.HALODense` "
+    "for the last layer of the model."
+)
 
 PackedScores = collections.namedtuple(
     "PackedScores",
@@ -126,7 +142,8 @@ def count_classes(scores: Tensor) -> Any:
         raise ValueError(
             "Expected packed scores of shape `(..., num_classes + "
             f"{NUM_EXTRA_COLUMNS})` with at least {MIN_COLUMNS} columns. "
-            f"Received: shape={tuple(shape)}. {_WHAT_TO_DO}"
+            f"Received: shape={tuple(shape)}. "
+            + (_ABOUT_TOWERS if width is None else _WHAT_TO_DO)
         )
     return width - NUM_EXTRA_COLUMNS
 
@@ -395,7 +412,8 @@ def check_precision(dtype: DType, argument: str = "scores") -> None:
     if dtype in ("float16", "bfloat16"):
         raise ValueError(
             f"`{argument}` are packed scores in {dtype}, which cannot hold "
-            "their geometry. Expected float32 or float64. A layer after the "
+            "their geometry. Expected float32 or float64. Received: "
+            f"dtype={dtype}. A layer after the "
             "head casts them under a 16-bit policy: leave it out, or give it "
             '`dtype="float32"`; do not cast what `predict` returned.'
         )
@@ -442,8 +460,23 @@ def check_packed(scores: Array, argument: str = "scores") -> None:
             f"geometry in {int((~packed).sum())} of {packed.size} rows. "
             "Expected packed scores of shape `(..., num_classes + "
             f"{NUM_EXTRA_COLUMNS})`. Received: shape={shape}, "
-            f"such a row ends in {columns[~packed][0]}. {_WHAT_TO_DO}"
+            f"such a row ends in {columns[~packed][0]}. "
+            + _diagnosis(np.asarray(scores, "float64"))
         )
+
+
+def _diagnosis(scores):
+    """What an array that holds no packed scores may be, and what to do."""
+    sums = scores.sum(axis=-1)
+    if (scores >= 0.0).all() and (np.abs(sums - 1.0) < 1e-2).all():
+        return (
+            "They are probabilities: the model ends in a softmax. Leave it "
+            f"out, or put `keras_halo.HALOSoftmax` there. {_WHAT_TO_DO}"
+        )
+    return (
+        "Either the model has no such head, or a layer after it changes what "
+        f"it emits. {_WHAT_TO_DO}"
+    )
 
 
 def _is_geometry(squared_norm, temperature, embedding_dim):
@@ -484,7 +517,7 @@ def upgrade_scores(scores: ArrayLike) -> Array:
     >>> upgrade_scores(old).shape
     (1, 8)
     """
-    scores = np.asarray(scores)
+    scores = number_array(scores, "scores")
     if not _are_old(scores):
         raise ValueError(
             "Expected packed scores of keras_halo 0.1.0, an array of shape "

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 
 from keras_halo.plots import drawing
-from keras_halo.utils.checks import finite_vector
+from keras_halo.utils.checks import as_integer, finite_vector
 from keras_halo.utils.types import Axes
 
 _SUFFIX = "_abstention_rate"
@@ -51,11 +51,9 @@ def abstention_over_training(
     ['known', 'noise']
     """
     rates = _abstention_rates(history)
-    if not isinstance(frequency, int) or frequency < 1:
-        raise ValueError(
-            "`frequency` must be a positive integer, that of the "
-            f"`keras_halo.OODMonitor`. Received: frequency={frequency}."
-        )
+    frequency = as_integer(
+        frequency, "frequency", 1, ", that of the `keras_halo.OODMonitor`"
+    )
     ax = drawing.axes_or_new(ax)
     for name, style in zip(_OF_METRIC.values(), ("--", ":"), strict=True):
         if name in rates:

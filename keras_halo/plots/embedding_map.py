@@ -5,7 +5,7 @@ import numpy as np
 from keras_halo.ops.labels import class_indices
 from keras_halo.plots import drawing
 from keras_halo.plots.projection import principal_plane, shell_radius
-from keras_halo.utils.checks import check_finite, to_array
+from keras_halo.utils.checks import as_integer, check_finite, to_array
 from keras_halo.utils.types import ArrayLike, Axes
 
 # More classes than this get a colour bar instead of labels at their centroids.
@@ -88,7 +88,10 @@ def embedding_map(
             remedy="Pass inputs of no class as `unknown`.",
         )
     _check_names(class_names, labels, centroids)
-    _check_max_points(max_points)
+    if max_points is not None:
+        max_points = as_integer(
+            max_points, "max_points", 1, ", or `None` for all"
+        )
     radius = None
     if shell_mass is not None:
         radius = shell_radius(embedding_dim, shell_mass)
@@ -117,7 +120,7 @@ def embedding_map(
 
 
 def _finite_matrix(values, argument):
-    values = to_array(values)
+    values = to_array(values, argument)
     if values.ndim != 2 or len(values) == 0 or values.shape[-1] < 2:
         raise ValueError(
             f"`{argument}` must have the shape `(N, D)` with at least one row "
@@ -146,19 +149,17 @@ def _count_classes(labels, centroids):
 
 
 def _check_names(class_names, labels, centroids):
+    if class_names is None:
+        return
     num_classes = _count_classes(labels, centroids)
-    if class_names is not None and len(class_names) != num_classes:
+    is_list = hasattr(class_names, "__len__") and not isinstance(
+        class_names, str
+    )
+    if not is_list or len(class_names) != num_classes:
         raise ValueError(
             f"`class_names` must hold {num_classes} names, one a class. "
-            f"Received: {len(class_names)}."
-        )
-
-
-def _check_max_points(max_points):
-    if max_points is not None and not max_points >= 1:
-        raise ValueError(
-            "`max_points` must be a positive integer or None. Received: "
-            f"max_points={max_points}."
+            "Received: "
+            + (f"{len(class_names)}." if is_list else f"{class_names!r:.100}.")
         )
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from keras_halo.ops import geometry
+from keras_halo.utils.checks import as_integer, as_number
 
 
 def shell_radius(embedding_dim: int, mass: float = 0.95) -> float:
@@ -44,16 +45,13 @@ def shell_radius(embedding_dim: int, mass: float = 0.95) -> float:
     >>> round(shell_radius(10), 3), round(shell_radius(10, mass=1.0), 3)
     (2.054, 2.828)
     """
-    if not embedding_dim >= 2:
-        raise ValueError(
-            "`embedding_dim` must be at least 2. Received: "
-            f"embedding_dim={embedding_dim}."
-        )
-    if not 0.0 < mass <= 1.0:
-        raise ValueError(
-            "`mass` must be in (0, 1], the share of a shell inside of its "
-            f"circle. Received: mass={mass}."
-        )
+    embedding_dim = as_integer(embedding_dim, "embedding_dim", 2)
+    mass = as_number(
+        mass,
+        "mass",
+        lambda share: 0.0 < share <= 1.0,
+        "in (0, 1], the share of a shell inside of its circle",
+    )
     if embedding_dim == 2:
         return 0.0
     outline = np.sqrt(embedding_dim * geometry.shell(embedding_dim))

@@ -71,7 +71,7 @@ def risk_coverage(
         label=f"{label} (AURC {area:.3g})",
         gid=_GID,
     )
-    coverage, risk = _best_curve(to_array(errors))
+    coverage, risk = _best_curve(to_array(errors, "errors"))
     ax.plot(
         coverage,
         risk,

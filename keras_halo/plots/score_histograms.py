@@ -3,7 +3,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from keras_halo.plots import drawing
-from keras_halo.utils.checks import finite_vector
+from keras_halo.utils.checks import as_integer, as_number, finite_vector
 from keras_halo.utils.types import ArrayLike, Axes
 
 # Beyond this many times the spread of the known scores, a linear axis would
@@ -16,6 +16,9 @@ _MIN_LINEAR = 1e-6
 # Differences below this are none: the steps of an axis would fall below the
 # smallest normal number, and its transforms overflow.
 _TINY = 1e-290
+
+# Beyond this the width of an axis with its margins may be infinite.
+_HUGE = 1e300
 
 
 def score_histograms(
@@ -64,12 +67,26 @@ def score_histograms(
         name: finite_vector(scores, f"unknown[{name!r}]")
         for name, scores in unknown.items()
     }
-    _check(unknown, threshold, num_bins)
-    ax = drawing.axes_or_new(ax)
-
+    if not unknown:
+        raise ValueError(
+            "`unknown` must hold at least one set of scores. Received: an "
+            "empty dictionary."
+        )
+    if threshold is not None:
+        threshold = as_number(
+            threshold, "threshold", np.isfinite, "finite, or `None`"
+        )
+    num_bins = as_integer(num_bins, "num_bins", 1)
     everything = np.concatenate([known, *unknown.values()])
     shown = everything if threshold is None else [*everything, threshold]
     low, high = float(np.min(shown)), float(np.max(shown))
+    if max(-low, high) > _HUGE:
+        raise ValueError(
+            f"Scores to draw must be below {_HUGE:g} in magnitude: differences "
+            "of larger ones are infinite. Received: scores and threshold from "
+            f"{low:g} to {high:g}. Draw their logarithms."
+        )
+    ax = drawing.axes_or_new(ax)
     linear_range = _linear_range(known, low, high)
     if linear_range is not None:
         ax.set_xscale("symlog", linthresh=linear_range, linscale=1.5)
@@ -103,24 +120,6 @@ def score_histograms(
     if threshold is not None:
         _draw_threshold(ax, threshold)
     return ax
-
-
-def _check(unknown, threshold, num_bins):
-    if not unknown:
-        raise ValueError(
-            "`unknown` must hold at least one set of scores. Received: an "
-            "empty dictionary."
-        )
-    if threshold is not None and not np.isfinite(threshold):
-        raise ValueError(
-            "`threshold` must be a finite number or None. Received: "
-            f"threshold={threshold}."
-        )
-    if not isinstance(num_bins, int) or num_bins < 1:
-        raise ValueError(
-            "`num_bins` must be a positive integer. Received: "
-            f"num_bins={num_bins}."
-        )
 
 
 def _linear_range(known, low, high):

@@ -5,6 +5,7 @@ and new inputs are drawn independently from the same source. A sample is
 accepted when its score is at most the threshold.
 """
 
+import collections
 import math
 
 import numpy as np
@@ -13,6 +14,8 @@ from keras_halo.utils.extras import require
 
 # Doubles that should be an integer, such as 0.07 * 100, may miss it by this.
 _ROUNDING = 1e-12
+
+_MAX_SAMPLES = 1e12
 
 # By how much another batch size or compiler moves a score, relative to it. A
 # score is a difference of logits that are some tens of times as large.
@@ -78,9 +81,10 @@ def coverage_rank(num_samples, coverage, delta=None):
     if delta is None:
         return _ceil((num_samples + 1) * coverage)
     # P(Beta(k, n + 1 - k) < c) = P(Binomial(n, c) >= k).
-    return (
-        int(require("scipy.stats").binom.isf(delta, num_samples, coverage)) + 1
-    )
+    # Equality is to do, as it does for `samples_for_coverage`.
+    delta = delta * (1.0 + _ROUNDING)
+    binomial = require("scipy.stats").binom
+    return int(binomial.isf(delta, num_samples, coverage)) + 1
 
 
 def coverage_bound(rank, num_samples, delta):
@@ -334,6 +338,88 @@ def accepted_at_risk(scores, errors, risk, delta):
     - Brian L. Wiens, Alexei Dmitrienko, The Fallback Procedure for Evaluating
       a Single Family of Hypotheses, 2005.
     """
+    scores, passed, _ = _test_upwards(scores, errors, risk, delta)
+    # The sample after the last accepted one must have a larger score.
+    passed[1:-1] &= scores[:-1] < scores[1:]
+    return int(np.flatnonzero(passed)[-1]) if passed.any() else 0
+
+
+StartTest = collections.namedtuple(
+    "StartTest", ["count", "errors", "level", "bound"]
+)
+StartTest.__doc__ = """The test at which a chain of thresholds starts.
+
+Args:
+    count: Integer, the number of samples below the start, those with the
+        lowest scores.
+    errors: Integer, how many of them are wrong.
+    level: Float, the share of `delta` that the test has.
+    bound: Float, the upper bound of the risk at this level. The test passes
+        where it is at most the risk to keep.
+"""
+
+
+def tests_at_risk(scores, errors, risk, delta):
+    """The tests by which `accepted_at_risk` starts, and how far they led.
+
+    Args:
+        scores: Array of shape `(n,)`.
+        errors: Boolean array of shape `(n,)`.
+        risk: Float in `(0, 1)`.
+        delta: Float in `(0, 1)`.
+
+    Returns:
+        Tuple: a list of `StartTest`, from the lowest start on, and the number
+        of lowest scores that passed if equal scores need not stay together.
+
+    Example:
+
+    >>> tests, passed = tests_at_risk(
+    ...     np.arange(100), np.arange(100) % 9 == 0, risk=0.05, delta=0.05
+    ... )
+    >>> tests[0].count, tests[0].errors, passed
+    (99, 11, 0)
+    """
+    _, passed, starts = _test_upwards(scores, errors, risk, delta)
+    tests = [
+        StartTest(*start, float(risk_bound(start[1], start[0], start[2])))
+        for start in starts
+    ]
+    return tests, int(np.flatnonzero(passed)[-1]) if passed.any() else 0
+
+
+def samples_for_rate(rate, share, risk, delta, num_samples):
+    """About how many samples prove a risk at a given error rate.
+
+    Args:
+        rate: Float below `risk`, the error rate among the lowest scores.
+        share: Float in `(0, 1)`, the share of the samples that these are.
+        risk: Float in `(0, 1)`.
+        delta: Float in `(0, 1)`.
+        num_samples: Integer, where to begin.
+
+    Returns:
+        Integer, of two digits: a calibration set of which the lowest scores
+        pass the test, if they have the same error rate.
+
+    Example:
+
+    >>> samples_for_rate(0.025, 0.5, risk=0.05, delta=0.05, num_samples=200)
+    680
+    """
+    found = float(num_samples)
+    # A rate next to the risk would take more samples than can be counted.
+    while found < _MAX_SAMPLES:
+        found *= 1.05
+        level = delta / len(_start_ranks(int(found), risk, delta))
+        count = share * found
+        if risk_bound(math.ceil(rate * count), count, level) <= risk:
+            break
+    return int(float(f"{found:.2g}"))
+
+
+def _test_upwards(scores, errors, risk, delta):
+    """Sorted scores, which counts of them passed, and the tests at starts."""
     n = len(scores)
     # The order of the samples may depend on their labels: shuffle it away.
     tie_breaker = np.random.default_rng(0).permutation(n)
@@ -346,20 +432,22 @@ def accepted_at_risk(scores, errors, risk, delta):
     starts = _start_ranks(n, risk, delta)
     passed = np.zeros(n + 1, bool)
     level = 0.0
+    tests = []
     for start, stop in zip(starts, [*starts[1:], n + 1], strict=True):
         level += delta / len(starts)
+        # Equality is to pass, and rounding of `1 - risk` may not spoil it.
+        limit = level * (1.0 + _ROUNDING)
+        tests.append((start - 1, int(totals[start - 1]), level))
         # The last sample of the chain so far, or the samples below the start.
-        if p_values[start - 1] > level:
+        if p_values[start - 1] > limit:
             level = 0.0
             continue
-        failures = np.flatnonzero(p_values[start:stop] > level)
+        failures = np.flatnonzero(p_values[start:stop] > limit)
         if failures.size:
             stop = start + failures[0]
             level = 0.0
         passed[start:stop] = True
-    # The sample after the last accepted one must have a larger score.
-    passed[1:-1] &= scores[:-1] < scores[1:]
-    return int(np.flatnonzero(passed)[-1]) if passed.any() else 0
+    return scores, passed, tests
 
 
 def _start_ranks(n, risk, delta):

@@ -8,6 +8,7 @@ from keras_halo.rejection import bounds
 from keras_halo.rejection.readings import check_fraction
 from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.wording import percent
+from keras_halo.utils.checks import as_boolean
 from keras_halo.utils.extras import require
 from keras_halo.utils.types import Array, Scores
 
@@ -81,12 +82,7 @@ class ConformalRule(RejectionRule):
     ) -> None:
         super().__init__(method)
         self.alpha = check_fraction("alpha", alpha)
-        if not isinstance(fdr, bool):
-            raise ValueError(
-                f"`fdr` must be True or False. Received: fdr={fdr!r}. The "
-                "level is `alpha` in both cases."
-            )
-        self.fdr = fdr
+        self.fdr = as_boolean(fdr, "fdr", "The level is `alpha` in both cases.")
 
     @property
     def threshold(self) -> float:

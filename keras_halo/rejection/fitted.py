@@ -12,6 +12,9 @@ import numpy as np
 # backend; one step of training moves them further than this.
 _TOLERANCE = 1e-5
 
+# No array is larger; what is may not even be compared with a float.
+_MAX_COUNT = 2**63
+
 
 def nearly_equal(a, b):
     """Whether two numbers are the same but for float32 rounding.
@@ -63,7 +66,7 @@ class Fingerprint:
         sizes = (self.num_classes, self.embedding_dim)
         values = (self.temperature, self.abstain_logit, self.far_radius)
         if not (
-            all(type(size) is int and size >= 2 for size in sizes)
+            all(type(size) is int and 2 <= size < _MAX_COUNT for size in sizes)
             and all(_is_finite_float(value) for value in values)
             and self.temperature > 0.0
             and self.far_radius >= 0.0
@@ -132,7 +135,10 @@ class CalibrationCounts:
             (self.known_accepted, self.known),
         ]
         if not (
-            all(type(count) is int and count >= 0 for count in counts)
+            all(
+                type(count) is int and 0 <= count < _MAX_COUNT
+                for count in counts
+            )
             and 0 < self.inputs <= self.samples
             and all(
                 (part is None) == (whole is None)

@@ -16,7 +16,7 @@ from keras_halo.ops.model_output import (
     require_fitted,
 )
 from keras_halo.rejection.fitted import Fingerprint, nearly_equal
-from keras_halo.utils.checks import check_finite
+from keras_halo.utils.checks import check_finite, number_array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +43,8 @@ def check_fraction(name, value):
         value: Number.
 
     Raises:
-        ValueError: If it is no number, NaN, or outside of `(0, 1)`.
+        ValueError: If it is no number, NaN, outside of `(0, 1)`, or so small
+            that one minus it is one.
 
     Example:
 
@@ -56,6 +57,7 @@ def check_fraction(name, value):
         not isinstance(value, numbers.Real)
         or isinstance(value, bool)
         or not 0.0 < value < 1.0
+        or 1.0 - value == 1.0
     ):
         raise ValueError(
             f"`{name}` must be a number between 0 and 1, both excluded. "
@@ -194,17 +196,9 @@ def read_errors(reading, labels=None, errors=None):
 
 
 def _to_array(values, argument, may_be_empty=False):
-    if not isinstance(values, np.ndarray):
-        values = ops.convert_to_numpy(values)
-    array = np.asarray(values)
+    array = number_array(values, argument)
     if array.dtype.name == "bfloat16":
         array = array.astype("float32")
-    if array.dtype.kind not in "biuf":
-        raise ValueError(
-            f"`{argument}` must be an array of real numbers. Received: "
-            f"dtype={array.dtype}. Convert it with `np.asarray(values, "
-            '"float32")`.'
-        )
     if array.size == 0 and not may_be_empty:
         raise ValueError(
             f"`{argument}` must hold at least one sample. Received: "

@@ -31,7 +31,8 @@ class RejectionRule:
     independent of each other, hence a guarantee that follows from so many
     samples holds only as far as they are; for one that holds by the number of
     inputs calibrate on a single random position of each, or on one score an
-    input with `method=None`.
+    input with `method=None`. `model.predict` drops the mask of padding: pass
+    the positions that are none, `scores[kept]`.
 
     A rule knows from packed scores which head it was fitted on, by the number
     of classes, the size of the embedding, the temperature and the abstain

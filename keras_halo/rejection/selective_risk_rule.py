@@ -48,7 +48,8 @@ class SelectiveRiskRule(RejectionRule):
         ValueError: If an argument is out of range. `fit` raises it if there
             are fewer than `log(delta) / log(1 - risk) + 1` calibration
             samples, neither labels nor errors are given, or no threshold
-            keeps the risk; then with the lowest bound that was reached.
+            keeps the risk; then with the bound that its tests reached, and
+            how many samples would do.
 
     Example:
 
@@ -96,20 +97,50 @@ class SelectiveRiskRule(RejectionRule):
         return bounds.threshold_above(largest, scores), None
 
     def _unreachable(self, scores, wrong):
-        order = np.argsort(scores)
-        totals = np.cumsum(wrong[order])
-        # A thousand places tell as much as all of them.
-        counts = np.unique(np.linspace(1, len(scores), 1000).astype(int))
-        limits = bounds.risk_bound(totals[counts - 1], counts, self.delta)
-        best = np.argmin(limits)
-        return (
+        tests, passed = bounds.tests_at_risk(
+            scores, wrong, self.risk, self.delta
+        )
+        why = (
             f"No threshold keeps the risk of {percent(self.risk)} with "
             f"{percent(1.0 - self.delta)} confidence. Received: "
             f"{len(scores)} calibration samples, {int(wrong.sum())} of them "
-            "wrong; the lowest bound of the risk is "
-            f"{percent(limits[best])}, where {counts[best]} are accepted. "
-            "Collect more calibration data, take another `method`, or improve "
-            "the model; a higher risk must be confirmed on fresh data."
+            "wrong; "
+        )
+        if passed:
+            tied = np.sort(scores)[passed - 1]
+            return why + (
+                f"it is kept by the {passed} lowest scores, but "
+                f"{int((scores == tied).sum())} samples share the score "
+                f"{tied:.6g} and are accepted together or not at all. Take "
+                "another `method`, whose scores have fewer ties."
+            )
+        best = min(tests, key=lambda test: test.bound)
+        among = "" if len(tests) == 1 else f", of {len(tests)} such tests"
+        return why + (
+            f"the lowest bound of the risk is {percent(best.bound)}, with "
+            f"{percent(1.0 - best.level)} confidence{among}, that of the "
+            f"{best.count} samples with the lowest scores, {best.errors} of "
+            f"them wrong. {self._remedy(best, len(scores))}"
+        )
+
+    def _remedy(self, test, num_samples):
+        improve = (
+            "take another `method`, or improve the model; a higher risk must "
+            "be confirmed on fresh data."
+        )
+        rate = test.errors / test.count
+        if rate >= self.risk:
+            return (
+                f"That is an error rate of {percent(rate)}, which as many "
+                "samples more do not bring below the risk: collect so many "
+                f"that a smaller share of them can be tested, {improve}"
+            )
+        needed = bounds.samples_for_rate(
+            rate, test.count / num_samples, self.risk, self.delta, num_samples
+        )
+        return (
+            f"At this error rate of {percent(rate)} about {needed:,} "
+            f"calibration samples would do. Collect them, {improve}"
         )
 
     def state_guarantee(self) -> str:

@@ -52,6 +52,7 @@ def save(rule, fitted, path):
             "what JSON holds, such as a float in the place of a NumPy number."
         ) from error
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    _check_path(path)
     # A link stays one, and leads to the new content.
     path = pathlib.Path(os.path.realpath(path))
     if not path.parent.is_dir():
@@ -104,6 +105,7 @@ def load_rule(path: str | os.PathLike[str]) -> Any:
     >>> keras_halo.rejection.load_rule(path).predict([89.0, 91.0]).accepted
     array([ True, False])
     """
+    _check_path(path)
     content = pathlib.Path(path).read_bytes()
     try:
         document = json.loads(
@@ -129,14 +131,26 @@ def load_rule(path: str | os.PathLike[str]) -> Any:
             f"reads versions {_OLDEST_VERSION} to {VERSION}. Install a newer "
             "keras-halo if the file was saved by one."
         )
-    if document.pop("checksum", None) != _checksum(document):
+    try:
+        intact = document.pop("checksum", None) == _checksum(document)
+    except (ValueError, RecursionError):
+        # Nested, or integers with more digits, than any rule has.
+        intact = False
+    if not intact:
         raise ValueError(
             f"{path} was damaged or edited after it was saved: its content "
             f"does not match its checksum. {_WHAT_TO_DO}"
         )
     try:
         return _to_rule(document, version)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(
             f"{path} holds no usable rejection rule: {error}. {_WHAT_TO_DO}"
         ) from error
@@ -175,6 +189,14 @@ def _checksum(document):
         document, sort_keys=True, separators=(",", ":"), allow_nan=False
     )
     return "sha256:" + hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _check_path(path):
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(
+            "Expected the path of a file, a string or `pathlib.Path`. "
+            f"Received: path={path!r:.100}."
+        )
 
 
 def _without_repeats(pairs):

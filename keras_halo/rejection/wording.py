@@ -14,8 +14,14 @@ def percent(fraction):
 
     >>> percent(0.951234)
     '95.12 %'
+    >>> percent(0.9999999)
+    '99.99999 %'
     """
-    return f"{100.0 * fraction:.4g} %"
+    text = f"{100.0 * fraction:.4g}"
+    if text == "100" and fraction < 1.0:
+        # Nearly certain is not certain.
+        text = f"{100.0 * fraction:.15g}"
+    return f"{text} %"
 
 
 def share(part, whole):

@@ -6,7 +6,12 @@ import keras
 import numpy as np
 
 from keras_halo.utils import keras_private
-from keras_halo.utils.checks import label_array
+from keras_halo.utils.checks import (
+    check_batch_size,
+    check_not_masked,
+    label_array,
+    weight_array,
+)
 from keras_halo.utils.weights import counted_positions
 
 
@@ -20,8 +25,8 @@ def check_readable(data, where, again=False):
             to `False`.
 
     Raises:
-        ValueError: If the data are infinite, or a generator is to be read
-            again.
+        ValueError: If the data are none, empty or infinite, or a generator is
+            to be read again.
 
     Example:
 
@@ -38,6 +43,12 @@ def check_readable(data, where, again=False):
                 f"such as `keras.utils.PyDataset`. Received: {data}."
             )
         return
+    if not is_dataset(data):
+        x = data
+        if isinstance(data, tuple):
+            x = keras.utils.unpack_x_y_sample_weight(data)[0]
+        check_arrays(x, where)
+        return
     infinite = (
         isinstance(data, keras.utils.PyDataset) and data.num_batches is None
     )
@@ -51,7 +62,58 @@ def check_readable(data, where, again=False):
             "batches of it."
         )
     if not keras_private.is_tf_dataset(data):
+        _check_adapter(data, f"`{where}` cannot be read. Received: ")
+
+
+def _check_adapter(data, expected):
+    """Raises `ValueError` for what Keras itself cannot read either."""
+    try:
         count_batches(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{expected}{data!r:.100}. Load a file, or make an array of a "
+            f"list, before. ({error})"
+        ) from error
+
+
+def check_arrays(x, where):
+    """Raises `ValueError` unless these are arrays with an axis of samples.
+
+    Args:
+        x: What should be an array, or a list or dictionary of arrays.
+        where: String, the name by which an error calls them.
+
+    Example:
+
+    >>> check_arrays("train.npz", "x")
+    Traceback (most recent call last):
+        ...
+    ValueError: `x` must be an array whose first axis is that of samples, ...
+    """
+    expected = (
+        f"`{where}` must be an array whose first axis is that of samples, a "
+        "list or dictionary of such arrays, or a dataset. Received: "
+    )
+    leaves = keras.tree.flatten(x)
+    shapes = [getattr(leaf, "shape", None) for leaf in leaves]
+    if not leaves:
+        raise ValueError(f"{expected}{x!r:.100}.")
+    if None in shapes:
+        _check_adapter(x, expected)
+        return
+    for leaf, shape in zip(leaves, shapes, strict=True):
+        check_not_masked(leaf, where)
+        if len(shape) == 0:
+            raise ValueError(
+                f"{expected}a single value, shape=(). For one sample pass "
+                "`x[None]`."
+            )
+        if shape[0] == 0:
+            raise ValueError(
+                f"`{where}` must hold at least one sample. Received: "
+                f"shape={tuple(shape)}. Check the path of the data, or the "
+                "condition that selected from it."
+            )
 
 
 def count_batches(data, batch_size=None):
@@ -109,7 +171,7 @@ def _to_adapter(data, batch_size):
         else (data, None, None)
     )
     return keras_private.data_adapter(
-        x, _listed(y), _listed(sample_weight), batch_size
+        x, _listed(y), _listed(sample_weight), check_batch_size(batch_size)
     )
 
 
@@ -199,38 +261,55 @@ def labelled_data(x, y=None, sample_weight=None):
             "y=None. Pass `y`, or a dataset of batches `(x, y)`."
         )
     leaves = [v for v in keras.tree.flatten(x) if hasattr(v, "shape")]
-    y = label_array(y)
+    check_arrays(x, "x")
+    y = label_array(y, "y")
+    if y.ndim == 0:
+        raise ValueError(
+            "Expected one label for every input. Received: a single number "
+            f"as `y`, {y}. Pass an array of labels."
+        )
     if leaves and len(y) != len(leaves[0]):
         raise ValueError(
             "Expected one label for every input. Received: "
             f"{len(leaves[0])} inputs and {len(y)} labels."
         )
+    if sample_weight is not None:
+        sample_weight = weight_array(sample_weight)
+        if len(sample_weight) != len(y):
+            raise ValueError(
+                "The sample weights of `x` must be one for every label. "
+                f"Received: {len(y)} labels and {len(sample_weight)} weights. "
+                "Give what must not count a weight of zero."
+            )
     return x, y, sample_weight
 
 
-def counted(values, labels, sample_weight):
-    """Leaves out what has a weight of zero, such as padding.
+def counted(values, labels, sample_weight, mask=None):
+    """Leaves out what is masked or has a weight of zero, such as padding.
 
     Args:
         values: Array of shape `(B, ..., D)`.
         labels: Array of shape `(B, ...)`, `(B, ..., 1)` or `(B, ..., K)`.
         sample_weight: Weights of shape `(B,)` or `(B, ...)`, or `None`.
+        mask: Optional booleans of shape `(B, ...)`, false for what does not
+            count either. Defaults to `None`.
 
     Returns:
-        Values and labels, as they are where there are no weights, otherwise
-        with a single axis in place of `(B, ...)`.
+        Values and labels, as they are where there are neither weights nor a
+        mask, otherwise with a single axis in place of `(B, ...)`.
 
     Raises:
-        ValueError: If weights or labels do not fit.
+        ValueError: If weights or labels do not fit, or a weight is negative or
+            NaN.
 
     Example:
 
     >>> counted(np.eye(2), np.array([0, -1]), [1.0, 0.0])
     (array([[1., 0.]]), array([0]))
     """
-    if sample_weight is None:
+    if sample_weight is None and mask is None:
         return values, labels
-    kept = counted_positions(sample_weight, values.shape[:-1], "x")
+    kept = counted_positions(sample_weight, values.shape[:-1], "x", mask)
     labels = label_array(labels)
     if labels.shape[: kept.ndim] != kept.shape:
         raise ValueError(

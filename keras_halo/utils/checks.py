@@ -1,78 +1,212 @@
 """Checks of arguments and arrays that several parts of the package take."""
 
+import numbers
+
 import keras
 import numpy as np
 from keras import ops
 
 
-def check_units(units):
-    """Raises `ValueError` unless `units` is an integer of at least 2."""
-    if not isinstance(units, int) or isinstance(units, bool) or units < 2:
+def as_integer(value, argument, least=None, meaning="", remedy=""):
+    """Returns an integer of Python, or says what is wrong with it.
+
+    Takes the integers of NumPy too, which are what a length or a maximum is
+    there; JSON could not hold them.
+
+    Args:
+        value: What should be an integer.
+        argument: String, the name by which an error calls it.
+        least: Optional integer, the smallest that is allowed. Defaults to
+            `None`.
+        meaning: String, what an error says of the argument beside.
+        remedy: String, what to do.
+
+    Returns:
+        Integer.
+
+    Raises:
+        ValueError: If it is no integer, a boolean, or too small.
+
+    Example:
+
+    >>> as_integer(np.int64(3), "num_bins", least=1)
+    3
+    >>> as_integer(2.5, "num_bins", least=1)
+    Traceback (most recent call last):
+        ...
+    ValueError: `num_bins` must be a positive integer. Received: ...
+    """
+    if (
+        not isinstance(value, numbers.Integral)
+        or isinstance(value, bool)
+        or (least is not None and value < least)
+    ):
+        kinds = {None: "an", 0: "a non-negative", 1: "a positive"}
+        kind = kinds.get(least, "an") + " integer"
+        if least not in kinds:
+            kind += f" of at least {least}"
         raise ValueError(
-            "`units` is the number of classes and must be an integer of at "
-            "least 2: the centroid of a single class would coincide with the "
-            f"origin, where abstaining sits. Received: units={units}. For a "
-            "yes-or-no question use units=2."
+            f"`{argument}` must be {kind}{meaning}. Received: "
+            f"{argument}={value!r:.100}. {remedy}".rstrip()
         )
+    return int(value)
+
+
+def as_number(value, argument, fits, expected, remedy=""):
+    """Returns a float of Python, or says what is wrong with it.
+
+    Args:
+        value: What should be a real number, of Python or NumPy.
+        argument: String, the name by which an error calls it.
+        fits: Function of a number, whether it is allowed. Of NaN, which
+            compares as false with everything, it is not asked.
+        expected: String, what an error says is allowed.
+        remedy: String, what to do.
+
+    Returns:
+        Float.
+
+    Raises:
+        ValueError: If it is no number, a boolean, NaN, or not allowed.
+
+    Example:
+
+    >>> as_number("0.1", "mass", lambda v: 0 < v <= 1, "in (0, 1]")
+    Traceback (most recent call last):
+        ...
+    ValueError: `mass` must be in (0, 1]. Received: mass='0.1'.
+    """
+    if (
+        not isinstance(value, numbers.Real)
+        or isinstance(value, bool)
+        or value != value
+        or not fits(value)
+    ):
+        raise ValueError(
+            f"`{argument}` must be {expected}. Received: "
+            f"{argument}={value!r:.100}. {remedy}".rstrip()
+        )
+    return float(value)
+
+
+def as_boolean(value, argument, remedy=""):
+    """Returns a boolean of Python, or says what is wrong with it.
+
+    Args:
+        value: What should be a boolean, of Python or NumPy.
+        argument: String, the name by which an error calls it.
+        remedy: String, what to do.
+
+    Returns:
+        Boolean.
+
+    Raises:
+        ValueError: If it is anything else, such as a string, which would be
+            true whatever it says.
+
+    Example:
+
+    >>> as_boolean("no", "distill")
+    Traceback (most recent call last):
+        ...
+    ValueError: `distill` must be True or False. Received: distill='no'.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(
+            f"`{argument}` must be True or False. Received: "
+            f"{argument}={value!r:.100}. {remedy}".rstrip()
+        )
+    return bool(value)
+
+
+def check_units(units):
+    """Returns the number of classes; raises `ValueError` below 2."""
+    return as_integer(
+        units,
+        "units",
+        2,
+        ", the number of classes: the centroid of a single class would "
+        "coincide with the origin, where abstaining sits",
+        "For a yes-or-no question use units=2.",
+    )
 
 
 def check_embedding_dim(embedding_dim):
-    """Raises `ValueError` unless it is `"auto"`, `None` or at least 2."""
-    if embedding_dim is None or embedding_dim == "auto":
-        return
-    if (
-        not isinstance(embedding_dim, int)
-        or isinstance(embedding_dim, bool)
-        or embedding_dim < 2
+    """Returns the size, `"auto"` or `None`; raises `ValueError` otherwise."""
+    if embedding_dim is None or (
+        isinstance(embedding_dim, str) and embedding_dim == "auto"
     ):
-        raise ValueError(
-            "`embedding_dim` must be an integer of at least 2, 'auto', or "
-            "`None` for the input as it is. Received: "
-            f"embedding_dim={embedding_dim!r}. Leave it out for a size that "
-            "fits the number of classes."
-        )
+        return embedding_dim
+    return as_integer(
+        embedding_dim,
+        "embedding_dim",
+        2,
+        ", 'auto', or `None` for the input as it is",
+        "Leave it out for a size that fits the number of classes.",
+    )
 
 
 def check_abstain_rate(abstain_rate):
-    """Raises `ValueError` unless `abstain_rate` is `None` or in `[0, 0.5)`."""
+    """Returns `None` or a float in `[0, 0.5)`; raises `ValueError`."""
     if abstain_rate is None:
-        return
-    # Written so that NaN fails.
-    if (
-        not isinstance(abstain_rate, (int, float))
-        or isinstance(abstain_rate, bool)
-        or not 0.0 <= abstain_rate < 0.5
-    ):
-        raise ValueError(
-            "`abstain_rate` is the share of training samples to abstain from "
-            "and must be a number in [0, 0.5), or `None` for the fixed margin "
-            f"of the published method. Received: abstain_rate={abstain_rate!r}."
-            " Write 1 % as 0.01."
-        )
+        return None
+    return as_number(
+        abstain_rate,
+        "abstain_rate",
+        lambda rate: 0.0 <= rate < 0.5,
+        "in [0, 0.5), the share of training samples to abstain from, or "
+        "`None` for the fixed margin of the published method",
+        "Write 1 % as 0.01.",
+    )
 
 
 def check_label_smoothing(label_smoothing):
-    """Raises `ValueError` unless `label_smoothing` is in `[0, 1)`."""
-    # Written so that NaN fails.
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(
-            "`label_smoothing` must be in [0, 1). Received: "
-            f"label_smoothing={label_smoothing}. Use 0 to switch it off."
-        )
+    """Returns a float; raises `ValueError` unless it is in `[0, 1)`."""
+    return as_number(
+        label_smoothing,
+        "label_smoothing",
+        lambda share: 0.0 <= share < 1.0,
+        "in [0, 1)",
+        "Use 0 to switch it off.",
+    )
 
 
 def check_block_size(block_size):
-    """Raises `ValueError` unless `block_size` is `None` or positive."""
+    """Returns `None` or a positive integer; raises `ValueError`."""
     if block_size is None:
-        return
-    if (
-        not isinstance(block_size, int)
-        or isinstance(block_size, bool)
-        or block_size < 1
-    ):
+        return None
+    return as_integer(
+        block_size, "block_size", 1, ", or `None` for all classes at once"
+    )
+
+
+def check_ignore_class(ignore_class):
+    """Returns `None` or an integer; raises `ValueError` otherwise."""
+    if ignore_class is None:
+        return None
+    return as_integer(
+        ignore_class,
+        "ignore_class",
+        meaning=", the label that does not count, or `None`",
+    )
+
+
+def check_batch_size(batch_size):
+    """Returns `None` or a positive integer; raises `ValueError` otherwise."""
+    if batch_size is None:
+        return None
+    return as_integer(
+        batch_size, "batch_size", 1, ", or `None` for batches of 32"
+    )
+
+
+def check_model(model):
+    """Raises `ValueError` unless this is a Keras model."""
+    if not isinstance(model, keras.Model):
         raise ValueError(
-            "`block_size` must be a positive integer, or `None` for all "
-            f"classes at once. Received: block_size={block_size}."
+            f"Expected a `keras.Model`. Received: model={model!r:.100}. Pass "
+            "the trained model itself; `keras.saving.load_model(path)` makes "
+            "one of a file."
         )
 
 
@@ -87,23 +221,178 @@ def check_floating(dtype, layer):
         )
 
 
-def to_array(values):
+# Beyond this, float64 does not hold every integer.
+_LARGEST_INTEGER = 2**53
+
+
+def number_array(values, argument, remedy=None, to_float=True):
+    """Returns what should be numbers as an array, in the dtype that it has.
+
+    The one way by which values of users become arrays.
+
+    Args:
+        values: Array, tensor, or what NumPy makes an array of.
+        argument: String, the name by which an error calls the values.
+        remedy: Optional string, what to do about values that are no numbers.
+        to_float: Boolean, whether the values will be compared as floats, so
+            that integers beyond 2**53 are refused. Defaults to `True`.
+
+    Returns:
+        NumPy array of real numbers or booleans.
+
+    Raises:
+        ValueError: If the values are no real numbers, ragged, masked, or
+            integers that float64 cannot tell apart.
+
+    Example:
+
+    >>> number_array([1, 2], "labels").tolist()
+    [1, 2]
+    >>> number_array([1.0, None], "scores")
+    Traceback (most recent call last):
+        ...
+    ValueError: `scores` must be an array of real numbers. Received: ...
+    """
+    if ops.is_tensor(values):
+        values = ops.convert_to_numpy(values)
+    check_not_masked(values, argument)
+    received = None
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        received = f"{type(values).__name__} ({error})"
+    else:
+        # NumPy has no kind of its own for bfloat16.
+        if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+            received = f"dtype={array.dtype}"
+            if array.ndim == 0:
+                received = f"{values!r:.100}"
+    if received is not None:
+        raise ValueError(
+            f"`{argument}` must be an array of real numbers. Received: "
+            f"{received}. "
+            + (remedy or 'Convert it with `np.asarray(values, "float32")`.')
+        )
+    wide = array.dtype.kind in "iu" and array.dtype.itemsize > 4
+    if to_float and wide and array.size:
+        # Not by magnitude: that of the smallest int64 is negative.
+        low, high = int(array.min()), int(array.max())
+        if max(-low, high) > _LARGEST_INTEGER:
+            raise ValueError(
+                f"`{argument}` must hold numbers up to 2**53 in magnitude: "
+                "beyond, float64 takes neighbouring integers for the same. "
+                f"Received: integers from {low} to {high}. Subtract what they "
+                "share, or number them with `np.unique(values, "
+                "return_inverse=True)[1]`."
+            )
+    return array
+
+
+def check_not_masked(values, argument):
+    """Raises `ValueError` for a masked array, whose mask would be lost.
+
+    Args:
+        values: Anything.
+        argument: String, the name by which an error calls the values.
+    """
+    if isinstance(values, np.ma.MaskedArray):
+        raise ValueError(
+            f"`{argument}` must not be a masked array: its mask would be lost. "
+            f"Received: {np.ma.count_masked(values)} of {values.size} values "
+            "masked. Leave them out of all arrays that belong together: "
+            "`kept = ~np.ma.getmaskarray(values)`, `values.data[kept]`."
+        )
+
+
+def to_array(values, argument):
     """Returns values as a float64 array, also those of a backend's tensor.
 
     Args:
         values: Array, tensor, or what NumPy makes an array of.
+        argument: String, the name by which an error calls the values.
 
     Returns:
         NumPy array of float64.
 
+    Raises:
+        ValueError: See `number_array`.
+
     Example:
 
-    >>> to_array([1, 2]).tolist()
+    >>> to_array([1, 2], "scores").tolist()
     [1.0, 2.0]
     """
-    if ops.is_tensor(values):
-        values = ops.convert_to_numpy(values)
-    return np.asarray(values, "float64")
+    return number_array(values, argument).astype("float64")
+
+
+def label_array(labels, argument="labels"):
+    """Returns labels as an array in the dtype that they have.
+
+    Args:
+        labels: Array, tensor, or what NumPy makes an array of.
+        argument: String, the name by which an error calls the labels.
+            Defaults to `"labels"`.
+
+    Returns:
+        NumPy array of numbers.
+
+    Raises:
+        ValueError: See `number_array`.
+
+    Example:
+
+    >>> label_array(["cat"])
+    Traceback (most recent call last):
+        ...
+    ValueError: `labels` must be an array of real numbers. Received: ...
+    """
+    return number_array(
+        labels,
+        argument,
+        "Labels must be numbers. Encode them first, for example with "
+        "`keras.layers.StringLookup` or `np.unique(labels, "
+        "return_inverse=True)[1]`.",
+    )
+
+
+def weight_array(sample_weight, argument="sample_weight"):
+    """Returns sample weights as a float64 array.
+
+    Args:
+        sample_weight: Array, tensor, or what NumPy makes an array of.
+        argument: String, the name by which an error calls the weights.
+            Defaults to `"sample_weight"`.
+
+    Returns:
+        NumPy array of float64 with at least one axis.
+
+    Raises:
+        ValueError: If the weights are no numbers, a single number, negative,
+            NaN or infinite.
+
+    Example:
+
+    >>> weight_array([1, -1])
+    Traceback (most recent call last):
+        ...
+    ValueError: `sample_weight` must hold finite numbers that are not ...
+    """
+    weights = to_array(sample_weight, argument)
+    if weights.ndim == 0:
+        raise ValueError(
+            f"`{argument}` must be an array with one number a sample. "
+            f"Received: {sample_weight!r:.100}. Leave it out where all samples "
+            "count the same."
+        )
+    # Written so that NaN fails.
+    wrong = ~((weights >= 0.0) & (weights < np.inf))
+    if wrong.any():
+        raise ValueError(
+            f"`{argument}` must hold finite numbers that are not negative. "
+            f"Received: {int(wrong.sum())} of {wrong.size} others, among them "
+            f"{weights[wrong][0]}. Give what must not count a weight of zero."
+        )
+    return weights
 
 
 def finite_vector(values, argument):
@@ -127,7 +416,7 @@ def finite_vector(values, argument):
         ...
     ValueError: `known` must be finite. Received: 1 of 2 values are NaN or ...
     """
-    values = to_array(values)
+    values = to_array(values, argument)
     if values.ndim != 1:
         raise ValueError(
             f"`{argument}` must be a 1-D array with one number a sample. "
@@ -140,40 +429,6 @@ def finite_vector(values, argument):
         )
     check_finite(values, argument)
     return values
-
-
-def label_array(labels):
-    """Returns labels as a NumPy array of numbers.
-
-    Args:
-        labels: Array, tensor, or lists of numbers.
-
-    Returns:
-        NumPy array.
-
-    Raises:
-        ValueError: If labels are no numbers.
-
-    Example:
-
-    >>> label_array(["cat"])
-    Traceback (most recent call last):
-        ...
-    ValueError: Labels must be numbers. Received: dtype=<U3. Encode them ...
-    """
-    if ops.is_tensor(labels):
-        labels = ops.convert_to_numpy(labels)
-    labels = np.asarray(labels)
-    if labels.dtype.name == "bfloat16":
-        # Not a kind of number that NumPy knows.
-        labels = labels.astype("float32")
-    if labels.dtype.kind not in "biuf":
-        raise ValueError(
-            f"Labels must be numbers. Received: dtype={labels.dtype}. Encode "
-            "them first, for example with `keras.layers.StringLookup` or "
-            "`np.unique(labels, return_inverse=True)`."
-        )
-    return labels
 
 
 def check_finite(values, argument):

@@ -4,8 +4,11 @@ One weight for every sample, or one for every position of it, such as a token
 or a pixel; as tensors where Keras computes, as arrays where data are read.
 """
 
+import keras
 import numpy as np
 from keras import ops
+
+from keras_halo.utils.checks import number_array, weight_array
 
 
 def weight_tensor(weights, positions, argument="sample_weight"):
@@ -29,6 +32,8 @@ def weight_tensor(weights, positions, argument="sample_weight"):
     >>> tuple(weight_tensor([1.0, 0.0], (2, 3)).shape)
     (2, 1)
     """
+    if not (isinstance(weights, keras.KerasTensor) or ops.is_tensor(weights)):
+        weights = number_array(weights, argument)
     weights = ops.convert_to_tensor(weights)
     rank = len(_fitted_shape(weights.shape, positions, argument))
     if len(weights.shape) > rank:
@@ -38,7 +43,7 @@ def weight_tensor(weights, positions, argument="sample_weight"):
     return weights
 
 
-def counted_positions(sample_weight, positions, where):
+def counted_positions(sample_weight, positions, where, mask=None):
     """Tells which samples or positions have a weight other than zero.
 
     Args:
@@ -46,12 +51,14 @@ def counted_positions(sample_weight, positions, where):
             `weight_tensor` takes; or `None`.
         positions: Tuple, the shape `(B, ...)` of one number a position.
         where: String, the name by which an error calls the data.
+        mask: Optional booleans of a shape like that of the weights, false for
+            positions that do not count either. Defaults to `None`.
 
     Returns:
         Boolean array of the shape `positions`.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes do not fit, or a weight is negative or NaN.
 
     Example:
 
@@ -59,12 +66,17 @@ def counted_positions(sample_weight, positions, where):
     [[True, True, True], [False, False, False]]
     """
     counted = np.ones(positions, "bool")
-    if sample_weight is None:
-        return counted
-    weights = np.asarray(ops.convert_to_numpy(sample_weight))
-    argument = f"the sample weights of `{where}`"
-    shape = _fitted_shape(weights.shape, positions, argument)
-    return counted & (weights.reshape(shape) != 0)
+    if sample_weight is not None:
+        weights = weight_array(sample_weight)
+        argument = f"the sample weights of `{where}`"
+        shape = _fitted_shape(weights.shape, positions, argument)
+        counted &= weights.reshape(shape) != 0
+    if mask is not None:
+        mask = np.asarray(mask, bool)
+        argument = f"a mask of the model on `{where}`"
+        shape = _fitted_shape(mask.shape, positions, argument)
+        counted &= mask.reshape(shape)
+    return counted
 
 
 def _fitted_shape(shape, positions, argument):

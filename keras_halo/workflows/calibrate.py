@@ -17,10 +17,12 @@ from keras_halo.utils.batches import (
     is_dataset,
     labelled_data,
 )
+from keras_halo.utils.checks import check_batch_size, check_model
 from keras_halo.utils.extras import require
 from keras_halo.utils.types import Data
 from keras_halo.workflows.graph import find_head
 from keras_halo.workflows.predicting import predict_answers
+from keras_halo.workflows.predictor import Predictor
 
 BIAS_METHODS = ("mistakes", "margin", "keep")
 
@@ -137,7 +139,8 @@ def calibrate(
     sum(sigmoid(log_odds_of_abstaining)) = n * (m + 1/2) / (n + 1)
     ```
 
-    Refit on data that the model was not trained on. The weights are written
+    Refit on data that the model was not trained on. Positions that the model
+    masks do not count. The weights are written
     after everything has been computed; an error leaves them as they were.
     A model with a `ClassGaussians` layer may be given as well: the score of
     that layer follows P(abstain).
@@ -157,8 +160,8 @@ def calibrate(
         verbose: `"auto"`, 0, 1 or 2, as in `model.predict`.
         sample_weight: Optional weights of shape `(N,)` or `(N, ...)`, those
             of `y`. What has a weight of zero is left out, whatever its label,
-            such as padding; every other weight counts as one. Defaults to
-            `None`.
+            such as padding; every other weight counts as one. None may be
+            negative. Defaults to `None`.
 
     Returns:
         `CalibrationReport`, with the values before and after and `undo()`.
@@ -190,7 +193,7 @@ def calibrate(
     """
     special = require("scipy.special")
     optimize = require("scipy.optimize")
-    if bias not in BIAS_METHODS:
+    if not isinstance(bias, str) or bias not in BIAS_METHODS:
         raise ValueError(
             f"`bias` must be one of {', '.join(map(repr, BIAS_METHODS))}. "
             f"Received: bias={bias!r}."
@@ -200,6 +203,8 @@ def calibrate(
             "`unknown` only serves to find the bias. Received: unknown inputs "
             f'with bias={bias!r}. Use bias="mistakes" or leave them out.'
         )
+    check_model(model)
+    batch_size = check_batch_size(batch_size)
     head = find_head(model)
 
     if bias == "margin" and head.abstain_rate is not None:
@@ -214,17 +219,21 @@ def calibrate(
     if unknown is not None:
         check_readable(unknown, "unknown")
     data = labelled_data(x, y, sample_weight)
+    predictor = Predictor(model)
+    mask = None
     if isinstance(data, tuple):
         x, y, sample_weight = data
-        scores = _predict(model, x, batch_size, verbose)
+        scores, mask = _predict(predictor, x, batch_size, verbose)
     else:
         check_readable(data, "x")
         answers = predict_answers(
-            model, data, "x", "abstain", batch_size, with_labels=True
+            predictor, data, "x", "abstain", batch_size, with_labels=True
         )
         scores, y, sample_weight = answers.packed, answers.labels, None
     logits, norms, old_gamma = _parts(scores)
-    both, y = counted(np.concatenate([logits, norms], -1), y, sample_weight)
+    both, y = counted(
+        np.concatenate([logits, norms], -1), y, sample_weight, mask
+    )
     logits, norms = both[..., :-1], both[..., -1:]
     if not logits.size:
         raise ValueError(
@@ -252,13 +261,14 @@ def calibrate(
         odds = new.log_odds(gamma * distances, gamma * norms, special)
         num_mistakes = int(wrong.sum())
         if unknown is not None:
-            others, other_norms, _ = _parts(
-                predict_answers(
-                    model, unknown, "unknown", "abstain", batch_size
+            if is_dataset(unknown):
+                others = predict_answers(
+                    predictor, unknown, "unknown", "abstain", batch_size
                 ).packed
-                if is_dataset(unknown)
-                else _predict(model, unknown, batch_size, verbose)
-            )
+            else:
+                others, mask = _predict(predictor, unknown, batch_size, verbose)
+                others = others if mask is None else others[mask]
+            others, other_norms, _ = _parts(others)
             others = others.reshape(-1, others.shape[-1]) / old_gamma
             more = new.log_odds(
                 gamma * others, gamma * other_norms.reshape(-1), special
@@ -331,14 +341,14 @@ class _Biases:
         return abstain - special.logsumexp(logits, axis=-1)
 
 
-def _predict(model, x, batch_size, verbose):
-    """Packed scores of arrays, checked."""
-    output = model.predict(x, batch_size=batch_size, verbose=verbose)
+def _predict(predictor, x, batch_size, verbose):
+    """Packed scores of arrays, checked, and the mask of the model."""
+    output, mask = predictor.predict(x, batch_size, verbose)
     scores = read_model_output(output, "the output of the model").scores
     packing.check_packed(scores, argument="model.predict(x)")
     if scores.size == 0:
         raise ValueError("Expected at least one sample. Received: none.")
-    return scores
+    return scores, mask
 
 
 def _parts(scores):

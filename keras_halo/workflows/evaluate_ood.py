@@ -6,7 +6,16 @@ import numpy as np
 
 from keras_halo import metrics
 from keras_halo.ops import packing
-from keras_halo.utils.batches import check_readable, count_batches
+from keras_halo.utils.batches import (
+    check_readable,
+    count_batches,
+    labelled_data,
+)
+from keras_halo.utils.checks import (
+    check_batch_size,
+    check_ignore_class,
+    check_model,
+)
 from keras_halo.utils.progress import Progress
 from keras_halo.utils.types import Data
 from keras_halo.workflows.ood_report import (
@@ -20,6 +29,7 @@ from keras_halo.workflows.predicting import (
     name_of_method,
     predict_answers,
 )
+from keras_halo.workflows.predictor import Predictor
 
 
 def evaluate_ood(
@@ -37,8 +47,10 @@ def evaluate_ood(
     Every data set is read once, batch by batch, so that a dataset that
     shuffles itself keeps labels and predictions together. Outputs with more
     axes than samples and columns, of a token or pixel head, are flattened:
-    every position counts as a sample. Positions with a sample weight of zero,
-    such as padding, are left out; other weights have no effect.
+    every position counts as a sample. Positions that the model masks
+    (`Embedding(mask_zero=True)`, `Masking`) are left out, as loss and metrics
+    leave them out, and so is what has a sample weight of zero; other weights
+    have no effect.
 
     Args:
         model: Keras model whose output is packed scores, those of
@@ -93,18 +105,26 @@ def evaluate_ood(
     - Jingyang Zhang et al., OpenOOD v1.5: Enhanced benchmark for
       out-of-distribution detection, 2023.
     """
+    check_model(model)
     check_score_method(method)
     check_sets(unknown)
-    metrics.calibration.check_num_bins(num_bins)
+    batch_size = check_batch_size(batch_size)
+    num_bins = metrics.calibration.check_num_bins(num_bins)
+    ignore_class = check_ignore_class(ignore_class)
     progress = Progress(verbose, num_sets=1 + len(unknown))
     sets = {f"unknown[{name!r}]": data for name, data in unknown.items()}
     for where, data in {"known": known, **sets}.items():
         check_readable(data, where)
+    if isinstance(known, tuple) and len(known) > 1:
+        # Labels and weights that are none show before anything is predicted.
+        known = labelled_data(known)
+
+    predictor = Predictor(model)
 
     def answers(data, where, name, **kwargs):
         progress.start(name, count_batches(data, batch_size))
         found = predict_answers(
-            model,
+            predictor,
             data,
             where,
             method,

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_halo.layers.feature_normalization import FeatureNormalization
 from keras_halo.layers.halo_dense import HALODense
+from keras_halo.utils.checks import check_model
 from keras_halo.utils.keras_private import flat_layers, history_of
 
 
@@ -33,6 +34,7 @@ def find_head(model):
     >>> find_head(model).units
     3
     """
+    check_model(model)
     heads = [
         layer for layer in flat_layers(model) if isinstance(layer, HALODense)
     ]
@@ -41,7 +43,8 @@ def find_head(model):
             "Expected a model with exactly one `keras_halo.HALODense` layer. "
             f"Received: {len(heads)} of them in model {model.name!r}. "
             + (
-                "Make it the last layer of the model."
+                "Make it the last layer of the model; of two towers, "
+                "`HALOSimilarity.to_head(keys)` makes one."
                 if not heads
                 else "Pass a model that has one of these heads only."
             )

@@ -333,7 +333,8 @@ def _json_number(value):
 
 def _cell(key, value):
     if isinstance(value, str):
-        return value
+        # A line break in the name of a set would end the row of a table.
+        return " ".join(value.split())
     if isinstance(value, int):
         return f"{value:,}"
     if np.isnan(value):
@@ -362,7 +363,10 @@ def _aligned(rows, rule_after, last_apart=False):
 
 
 def _markdown_table(rows):
-    escaped = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    escaped = [
+        [cell.replace("\\", "\\\\").replace("|", r"\|") for cell in row]
+        for row in rows
+    ]
     rule = [":--"] + ["--:"] * (len(rows[0]) - 1)
     lines = [escaped[0], rule, *escaped[1:]]
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_halo.ops import packing
-from keras_halo.ops.labels import check_ignore_class, fitting_labels
+from keras_halo.ops.labels import check_ignorable, fitting_labels
 from keras_halo.ops.model_output import (
     FITTED,
     ModelOutput,
@@ -18,6 +18,7 @@ from keras_halo.ops.model_output import (
 from keras_halo.ops.ood_scores import OOD_METHODS, check_method, ood_score
 from keras_halo.utils.batches import counted, read_batches
 from keras_halo.utils.weights import counted_positions
+from keras_halo.workflows.predictor import Predictor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,7 +116,7 @@ def check_sets(unknown, reserved=()):
 
 
 def predict_answers(
-    model,
+    predictor,
     data,
     where,
     method,
@@ -128,7 +129,8 @@ def predict_answers(
     """Predicts a data set in one pass, so that labels stay with predictions.
 
     Args:
-        model: Keras model that emits packed scores.
+        predictor: `Predictor` of a Keras model that emits packed scores.
+            Positions that the model masks are left out.
         data: Arrays or a dataset, see `read_batches`.
         where: String, the name by which an error calls the data.
         method: See `check_score_method`.
@@ -149,15 +151,18 @@ def predict_answers(
     """
     parts = []
     with (
-        inference_mode(model),
+        inference_mode(predictor.model),
         contextlib.closing(read_batches(data, batch_size)) as batches,
     ):
         for index, (x, y, sample_weight) in enumerate(batches):
             if index == max_batches:
                 break
-            packed, fitted = _predict_batch(model, x, where)
+            packed, fitted, mask = _predict_batch(predictor, x, where)
             labels = _flat_labels(y, packed, where) if with_labels else None
-            kept = _kept(sample_weight, labels, ignore_class, packed, where)
+            kept = counted_positions(
+                sample_weight, packed.shape[:-1], where, mask
+            ).ravel()
+            kept &= _not_ignored(labels, ignore_class, kept, where)
             parts.append(
                 [
                     None if part is None else part[kept]
@@ -168,8 +173,9 @@ def predict_answers(
                 on_batch()
     if not sum(len(packed) for packed, _, _ in parts):
         raise ValueError(
-            f"`{where}` must hold at least one sample. Received: an empty "
-            "data set. Check its path, or the condition that selected from it."
+            f"`{where}` must hold at least one sample that is neither masked "
+            "nor ignored nor of weight zero. Received: none. Check the path of "
+            "the data set, or the condition that selected from it."
         )
     packed, fitted, labels = (
         None if column[0] is None else np.concatenate(column)
@@ -192,14 +198,14 @@ def inference_mode(model):
         model.train()
 
 
-def _predict_batch(model, x, where):
-    """Packed scores of shape `(B, ..., K + 6)`, and fitted scores or `None`."""
-    output = model.predict_on_batch(x)
+def _predict_batch(predictor, x, where):
+    """Packed scores of shape `(B, ..., K + 6)`, fitted scores, and the mask."""
+    output, mask = predictor.predict_on_batch(x)
     output, fitted = read_model_output(output, f"the output on {where}")
     size = len(keras.tree.flatten(x)[0])
     if len(output) != size:
         # Under a distribution strategy each replica answers the whole batch.
-        strategy = getattr(model, "distribute_strategy", None)
+        strategy = getattr(predictor.model, "distribute_strategy", None)
         replicas = getattr(strategy, "num_replicas_in_sync", 1)
         if len(output) != size * replicas:
             raise ValueError(
@@ -208,8 +214,9 @@ def _predict_batch(model, x, where):
             )
         output = output[:size]
         fitted = None if fitted is None else fitted[:size]
+        mask = None if mask is None else mask[:size]
     packing.count_classes(output.shape)
-    return output, None if fitted is None else fitted.reshape(-1)
+    return output, None if fitted is None else fitted.reshape(-1), mask
 
 
 def _flat(packed):
@@ -229,15 +236,14 @@ def _flat_labels(y, packed, where):
     return labels.reshape(-1, *labels.shape[len(shape) :])
 
 
-def _kept(sample_weight, labels, ignore_class, packed, where):
-    """Boolean array of shape `(N,)`: the positions that count."""
-    kept = counted_positions(sample_weight, packed.shape[:-1], where).ravel()
+def _not_ignored(labels, ignore_class, kept, where):
+    """Boolean array of shape `(N,)`: what has another label."""
     if ignore_class is None or labels is None:
-        return kept
-    check_ignore_class(
+        return np.ones_like(kept)
+    check_ignorable(
         ignore_class, labels.ndim == 1, f"`{where}` with a distribution"
     )
-    return kept & (labels != ignore_class)
+    return labels != ignore_class
 
 
 def _score(packed, fitted, method, where):
@@ -263,6 +269,8 @@ def _score(packed, fitted, method, where):
 def embedded_batches(embedder, data, batch_size):
     """Embeddings and labels of what counts, batch by batch; to be closed.
 
+    Positions that the embedder masks do not count.
+
     Args:
         embedder: Keras model from inputs to embeddings.
         data: Arrays or a dataset with labels, see `read_batches`.
@@ -274,6 +282,7 @@ def embedded_batches(embedder, data, batch_size):
     Raises:
         ValueError: If labels are missing, or they or weights do not fit.
     """
+    predictor = Predictor(embedder, read=lambda embeddings: embeddings)
     with (
         inference_mode(embedder),
         contextlib.closing(read_batches(data, batch_size)) as batches,
@@ -284,4 +293,5 @@ def embedded_batches(embedder, data, batch_size):
                     "Labels are missing. Received: `x` without labels and "
                     "y=None. Pass `y`, or a dataset of batches `(x, y)`."
                 )
-            yield counted(embedder.predict_on_batch(batch), labels, weights)
+            embeddings, mask = predictor.predict_on_batch(batch)
+            yield counted(embeddings, labels, weights, mask)
