@@ -289,8 +289,8 @@ CALLS = {
             }
         },
     ),
-    "matches": (
-        keras_halo.matches,
+    "pair_labels": (
+        keras_halo.pair_labels,
         {"query_ids": np.arange(N)},
         {
             "query_ids": without(VECTOR, "huge integers", "large unsigned"),
@@ -383,6 +383,21 @@ CALLS = {
             "batch_size": optional(INTEGER),
             "sample_weight": optional(WEIGHTS),
             "abstain_rate": optional(SHARE),
+            "units": optional(INTEGER),
+        },
+    ),
+    "add_abstention": (
+        workflows.add_abstention,
+        {"model": ..., "x": X, "y": Y, "epochs": 0, "verbose": 0},
+        {
+            "model": MODEL,
+            "x": INPUTS,
+            "y": LABELS,
+            "blocks": optional(MODEL),
+            "epochs": without(INTEGER, "too small"),
+            "batch_size": optional(INTEGER),
+            "sample_weight": optional(WEIGHTS),
+            "max_features": INTEGER,
         },
     ),
     "decode_predictions": (
@@ -432,8 +447,21 @@ CALLS = {
             {},
             {"ignore_class": without(optional(INTEGER), "too small")},
         )
-        for name in ("AbstentionRate", "Coverage", "SelectiveAccuracy")
+        for name in ("AbstentionRate", "BestClassAccuracy", "SelectiveAccuracy")
     },
+    "BestClassTopKAccuracy": (
+        metrics.BestClassTopKAccuracy,
+        {},
+        {
+            "k": INTEGER,
+            "ignore_class": without(optional(INTEGER), "too small"),
+        },
+    ),
+    "RetrievalRecall": (
+        metrics.RetrievalRecall,
+        {},
+        {"k": INTEGER, "direction": METHOD},
+    ),
     "ExpectedCalibrationError": (
         metrics.ExpectedCalibrationError,
         {},
@@ -464,7 +492,9 @@ CALLS = {
     },
     "ProbabilityMetric.update_state": (
         metric_of(
-            lambda: metrics.ProbabilityMetric(keras.metrics.CategoricalAccuracy())
+            lambda: metrics.ProbabilityMetric(
+                keras.metrics.CategoricalAccuracy()
+            )
         ),
         METRIC,
         METRIC_CASES,
@@ -643,7 +673,9 @@ CALLS = {
 
 # What is made by the package and not by its users.
 MADE = {
-    "Calibration",
+    # scikit-learn checks its arguments when it fits.
+    "SKLearnClassifier",
+    "CalibrationReport",
     "Decisions",
     "KnownResult",
     "OODReport",
@@ -715,7 +747,7 @@ def test_what_is_misused_can_be_used(call):
     if good is None:
         pytest.skip("needs what another test makes")
     result = function(**good)
-    if isinstance(result, workflows.Calibration):
+    if isinstance(result, workflows.CalibrationReport):
         result.undo()
     if hasattr(result, "figure"):
         import matplotlib.pyplot as plt

@@ -1,6 +1,5 @@
 """Gives a trained classifier the answer "I don't know"."""
 
-import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,12 @@ from keras_halo.losses.halo_loss import HALOLoss
 from keras_halo.ops.class_statistics import check_counts
 from keras_halo.ops.labels import class_indices
 from keras_halo.utils.batches import check_readable, labelled_data
-from keras_halo.utils.checks import check_finite
+from keras_halo.utils.checks import (
+    as_integer,
+    check_batch_size,
+    check_finite,
+    check_model,
+)
 from keras_halo.utils.types import Data
 from keras_halo.workflows.blocks import find_blocks
 from keras_halo.workflows.collecting import check_labels, collect
@@ -136,7 +140,10 @@ def add_abstention(
       Framework for Detecting Out-of-Distribution Samples and Adversarial
       Attacks, 2018. (Features of all layers.)
     """
-    _check_numbers(max_features, epochs)
+    max_features = as_integer(max_features, "max_features", 2)
+    epochs = as_integer(epochs, "epochs", 0)
+    batch_size = check_batch_size(batch_size)
+    check_model(model)
     last, old_head = embeddings_before_head(model)
     if len(last.shape) != 2:
         raise ValueError(
@@ -208,18 +215,6 @@ def add_abstention(
     for layer in (*layers, named, head):
         outputs = layer(outputs)
     return keras.Model(inputs, outputs)
-
-
-def _check_numbers(max_features, epochs):
-    for name, value, least in (
-        ("max_features", max_features, 2),
-        ("epochs", epochs, 0),
-    ):
-        if not isinstance(value, numbers.Integral) or value < least:
-            raise ValueError(
-                f"`{name}` must be an integer of at least {least}. Received: "
-                f"{name}={value!r}."
-            )
 
 
 def _blocks(model, last, blocks):

@@ -17,6 +17,7 @@ from keras_halo.ops.class_statistics import (
 )
 from keras_halo.ops.labels import class_indices
 from keras_halo.utils.batches import check_readable, labelled_data
+from keras_halo.utils.checks import check_batch_size, check_model, check_units
 from keras_halo.utils.types import Data
 from keras_halo.workflows.collecting import check_labels, collect
 from keras_halo.workflows.graph import free_name, input_structure
@@ -160,6 +161,10 @@ def convert_head(
     - Yilun Chen, Ami Wiesel, Yonina C. Eldar, Alfred O. Hero, Shrinkage
       Algorithms for MMSE Covariance Estimation, 2010.
     """
+    check_model(model)
+    if units is not None:
+        units = check_units(units)
+    batch_size = check_batch_size(batch_size)
     embeddings, old_head = embeddings_before_head(model, units)
     dim = embeddings.shape[-1]
     if dim is None or dim < 2:

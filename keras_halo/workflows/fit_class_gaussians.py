@@ -5,6 +5,7 @@ import keras
 from keras_halo.layers.class_gaussians import OR_SKIP, ClassGaussians
 from keras_halo.ops.class_statistics import ClassStatistics
 from keras_halo.utils.batches import check_readable, labelled_data
+from keras_halo.utils.checks import check_batch_size
 from keras_halo.utils.types import Data
 from keras_halo.workflows.collecting import check_labels, collect
 from keras_halo.workflows.graph import find_head, head_tensors, input_structure
@@ -88,6 +89,7 @@ def fit_class_gaussians(
       Framework for Detecting Out-of-Distribution Samples and Adversarial
       Attacks, 2018.
     """
+    batch_size = check_batch_size(batch_size)
     embeddings, scores = head_tensors(model)
     units, dim = find_head(model).units, embeddings.shape[-1]
     layer = ClassGaussians(units, name="class_gaussians")

@@ -7,6 +7,7 @@ import numpy as np
 from keras import layers, ops
 
 from keras_halo.layers.halo_dense import HALODense
+from keras_halo.layers.halo_similarity import HALOSimilarity
 from keras_halo.utils.keras_private import history_of
 from keras_halo.workflows.graph import (
     embedding_of,
@@ -179,6 +180,13 @@ def _positions(shape, embeddings, head):
 
 
 def _no_classifier(model, operation):
+    if isinstance(operation, HALOSimilarity):
+        return ValueError(
+            "The model must end in a classifier. Received: two towers that end "
+            f"in {operation.name!r} of type {type(operation).__name__}. "
+            "`HALOSimilarity.to_head(keys)` makes a `HALODense` of keys: put "
+            "it on the tower of the queries."
+        )
     return ValueError(
         "The model must end in `keras.layers.Dense`, in a convolution of size "
         "one, or in `keras_halo.HALODense`; softmax, `Activation`, `Identity`, "
