@@ -141,6 +141,9 @@ model.compile(
     loss=HALOLoss(),
     metrics=[
         metrics.AbstentionRate(),
+        metrics.BestClassAccuracy(),
+        metrics.BestClassTopKAccuracy(k=3),
+        metrics.RetrievalRecall(k=5),
         metrics.SelectiveAccuracy(ignore_class=255),
         metrics.ExpectedCalibrationError(num_bins=10),
         metrics.ProbabilityMetric(keras.metrics.AUC(), class_id=1),
@@ -190,3 +193,10 @@ workflows_again = (
     workflows.evaluate_ood,
     workflows.pair_log_odds,
 )
+
+# What scikit-learn and the transforms of backends see.
+classifier = keras_halo.SKLearnClassifier(model, abstain_label=-1)
+proba: NDArray[Any] = classifier.fit(x, y).predict_proba(x)
+same_classifier = workflows.SKLearnClassifier(model)
+with ops.plain_gradients():
+    pass

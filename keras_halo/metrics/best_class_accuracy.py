@@ -1,9 +1,12 @@
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_halo.metrics.packed_mean import PackedMean
 from keras_halo.metrics.samples import are_distributions
 from keras_halo.utils.keras_private import set_direction
+from keras_halo.utils.types import DType, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -48,12 +51,15 @@ class BestClassAccuracy(PackedMean):
     """
 
     def __init__(
-        self, ignore_class=None, name="best_class_accuracy", dtype=None
-    ):
+        self,
+        ignore_class: int | None = None,
+        name: str | None = "best_class_accuracy",
+        dtype: DType = None,
+    ) -> None:
         super().__init__(ignore_class=ignore_class, name=name, dtype=dtype)
         set_direction(self, "up")
 
-    def values_and_weights(self, samples, weights):
+    def values_and_weights(self, samples: Any, weights: Tensor) -> Any:
         labels = samples.labels
         if are_distributions(labels):
             labels = ops.cast(ops.argmax(labels, axis=-1), "int32")

@@ -1,9 +1,12 @@
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_halo.metrics.packed_mean import PackedMean
 from keras_halo.metrics.samples import are_distributions
 from keras_halo.utils.keras_private import set_direction
+from keras_halo.utils.types import DType, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -53,11 +56,11 @@ class BestClassTopKAccuracy(PackedMean):
 
     def __init__(
         self,
-        k=5,
-        ignore_class=None,
-        name="best_class_top_k_accuracy",
-        dtype=None,
-    ):
+        k: int = 5,
+        ignore_class: int | None = None,
+        name: str | None = "best_class_top_k_accuracy",
+        dtype: DType = None,
+    ) -> None:
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ValueError(
                 f"`k` must be a positive integer. Received: k={k!r}."
@@ -66,7 +69,7 @@ class BestClassTopKAccuracy(PackedMean):
         self.k = k
         set_direction(self, "up")
 
-    def values_and_weights(self, samples, weights):
+    def values_and_weights(self, samples: Any, weights: Tensor) -> Any:
         logits, labels = samples.logits[:, :-1], samples.labels
         if are_distributions(labels):
             labels = ops.cast(ops.argmax(labels, axis=-1), "int32")
@@ -84,5 +87,5 @@ class BestClassTopKAccuracy(PackedMean):
         found = ops.logical_and(ops.any(is_own, axis=-1), ahead < self.k)
         return ops.cast(found, self.dtype), weights
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "k": self.k}

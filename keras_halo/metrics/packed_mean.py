@@ -136,7 +136,7 @@ class PackedMean(keras.Metric):
         )
         self.add(*self.values_and_weights(samples, weights))
 
-    def add(self, values, weights):
+    def add(self, values: Tensor, weights: Tensor) -> None:
         """Adds values to the mean.
 
         Args:

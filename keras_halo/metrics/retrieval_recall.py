@@ -1,3 +1,5 @@
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -5,6 +7,7 @@ from keras_halo.metrics.packed_mean import PackedMean
 from keras_halo.ops import packing
 from keras_halo.ops.labels import pair_labels
 from keras_halo.utils.keras_private import mask_of, set_direction
+from keras_halo.utils.types import DType, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -61,7 +64,13 @@ class RetrievalRecall(PackedMean):
     1.0
     """
 
-    def __init__(self, k=1, direction="both", name=None, dtype=None):
+    def __init__(
+        self,
+        k: int = 1,
+        direction: str = "both",
+        name: str | None = None,
+        dtype: DType = None,
+    ) -> None:
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ValueError(
                 f"`k` must be a positive integer. Received: k={k!r}."
@@ -76,7 +85,9 @@ class RetrievalRecall(PackedMean):
         self.direction = direction
         set_direction(self, "up")
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    def update_state(
+        self, y_true: Any, y_pred: Tensor, sample_weight: Any = None
+    ) -> None:
         """Adds a batch.
 
         Args:
@@ -124,7 +135,7 @@ class RetrievalRecall(PackedMean):
             )
         self.add(ops.cast(ahead < self.k, self.dtype), weights)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         # Ids are compared; none stands for nothing.
         del config["ignore_class"]

@@ -7,6 +7,7 @@ any other.
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import keras
 from keras import ops
@@ -19,7 +20,7 @@ _SCOPES = []
 
 
 @contextlib.contextmanager
-def plain_gradients():
+def plain_gradients() -> Iterator[None]:
     """Makes head and loss of operations that any transform can take apart.
 
     Head and loss have gradients derived by hand, which save time and memory.

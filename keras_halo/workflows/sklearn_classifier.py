@@ -1,9 +1,11 @@
 import copy
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_halo.ops import packing
+from keras_halo.utils.types import Array, ArrayLike
 
 
 class SKLearnClassifier(keras.wrappers.SKLearnClassifier):
@@ -74,12 +76,12 @@ class SKLearnClassifier(keras.wrappers.SKLearnClassifier):
 
     def __init__(
         self,
-        model,
-        warm_start=False,
-        model_kwargs=None,
-        fit_kwargs=None,
-        abstain_label=None,
-    ):
+        model: Any,
+        warm_start: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        fit_kwargs: dict[str, Any] | None = None,
+        abstain_label: Any = None,
+    ) -> None:
         super().__init__(
             model,
             warm_start=warm_start,
@@ -88,7 +90,7 @@ class SKLearnClassifier(keras.wrappers.SKLearnClassifier):
         )
         self.abstain_label = abstain_label
 
-    def __sklearn_clone__(self):
+    def __sklearn_clone__(self) -> "SKLearnClassifier":
         # That of Keras forgets `fit_kwargs`.
         parameters = self.get_params(deep=False)
         if not callable(self.model) or isinstance(self.model, keras.Model):
@@ -96,7 +98,9 @@ class SKLearnClassifier(keras.wrappers.SKLearnClassifier):
         parameters["fit_kwargs"] = copy.copy(self.fit_kwargs)
         return type(self)(**parameters)
 
-    def fit(self, X, y, **kwargs):
+    def fit(
+        self, X: ArrayLike, y: ArrayLike, **kwargs: Any
+    ) -> "SKLearnClassifier":
         """Fits the model.
 
         Args:
@@ -116,7 +120,7 @@ class SKLearnClassifier(keras.wrappers.SKLearnClassifier):
         finally:
             self.fit_kwargs = fit_kwargs
 
-    def predict(self, X):
+    def predict(self, X: ArrayLike) -> Array:
         """Names the most probable class, or `abstain_label`.
 
         Args:
@@ -132,7 +136,7 @@ class SKLearnClassifier(keras.wrappers.SKLearnClassifier):
         abstained = abstain_logit > logits.max(axis=-1)
         return np.where(abstained, self.abstain_label, labels)
 
-    def predict_proba(self, X):
+    def predict_proba(self, X: ArrayLike) -> Array:
         """Probabilities of the classes, under the condition of an answer.
 
         Args:
@@ -145,7 +149,7 @@ class SKLearnClassifier(keras.wrappers.SKLearnClassifier):
         exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
-    def decision_function(self, X):
+    def decision_function(self, X: ArrayLike) -> Array:
         """Logits of the classes, as scorers of scikit-learn read them.
 
         Args:
