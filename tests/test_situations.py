@@ -136,7 +136,11 @@ def test_a_backbone_with_lora_trains_and_comes_back(tmp_path):
 def test_several_outputs_of_which_one_is_a_halo_head():
     inputs = keras.Input((6,))
     x = keras.layers.Dense(8, activation="relu")(inputs)
-    outputs = {"kind": HALODense(3)(x), "size": keras.layers.Dense(1)(x)}
+    # Named alike: Keras 3.10 asks for names of layers.
+    outputs = {
+        "kind": HALODense(3, name="kind")(x),
+        "size": keras.layers.Dense(1, name="size")(x),
+    }
     model = keras.Model(inputs, outputs)
     model.compile(
         "sgd",

@@ -14,6 +14,7 @@ pytest.importorskip("sklearn", reason="the wrapper is of scikit-learn")
 
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import cross_val_predict, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -173,3 +174,13 @@ def test_other_outputs_are_refused():
     fitted.model_ = softmax
     with pytest.raises(ValueError, match="the output of the model"):
         fitted.predict_proba(x)
+
+
+def test_it_predicts_after_it_was_fitted_and_on_the_same_features():
+    x, y = data()
+    unfitted = classifier()
+    with pytest.raises(NotFittedError, match="not fitted"):
+        unfitted.predict_proba(x)
+    fitted = unfitted.fit(x, y)
+    with pytest.raises(ValueError, match="is expecting 2 features"):
+        fitted.predict(x[:, :1])

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 
 from keras_halo.ops import packing
+from keras_halo.utils.extras import require
 from keras_halo.utils.types import Array, ArrayLike
 
 
@@ -164,8 +165,15 @@ class SKLearnClassifier(keras.wrappers.SKLearnClassifier):
             return logits[:, 1] - logits[:, 0]
         return logits
 
-    def _logits(self, X):
-        scores = super().decision_function(X)
+    def _logits(self, x):
+        validation = require("sklearn.utils.validation")
+        validation.check_is_fitted(self)
+        if hasattr(validation, "validate_data"):
+            x = validation.validate_data(self, x, reset=False)
+        else:
+            # Before scikit-learn 1.6 it was a method.
+            x = self._validate_data(x, reset=False)
+        scores = self.model_.predict(x, verbose=0)
         packing.check_packed(scores, argument="the output of the model")
         num_classes = packing.count_classes(scores.shape)
         if scores.ndim != 2 or num_classes != len(self.classes_):
