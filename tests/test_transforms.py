@@ -233,7 +233,9 @@ def test_forward_mode_on_jax_says_what_to_do(name):
 def test_plain_gradients_are_those_derived_by_hand(head, labels, scale):
     loss, y = LABELS[labels]
     # Without normalization: what is far out stays there.
-    layer = HEADS[head](3, **({} if head != "default" else {"normalize": 0}))
+    layer = HEADS[head](
+        3, **({} if head != "default" else {"normalize": False})
+    )
     layer.build((None, 6))
     y = ops.convert_to_tensor(y)
     values = [ops.convert_to_tensor(w) for w in layer.trainable_weights]

@@ -155,7 +155,7 @@ def add_abstention(
     tensors = _blocks(model, last, blocks)
     features = BlockFeatures(name=free_name(model, "halo_blocks"))(tensors)
     data = labelled_data(x, y, sample_weight)
-    check_labels(data, num_classes, 1, 1)
+    check_labels(data, model, num_classes, 1, 1)
     check_readable(data, "x")
     inputs = input_structure(model)
 

@@ -10,13 +10,16 @@ from keras_halo.ops.class_statistics import check_counts
 from keras_halo.ops.labels import class_indices
 from keras_halo.utils.batches import count_batches, counted_positions
 from keras_halo.workflows.predicting import embedded_batches
+from keras_halo.workflows.predictor import may_mask
 
 
-def check_labels(data, num_classes, rank, least, option=""):
+def check_labels(data, model, num_classes, rank, least, option=""):
     """Refuses labels and weights of arrays before anything is predicted.
 
     Args:
         data: As `labelled_data` returns it. Datasets are checked as they come.
+        model: Keras model of the data. One that may mask positions tells which
+            of their labels count only when it predicts.
         num_classes: Integer, the number `K` of classes.
         rank: Integer, how many axes one label a sample or position has.
         least: Integer, how many samples every class needs; 0 for no check.
@@ -25,7 +28,7 @@ def check_labels(data, num_classes, rank, least, option=""):
     Raises:
         ValueError: If labels or weights do not fit, or a class has too few.
     """
-    if not isinstance(data, tuple):
+    if not isinstance(data, tuple) or (rank > 1 and may_mask(model)):
         return
     _, y, sample_weight = data
     y = np.asarray(ops.convert_to_numpy(y))
