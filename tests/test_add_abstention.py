@@ -198,6 +198,8 @@ def test_a_sigmoid_unit_becomes_two_classes(digits):
     inputs = keras.Input((8, 8, 1))
     hidden = layers.Dense(32, activation="relu")(layers.Flatten()(inputs))
     model = keras.Model(inputs, layers.Dense(1, activation="sigmoid")(hidden))
+    model.compile(keras.optimizers.Adam(1e-2), "binary_crossentropy")
+    model.fit(x[:500], y[:500] % 2, epochs=10, verbose=0)
     guarded = add_abstention(model, x[:500], y[:500] % 2, verbose=0)
     labels = guarded.predict(x[:500], verbose=0)[:, :2].argmax(axis=-1)
     assert np.mean(labels == y[:500] % 2) > 0.9
