@@ -196,9 +196,10 @@ def test_the_graph_decides_as_rules_and_functions_do(deployed):
     _, _, expected, outside = deployed
     for name, labels in outside.items():
         np.testing.assert_array_equal(expected[name], labels)
-        # There is something to decide, and the unknown are rejected more.
+        # There is something to decide, and the unknown are rejected more. All
+        # of them may be: the fitted score is that good.
         rejected = expected[name] == -1
-        assert 0 < rejected[:500].mean() < rejected[500:].mean() < 1
+        assert 0 < rejected[:500].mean() < rejected[500:].mean()
 
 
 @pytest.mark.parametrize("export", FORMATS, ids=lambda f: f.__name__)

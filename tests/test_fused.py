@@ -130,7 +130,9 @@ def test_a_far_background_and_its_gradients_are_those_of_the_formulas(
     def by_the_formula(x, centroids, gamma, bias):
         norm = geometry.mean_square(x)
         logits = plain_scores(x, centroids, gamma, bias)[..., :3]
-        top = ops.max(logits, axis=-1, keepdims=True)
+        top = ops.take_along_axis(
+            logits, ops.argmax(logits, axis=-1, keepdims=True), axis=-1
+        )
         near = ops.exp(ops.ones_like(norm) * bias)
         far = ops.exp(
             (1 - far_scale) * top + far_scale * (0.5 * gamma * norm + far_bias)

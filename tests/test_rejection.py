@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import packed, to_numpy
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import keras_halo
@@ -391,6 +391,34 @@ def test_constant_scores_are_accepted_together_or_refused_together():
     assert rule.fit(constant, errors=few).predict(constant).coverage == 1.0
     with pytest.raises(ValueError, match="No threshold keeps the risk"):
         rule.fit(constant, errors=many)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    scores=st.lists(
+        st.sampled_from([-2.0, 0.0, 1.0, 1.0 + 1e-7, 3.0, 1e6]),
+        min_size=20,
+        max_size=60,
+    ),
+    fdr=st.booleans(),
+)
+def test_p_values_stay_where_rounding_moves_ties(scores, fdr):
+    # Scores that are all zero have no size of rounding.
+    assume(any(scores))
+    rule = ConformalRule(0.1, None, fdr=fdr).fit(scores)
+    scores = np.sort(scores)
+    moved = np.nextafter(scores.astype("float32"), np.float32(np.inf))
+    moved = moved.astype("float64")
+    # A neighbour that is nearer than rounding leaves half of the gap.
+    near = scores == 1.0
+    moved[near] = np.minimum(moved[near], 1.0 + 4e-8)
+    np.testing.assert_array_equal(rule.p_values(moved), rule.p_values(scores))
+    np.testing.assert_array_equal(
+        rule.predict(moved).accepted, rule.predict(scores).accepted
+    )
+    if not fdr:
+        accepted = rule.p_values(moved) > 0.1
+        np.testing.assert_array_equal(rule.predict(moved).accepted, accepted)
 
 
 def test_order_of_equal_scores_does_not_hide_their_errors():

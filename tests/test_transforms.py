@@ -14,7 +14,8 @@ from helpers import (
 )
 from keras import ops
 
-from keras_halo import HALODense, HALOLoss, HALOSimilarity
+import keras_halo
+from keras_halo import HALODense, HALOLoss, HALOSimilarity, layers
 from keras_halo.ops import plain_gradients
 
 BACKEND = keras.backend.backend()
@@ -330,3 +331,64 @@ def test_sparse_inputs(head):
     inputs = keras.Input((6,), sparse=True)
     model = keras.Model(inputs, HEADS[head](3)(inputs))
     np.testing.assert_allclose(model(x), model(dense), rtol=1e-5)
+
+
+# Casting by the surroundings ------------------------------------------------
+
+
+# The compiler of PyTorch warns of how Keras makes gradients.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch alone")
+@pytest.mark.parametrize("device_dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_of_torch_ends_at_the_head(device_dtype, compiled):
+    import torch
+
+    features = np.random.default_rng(0).normal(size=(4, 5, 5, 3))
+    features = ops.convert_to_tensor(features.astype("float32"))
+    inputs = keras.Input((5, 5, 3))
+    blocks = layers.BlockFeatures()([inputs])
+    scores = HALODense(3)(blocks)
+    model = keras.Model(
+        inputs,
+        [
+            blocks,
+            layers.FeatureNormalization()(blocks),
+            scores,
+            HALODense.reference(3)(blocks),
+            HALOSimilarity()([blocks, blocks]),
+            keras_halo.HALOSoftmax()(scores),
+            layers.OODScore()(scores),
+            layers.Decision()(scores),
+        ],
+    )
+    # Neither the identity nor a cold head: rounding has to show.
+    for weight in model.trainable_weights:
+        weight.assign(
+            np.random.default_rng(1).normal(scale=0.3, size=weight.shape)
+        )
+    call = torch.compile(model, backend="eager") if compiled else model
+    labels = ops.convert_to_tensor([0, 1, 2, 0])
+    kernels = [weight.value for weight in model.trainable_weights]
+
+    def answers(surroundings):
+        with surroundings:
+            outputs = call(features)
+            losses = [HALOLoss()(labels, outputs[i]) for i in (2, 3)]
+        # Outside, as PyTorch demands.
+        gradients = torch.autograd.grad(sum(losses), kernels, allow_unused=True)
+        return [*outputs, *losses, *(g for g in gradients if g is not None)]
+
+    expected = answers(contextlib.nullcontext())
+    casting = torch.autocast("cpu", dtype=getattr(torch, device_dtype))
+    found = answers(casting)
+    with casting:
+        # It is on: products of others are rounded.
+        product = features[0, 0] @ features[0, 0].T
+    assert str(product.dtype) == f"torch.{device_dtype}"
+    assert len(expected) >= 12
+    for a, b in zip(expected, found, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(
+            to_numpy(a.detach()), to_numpy(b.detach())
+        )

@@ -5,9 +5,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_halo.layers.precise_layer import PreciseLayer
 from keras_halo.ops import geometry
 from keras_halo.utils.checks import as_boolean, check_floating
-from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.shapes import axis_length
 from keras_halo.utils.types import Shape, Tensor
 
@@ -138,7 +138,7 @@ def direction_and_length(vectors):
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
-class BlockFeatures(keras.layers.Layer):
+class BlockFeatures(PreciseLayer):
     """What several layers of a network say, direction and length of each.
 
     The last features of a classifier keep what tells its classes apart and
@@ -217,8 +217,6 @@ class BlockFeatures(keras.layers.Layer):
             )
         places = as_boolean(places, "places")
         super().__init__(**kwargs)
-        # Squares and logarithms lose their digits in 16 bits: cast in `call`.
-        self.autocast = False
         self.places = places
         self.data_format = data_format
         self.supports_masking = True
@@ -234,11 +232,6 @@ class BlockFeatures(keras.layers.Layer):
         ]
         self.input_spec = specs if _is_list(input_shape) else specs[0]
         self.built = True
-
-    @property
-    def head_dtype(self) -> str:
-        """String, the dtype in which the layer computes and answers."""
-        return computation_dtype(self.compute_dtype)
 
     def call(self, inputs: Tensor, mask: Tensor = None) -> Tensor:
         shapes = [x.shape for x in _as_list(inputs)]

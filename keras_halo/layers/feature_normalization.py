@@ -3,13 +3,13 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_halo.layers.precise_layer import PreciseLayer
 from keras_halo.ops import fused, geometry
-from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.types import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
-class FeatureNormalization(keras.layers.Layer):
+class FeatureNormalization(PreciseLayer):
     """Divides features by their mean magnitude, as `HALODense` does.
 
     Stands before an embedding that has been taken out of a head, where
@@ -37,13 +37,7 @@ class FeatureNormalization(keras.layers.Layer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.autocast = False
         self.supports_masking = True
-
-    @property
-    def head_dtype(self) -> str:
-        """String, the dtype in which the layer computes and answers."""
-        return computation_dtype(self.compute_dtype)
 
     def build(self, input_shape: Shape) -> None:
         self.built = True

@@ -2,22 +2,22 @@ from typing import Any
 
 import keras
 
+from keras_halo.layers.precise_layer import PreciseLayer
 from keras_halo.ops.packing import (
     NUM_EXTRA_COLUMNS,
     OLD_EXTRA_COLUMNS,
     check_precision,
 )
-from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.types import Tensor
 
 _MARK = "packed_columns"
 
 
-class ScoreLayer(keras.layers.Layer):
+class ScoreLayer(PreciseLayer):
     """Base of the layers that read packed scores.
 
-    Packed scores do not survive a cast to 16 bits, so that such a layer casts
-    them by itself, to the dtype of the head.
+    Packed scores do not survive a cast to 16 bits: those that come in 16 bits
+    are refused.
 
     Files of keras_halo 0.1.0 say that the layer was built for packed scores
     with two columns fewer. They are built for what their head emits now.
@@ -31,15 +31,6 @@ class ScoreLayer(keras.layers.Layer):
 
     # The place of packed scores among the arguments of a call.
     _SCORES_AT = 0
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.autocast = False
-
-    @property
-    def head_dtype(self) -> str:
-        """String, the dtype in which the layer computes and answers."""
-        return computation_dtype(self.compute_dtype)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         scores = kwargs.get("scores")

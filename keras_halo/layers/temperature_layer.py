@@ -1,19 +1,19 @@
 from typing import Any, Self
 
-import keras
 import numpy as np
 from keras import ops
 
+from keras_halo.layers.precise_layer import PreciseLayer
 from keras_halo.ops import geometry
 from keras_halo.utils.checks import as_boolean, as_number
-from keras_halo.utils.precision import computation_dtype, exact_constant
+from keras_halo.utils.precision import exact_constant
 from keras_halo.utils.types import Tensor
 
 # What marks weights whose `raw_gamma` is zero at the start of training.
 _MARK = "raw_gamma_origin"
 
 
-class TemperatureLayer(keras.layers.Layer):
+class TemperatureLayer(PreciseLayer):
     """Base of the layers that own the inverse temperature of the distances.
 
     The weight is kept relative to where training starts: at zero the inverse
@@ -39,16 +39,9 @@ class TemperatureLayer(keras.layers.Layer):
     def __init__(self, learn_gamma: bool = True, **kwargs: Any) -> None:
         learn_gamma = as_boolean(learn_gamma, "learn_gamma")
         super().__init__(**kwargs)
-        # Inputs and weights are cast in `call`, never down to 16 bits.
-        self.autocast = False
         self.learn_gamma = learn_gamma
         self.layout_version = self.VERSION
         self.gamma_origin = 0.0
-
-    @property
-    def head_dtype(self) -> str:
-        """String, the dtype in which the layer computes and answers."""
-        return computation_dtype(self.compute_dtype)
 
     @property
     def temperature(self) -> Tensor:

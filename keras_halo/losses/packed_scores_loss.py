@@ -12,8 +12,8 @@ from keras_halo.utils.checks import (
     check_label_smoothing,
 )
 from keras_halo.utils.keras_private import mask_of
-from keras_halo.utils.precision import computation_dtype
-from keras_halo.utils.types import DType
+from keras_halo.utils.precision import computation_dtype, full_precision
+from keras_halo.utils.types import DType, Tensor
 
 
 class PackedScoresLoss(keras.losses.Loss):
@@ -53,6 +53,12 @@ class PackedScoresLoss(keras.losses.Loss):
         self.label_smoothing = label_smoothing
         self.distill = distill
         self.radial_weight = radial_weight
+
+    def __call__(
+        self, y_true: Any, y_pred: Tensor, sample_weight: Any = None
+    ) -> Tensor:
+        with full_precision():
+            return super().__call__(y_true, y_pred, sample_weight)
 
     def get_config(self) -> dict[str, Any]:
         return {

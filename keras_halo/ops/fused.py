@@ -21,6 +21,8 @@ further inputs without gradients: those of the embeddings and of the centroids
 account for them.
 """
 
+import functools
+
 import keras
 from keras import ops
 
@@ -271,13 +273,13 @@ def _far_logit(parts, top, far_bias, far_scale):
     return top + far_scale * (far - top)
 
 
-def _with_far_forward(scores, far_bias, far_scale):
+def _with_far_forward(
+    scores, far_bias, far_scale, best_of_rows=geometry.max_of_rows
+):
     parts = packing.unpack(scores)
     # Where the background begins is a constant for gradients.
     gamma = ops.stop_gradient(parts.temperature)
-    far = _far_logit(
-        parts, geometry.max_of_rows(parts.logits), far_bias, far_scale
-    )
+    far = _far_logit(parts, best_of_rows(parts.logits), far_bias, far_scale)
     return packing.with_abstaining(
         scores,
         abstain_logit=geometry.log_add_exp(parts.abstain_logit, far),
@@ -312,7 +314,9 @@ def _with_far_backward(inputs, upstream):
 
 
 _with_far_background = with_gradient(
-    _with_far_forward, _with_far_backward, _with_far_forward
+    _with_far_forward,
+    _with_far_backward,
+    functools.partial(_with_far_forward, best_of_rows=geometry.best_of_rows),
 )
 
 

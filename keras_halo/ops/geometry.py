@@ -636,6 +636,69 @@ def max_of_rows(matrix: Tensor) -> Tensor:
     return ops.max(matrix, axis=-1, keepdims=True)
 
 
+def best_of_rows(matrix: Tensor) -> Tensor:
+    """The largest entry of each row, for what the backend differentiates.
+
+    The gradient of a maximum goes to the entries that equal it. A compiler may
+    compute both anew for that, and round them otherwise: no entry is equal
+    then, and the gradient is infinite. That of a position cannot fail so.
+
+    Formula:
+
+    ```python
+    matrix[i, argmax(matrix[i])]
+    ```
+
+    Args:
+        matrix: Tensor of shape `(..., K)`.
+
+    Returns:
+        Tensor of shape `(..., 1)`. The gradient goes to the first of equals.
+
+    Example:
+
+    >>> ops.convert_to_numpy(best_of_rows(ops.array([[1.0, 3.0]]))).tolist()
+    [[3.0]]
+    """
+    best = ops.stop_gradient(ops.max(matrix, axis=-1, keepdims=True))
+    picked = ops.sum(
+        ops.where(
+            is_best_of_rows(matrix), matrix - ops.stop_gradient(matrix), 0.0
+        ),
+        axis=-1,
+        keepdims=True,
+    )
+    # Not the value that was picked: with NaN in a row, it may be another.
+    return best + picked
+
+
+def is_best_of_rows(matrix: Tensor) -> Tensor:
+    """Where the largest entry of each row is; the first of equals.
+
+    Formula:
+
+    ```python
+    arange(K) == argmax(matrix, axis=-1)
+    ```
+
+    Args:
+        matrix: Tensor of shape `(..., K)`.
+
+    Returns:
+        Boolean tensor of shape `(..., K)`, true once in each row.
+
+    Example:
+
+    >>> is_best = is_best_of_rows(ops.array([[1.0, 3.0, 3.0]]))
+    >>> ops.convert_to_numpy(is_best).tolist()
+    [[False, True, False]]
+    """
+    winner = ops.argmax(ops.stop_gradient(matrix), axis=-1, keepdims=True)
+    # As many as there are, also where a graph does not know.
+    positions = ops.arange(0, ops.shape(matrix)[-1], dtype="int32")
+    return ops.equal(positions, ops.cast(winner, "int32"))
+
+
 def bounded(x: Tensor, lower: float, upper: float) -> Tensor:
     """A new tensor of the numbers of `x`, none outside of `[lower, upper]`.
 

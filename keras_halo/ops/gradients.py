@@ -13,6 +13,7 @@ import keras
 from keras import ops
 
 from keras_halo.utils.keras_private import in_torch_transform
+from keras_halo.utils.precision import full_precision
 
 # One entry for every open scope. No context variable, which `torch.compile`
 # cannot trace; in another thread a scope changes no number.
@@ -88,7 +89,8 @@ def with_gradient(function, gradient, plain):
         def backward(*args, upstream=None):
             # PyTorch passes the inputs on, the others pass upstream alone.
             if upstream is not None:
-                return gradient(args, upstream)
+                with full_precision():
+                    return gradient(args, upstream)
             (upstream,) = args
             if hasattr(upstream, "dense_shape"):
                 # On TensorFlow what gathers rows passes the gradient of these

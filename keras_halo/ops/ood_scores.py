@@ -217,13 +217,15 @@ def _radius(scores):
 def _energy(scores):
     gamma = packing.unpack(scores).temperature
     radii = class_radii(scores)
-    nearest = ops.min(radii, axis=-1, keepdims=True)
+    nearest = -geometry.best_of_rows(-radii)
     # Not a bare logsumexp: a compiler that fuses the product with gamma into
     # its subtraction of the maximum makes exp overflow at large radii.
-    gaps = ops.relu(radii - nearest)
-    crowding = ops.log(
-        ops.sum(ops.exp(-(gamma * gaps)), axis=-1, keepdims=True)
+    others = ops.where(
+        geometry.is_best_of_rows(-radii),
+        0.0,
+        ops.exp(-(gamma * ops.relu(radii - nearest))),
     )
+    crowding = ops.log1p(ops.sum(others, axis=-1, keepdims=True))
     return gamma * nearest - crowding
 
 
@@ -233,19 +235,19 @@ def _max_probability(scores):
     best = ops.expand_dims(packing.best_class(scores), axis=-1)
     is_best = ops.equal(ops.arange(0, logits.shape[-1], dtype="int32"), best)
     others = _logsumexp(ops.where(is_best, -math.inf, logits))
-    return ops.softplus(others - ops.max(classes, axis=-1, keepdims=True))
+    return ops.softplus(others - geometry.best_of_rows(classes))
 
 
 def _max_logit(scores):
     logits = packing.unpack(scores).logits
-    return -ops.max(logits, axis=-1, keepdims=True)
+    return -geometry.best_of_rows(logits)
 
 
 def _gap(scores):
     parts = packing.unpack(scores)
     logits = parts.logits
     mean = ops.sum(logits, axis=-1, keepdims=True) / logits.shape[-1]
-    gap = ops.max(logits, axis=-1, keepdims=True) - mean
+    gap = geometry.best_of_rows(logits) - mean
     # A floor under the root: its slope at zero is infinite.
     norm = ops.sqrt(parts.squared_norm + _MIN_SQUARED_NORM)
     return gap / -(parts.temperature * norm)

@@ -121,11 +121,13 @@ def conformal_p_values(scores, calibration_scores):
     Formula:
 
     ```python
-    p(s) = (1 + #{i : calibration_scores[i] >= s}) / (n + 1)
+    p(s) = (1 + #{i : raised(calibration_scores)[i] >= s}) / (n + 1)
     ```
 
     For a new known input `P(p <= alpha) <= alpha` at every `alpha`, whatever
-    the distribution of scores.
+    the distribution of scores. Calibration scores are raised as
+    `threshold_above` raises the threshold, so that `p > alpha` exactly where
+    a score is at most that threshold.
 
     Args:
         scores: Array of any shape.
@@ -144,6 +146,7 @@ def conformal_p_values(scores, calibration_scores):
     - Vladimir Vovk, Alex Gammerman, Glenn Shafer, Algorithmic Learning in a
       Random World, 2005.
     """
+    calibration_scores = _raised(calibration_scores)
     below = np.searchsorted(calibration_scores, scores, side="left")
     n = len(calibration_scores)
     return (1.0 + (n - below)) / (n + 1.0)
@@ -180,14 +183,28 @@ def threshold_above(largest, scores):
     2.0000005
     """
     above = scores[scores > largest]
-    margin = _SCORE_ROUNDING * max(abs(largest), _mean_magnitude(scores))
-    if above.size:
-        margin = min(margin, (float(above.min()) - largest) / 2.0)
-    threshold = largest + margin
+    following = float(above.min()) if above.size else np.inf
+    return float(_raise(largest, following, _mean_magnitude(scores)))
+
+
+def _raised(scores):
+    """All scores of a sorted vector, as `threshold_above` raises each."""
+    distinct, inverse = np.unique(scores, return_inverse=True)
+    following = np.append(distinct[1:], np.inf)
+    return _raise(distinct, following, _mean_magnitude(scores))[inverse]
+
+
+def _raise(scores, following, mean_magnitude):
+    """Scores, raised into the gaps to those that follow."""
+    with np.errstate(over="ignore"):
+        margins = np.minimum(
+            _SCORE_ROUNDING * np.maximum(np.abs(scores), mean_magnitude),
+            (following - scores) / 2.0,
+        )
+        raised = scores + margins
     # Neighbours in float64 leave no room, nor does its largest number.
-    if not np.isfinite(threshold) or (above.size and threshold >= above.min()):
-        return largest
-    return threshold
+    fits = np.isfinite(raised) & (raised < following)
+    return np.where(fits, raised, scores)
 
 
 def _mean_magnitude(scores):

@@ -33,7 +33,9 @@ class ConformalRule(RejectionRule):
     fewer than `B / (alpha * (n + 1))` outliers has all of them accepted:
     calibrate on several times `B / alpha` samples to find single ones. The
     control of false discoveries is proved for scores without ties; ties only
-    make p-values larger.
+    make p-values larger. So does rounding: a calibration score counts as
+    higher where it is lower by less than another batch size or compiler may
+    move it.
 
     Formula:
 

@@ -1,5 +1,8 @@
 """The one rule about number formats: the head never computes below float32."""
 
+import contextlib
+import sys
+
 import keras
 import numpy as np
 from keras import ops
@@ -28,6 +31,35 @@ def computation_dtype(dtype):
     if keras.backend.standardize_dtype(dtype) == "float64":
         return "float64"
     return "float32"
+
+
+# The kinds of devices that PyTorch casts for.
+_TORCH_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+@contextlib.contextmanager
+def full_precision():
+    """Scope in which `torch.autocast` casts nothing.
+
+    Around a model it would have products of float32 computed in 16 bits.
+
+    Returns:
+        A context manager.
+
+    Example:
+
+    >>> with full_precision():
+    ...     x = ops.matmul(np.eye(2), np.ones((2, 1)))
+    >>> x.shape
+    (2, 1)
+    """
+    with contextlib.ExitStack() as scopes:
+        if keras.backend.backend() == "torch":
+            torch = sys.modules["torch"]
+            for device in _TORCH_DEVICES:
+                if torch.is_autocast_enabled(device):
+                    scopes.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def exact_constant(value):
