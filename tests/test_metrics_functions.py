@@ -3,6 +3,7 @@
 import itertools
 import math
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -564,3 +565,36 @@ def test_so_many_classes_that_their_square_fits_no_memory():
     assert metrics.negative_log_likelihood([7, 7], p) == pytest.approx(
         math.log(2.0)
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    ["brier_score", "negative_log_likelihood", "expected_calibration_error"],
+)
+def test_calibration_of_a_large_set_takes_less_memory_than_the_set(
+    name, soft, dtype
+):
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.full(500, 0.1), size=20_000).astype(dtype)
+    labels = p[::-1] if soft else rng.integers(0, 500, size=len(p))
+    tracemalloc.start()
+    value = getattr(metrics, name)(labels, p)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Labels of the same size are checked and counted besides.
+    assert peak < (2.5 if soft else 1.0) * p.nbytes
+    # As one whole in float64.
+    y = labels if soft else np.eye(500)[labels]
+    y, p = y.astype("float64"), p.astype("float64")
+    if name == "brier_score":
+        expected = ((p - y) ** 2).sum(axis=-1).mean()
+    elif name == "negative_log_likelihood":
+        logarithms = np.log(np.maximum(p, np.finfo("float32").tiny))
+        expected = -(y * logarithms).sum(axis=-1).mean()
+    else:
+        bins = metrics.reliability_bins(labels, p)
+        gaps = np.abs(bins.accuracy - bins.confidence)[bins.count > 0]
+        expected = (gaps * bins.count[bins.count > 0]).sum() / len(p)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)

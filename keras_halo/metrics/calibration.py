@@ -12,7 +12,7 @@ import collections
 import numpy as np
 
 from keras_halo.ops.labels import read_labels
-from keras_halo.utils.checks import as_integer, check_finite, to_array
+from keras_halo.utils.checks import as_integer, check_finite, number_array
 from keras_halo.utils.types import Array, ArrayLike
 
 # The smallest normal float32: about what a float32 model can output at all.
@@ -20,6 +20,9 @@ PROBABILITY_FLOOR = float(np.finfo("float32").tiny)
 
 # How far rounding, also that of 16-bit models, may take a sum from one.
 _TOLERANCE = 1e-2
+
+# Numbers that are in float64 at a time.
+_BLOCK_SIZE = 2**20
 
 ReliabilityBins = collections.namedtuple(
     "ReliabilityBins", ["confidence", "accuracy", "count", "edges"]
@@ -85,7 +88,7 @@ def renormalize(probabilities: ArrayLike) -> Array:
     >>> renormalize([[0.75, 0.0], [0.0, 0.0]]).tolist()
     [[1.0, 0.0], [0.5, 0.5]]
     """
-    probabilities = _checked_probabilities(probabilities)
+    probabilities = _checked_probabilities(probabilities).astype("float64")
     largest = probabilities.max(axis=-1, keepdims=True)
     empty = largest == 0.0
     # Dividing by the largest first keeps sums of denormal numbers exact.
@@ -138,7 +141,11 @@ def reliability_bins(
     edges = bin_edges(num_bins)
     predicted = probabilities.argmax(axis=-1)[:, None]
     confidence = np.take_along_axis(probabilities, predicted, axis=-1)[:, 0]
-    accuracy = np.take_along_axis(labels, predicted, axis=-1)[:, 0]
+    confidence = confidence.astype("float64")
+    if labels.ndim > 1:
+        accuracy = np.take_along_axis(labels, predicted, axis=-1)[:, 0]
+    else:
+        accuracy = predicted[:, 0] == labels
     index = np.searchsorted(edges[1:-1], confidence, side="right")
     count = np.bincount(index, minlength=num_bins)
 
@@ -227,8 +234,9 @@ def brier_score(labels: ArrayLike, probabilities: ArrayLike) -> float:
     - Glenn W. Brier, Verification of forecasts expressed in terms of
       probability, 1950.
     """
-    labels, probabilities = _checked(labels, probabilities)
-    return float(np.mean(np.sum((probabilities - labels) ** 2, axis=-1)))
+    return _mean_of_rows(
+        lambda y, p: np.sum((p - y) ** 2, axis=-1), labels, probabilities
+    )
 
 
 def negative_log_likelihood(
@@ -265,13 +273,47 @@ def negative_log_likelihood(
     >>> round(negative_log_likelihood([1], [[1.0, 0.0]]), 1)
     87.3
     """
+    return _mean_of_rows(
+        lambda y, p: (
+            -np.sum(y * np.log(np.maximum(p, PROBABILITY_FLOOR)), axis=-1)
+        ),
+        labels,
+        probabilities,
+    )
+
+
+def _mean_of_rows(of_rows, labels, probabilities):
+    """Mean of a function of label distributions and probabilities.
+
+    In blocks: in float64 the whole set would take many times its size.
+    """
     labels, probabilities = _checked(labels, probabilities)
-    logarithms = np.log(np.maximum(probabilities, PROBABILITY_FLOOR))
-    return float(np.mean(-np.sum(labels * logarithms, axis=-1)))
+    total = 0.0
+    for rows in _blocks_of_rows(probabilities):
+        values = probabilities[rows].astype("float64")
+        total += float(
+            of_rows(_distribution(labels[rows], values), values).sum()
+        )
+    return total / len(probabilities)
+
+
+def _blocks_of_rows(matrix):
+    size = max(1, _BLOCK_SIZE // matrix.shape[1])
+    for start in range(0, len(matrix), size):
+        yield slice(start, start + size)
+
+
+def _distribution(labels, probabilities):
+    """Labels as a distribution of the shape of the probabilities."""
+    if labels.ndim > 1:
+        return labels.astype("float64")
+    one_hot = np.zeros_like(probabilities)
+    one_hot[np.arange(len(labels)), labels] = 1.0
+    return one_hot
 
 
 def _checked(labels, probabilities):
-    """Labels as a distribution of shape `(N, K)`, and the probabilities."""
+    """Integer labels or distributions, and the probabilities, as they are."""
     probabilities = _checked_probabilities(probabilities)
     num_samples, num_classes = probabilities.shape
     labels = read_labels(
@@ -282,14 +324,11 @@ def _checked(labels, probabilities):
     )
     if labels.ndim > 1:
         _check_no_zeros(labels)
-        return labels.astype("float64"), probabilities
-    one_hot = np.zeros_like(probabilities)
-    one_hot[np.arange(num_samples), labels] = 1.0
-    return one_hot, probabilities
+    return labels, probabilities
 
 
 def _checked_probabilities(probabilities):
-    probabilities = to_array(probabilities, "probabilities")
+    probabilities = number_array(probabilities, "probabilities")
     if (
         probabilities.ndim != 2
         or probabilities.shape[0] < 1
@@ -301,8 +340,8 @@ def _checked_probabilities(probabilities):
             "Write a single column p of class 1 as `np.stack([1 - p, p], -1)`."
         )
     check_finite(probabilities, "probabilities")
-    wrong = (probabilities < 0.0).any(axis=-1) | (
-        probabilities.sum(axis=-1) > 1.0 + _TOLERANCE
+    wrong = (probabilities.min(axis=-1) < 0.0) | (
+        probabilities.sum(axis=-1, dtype="float64") > 1.0 + _TOLERANCE
     )
     if wrong.any():
         raise ValueError(
