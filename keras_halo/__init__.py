@@ -27,7 +27,9 @@ from keras_halo.workflows import (
     decode_predictions,
     evaluate_ood,
     fit_class_gaussians,
+    guard,
     pair_log_odds,
+    read_certificate,
 )
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "decode_predictions",
     "evaluate_ood",
     "fit_class_gaussians",
+    "guard",
     "layers",
     "losses",
     "metrics",
@@ -58,6 +61,7 @@ __all__ = [
     "pair_labels",
     "pair_log_odds",
     "plots",
+    "read_certificate",
     "rejection",
     "workflows",
 ]

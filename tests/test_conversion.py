@@ -520,3 +520,25 @@ def test_what_cannot_be_converted_is_refused(digits, trained):
         convert_head(trained, x, y, label_smoothing=2.0)
     with pytest.raises(ValueError, match="the same to rounding"):
         convert_head(linear, np.ones_like(x), y)
+
+
+@pytest.mark.parametrize(
+    "convert", [keras_halo.convert_head, keras_halo.add_abstention]
+)
+def test_a_preprocessor_that_is_left_behind_is_named(convert):
+    class Task(keras.Model):
+        """As those of KerasHub: a graph, and what comes before it."""
+
+        def __init__(self):
+            inputs = keras.Input((4,))
+            features = keras.layers.Dense(8, activation="relu")(inputs)
+            super().__init__(inputs, keras.layers.Dense(3)(features))
+            self.preprocessor = keras.layers.Rescaling(1 / 255.0)
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 4)).astype("float32"), np.arange(60) % 3
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convert(Task(), x, y, verbose=0)
+    messages = [str(w.message) for w in caught]
+    assert any("model.preprocessor(x)" in message for message in messages)

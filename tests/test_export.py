@@ -245,6 +245,31 @@ def test_a_head_on_the_features_of_all_blocks(export, tmp_path):
         np.testing.assert_array_equal(outputs[0][:, -2:], expected[0][:n, -2:])
 
 
+@pytest.mark.parametrize("export", FORMATS, ids=lambda f: f.__name__)
+def test_a_guarded_model_decides_alike_outside(export, tmp_path):
+    model = train("float32")
+    x, y, x_new = digits()
+    rule = CoverageRule(0.9).fit(model.predict(x, verbose=0), y)
+    guarded = keras_halo.guard(model, rule)
+    guarded(x_new[:1])
+    expected = guarded.predict(x_new, verbose=0)
+    run = export(guarded, tmp_path)
+    outputs = run(x_new)
+    if isinstance(outputs, dict):
+        outputs = [outputs[name] for name in sorted(expected)]
+    # A format without names keeps the order of the alphabet.
+    for name, output in zip(sorted(expected), outputs, strict=True):
+        output = to_numpy(output)
+        if name == "label":
+            np.testing.assert_array_equal(output, expected[name])
+        else:
+            np.testing.assert_allclose(
+                output, expected[name], rtol=1e-4, atol=1e-4, err_msg=name
+            )
+    rejected = expected["label"] == -1
+    assert rejected[:500].mean() < 0.5 < rejected[500:].mean()
+
+
 @pytest.fixture(scope="module")
 def deployed_float16():
     return with_decisions(train("mixed_float16"))

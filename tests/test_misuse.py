@@ -400,6 +400,11 @@ CALLS = {
             "max_features": INTEGER,
         },
     ),
+    "guard": (
+        workflows.guard,
+        {"model": ..., "rule": ...},
+        {"model": MODEL, "rule": {**ANYTHING, "none": None}},
+    ),
     "decode_predictions": (
         workflows.decode_predictions,
         {"scores": ...},
@@ -438,6 +443,11 @@ CALLS = {
             "threshold": optional(NUMBERS),
             "method": METHOD,
         },
+    ),
+    "Guard": (
+        layers.Guard,
+        {"certificate": ...},
+        {"certificate": {**ANYTHING, "none": None, "empty": {}}},
     ),
     "OODScore": (layers.OODScore, {}, {"method": METHOD}),
     "FeatureNormalization": (layers.FeatureNormalization, {}, {}),
@@ -664,6 +674,7 @@ CALLS = {
         {"path": PATH},
     ),
     "load_rule": (rejection.load_rule, None, {"path": PATH}),
+    "read_certificate": (workflows.read_certificate, None, {"source": PATH}),
     "upgrade_scores": (
         keras_halo.ops.packing.upgrade_scores,
         None,
@@ -716,7 +727,14 @@ def call(request, model, packed):
     ):
         pytest.importorskip("matplotlib", reason="needs matplotlib")
     function, good, cases = CALLS[request.param]
-    made = {"model": model, "y_pred": packed, "scores": packed}
+    rule = rejection.CoverageRule().fit(packed)
+    made = {
+        "model": model,
+        "y_pred": packed,
+        "scores": packed,
+        "rule": rule,
+        "certificate": rule.certificate(),
+    }
     if good is not None:
         good = {k: made[k] if v is ... else v for k, v in good.items()}
     return function, good, cases

@@ -96,6 +96,9 @@ number: int = len(decisions)
 decision: layers.Decision = rule.to_layer(name="label")
 text: str = rule.summary() + rule.guarantee
 threshold: float = rule.threshold
+guarded: keras.Model = keras_halo.guard(model, rule)
+guarantee: object = keras_halo.read_certificate("guarded.keras")["guarantee"]
+guard_layer = layers.Guard(rule.certificate())
 bound: float = rule.coverage_bound(delta=0.05)
 rule.save("rule.json")
 loaded: rejection.RejectionRule = rejection.load_rule("rule.json")
@@ -184,8 +187,10 @@ ops.packing.check_packed(scores, argument="scores")
 guarded: keras.Model = keras_halo.add_abstention(model, x, y, verbose=0)
 converted: keras.Model = keras_halo.convert_head(model, x, y, verbose=0)
 fitted: keras.Model = keras_halo.fit_class_gaussians(model, x, y, verbose=0)
-guarded_again = workflows.add_abstention(model, x, y)
+abstaining_again = workflows.add_abstention(model, x, y)
 converted_again = workflows.convert_head(model, x, y)
+guarded_twice = workflows.guard(model, rule)
+certificate = workflows.read_certificate(guarded_twice)
 fitted_again = workflows.fit_class_gaussians(model, x, y)
 workflows_again = (
     workflows.calibrate,

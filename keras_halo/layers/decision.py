@@ -11,7 +11,6 @@ from keras_halo.layers.score_layer import ScoreLayer
 from keras_halo.ops import ood_scores, packing
 from keras_halo.ops.labels import ABSTAINED
 from keras_halo.ops.model_output import FITTED
-from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.types import Shape, Tensor
 
 
@@ -149,11 +148,6 @@ class Decision(ScoreLayer):
                 f"`ood` of shape {tuple(ood_shape)}. Expected the shape "
                 f"{tuple(scores_shape[:-1])}."
             )
-
-    @property
-    def head_dtype(self) -> str:
-        """String, the dtype in which the layer compares."""
-        return computation_dtype(self.compute_dtype)
 
     def call(self, scores: Tensor, ood: Tensor = None) -> Tensor:
         scores, ood = self._both(scores, ood)

@@ -17,6 +17,10 @@ _ROUNDING = 1e-12
 
 _MAX_SAMPLES = 1e12
 
+# How many of the highest calibration scores a table of ranks has, and how many
+# of the others.
+_TABLE_SIZE = 128
+
 # By how much another batch size or compiler moves a score, relative to it. A
 # score is a difference of logits that are some tens of times as large.
 _SCORE_ROUNDING = 1e-5
@@ -150,6 +154,46 @@ def conformal_p_values(scores, calibration_scores):
     below = np.searchsorted(calibration_scores, scores, side="left")
     n = len(calibration_scores)
     return (1.0 + (n - below)) / (n + 1.0)
+
+
+def table_of_ranks(scores):
+    """Calibration scores as a short table that p-values are read from.
+
+    The highest scores stand in it each by itself, the others in groups at the
+    highest score of each. So the p-values of the table are never below those
+    of all scores, equal to them where they are small, and larger by less than
+    one in a hundred elsewhere.
+
+    Formula:
+
+    ```python
+    p(s) = (1 + sum(counts[entries >= s])) / (n + 1)
+    ```
+
+    Args:
+        scores: Vector of `n` calibration scores.
+
+    Returns:
+        Tuple: entries, an ascending vector of scores raised as
+        `threshold_above` raises them, and as many integers, the counts.
+
+    Example:
+
+    >>> entries, counts = table_of_ranks(np.array([1.0, 2.0, 2.0]))
+    >>> counts.tolist()
+    [1, 2]
+    >>> len(table_of_ranks(np.arange(1e5))[0])
+    256
+    """
+    raised = _raised(np.sort(scores))
+    n = len(raised)
+    lower = max(n - _TABLE_SIZE, 0)
+    steps = np.ceil(np.linspace(0, lower, min(lower, _TABLE_SIZE) + 1)[1:])
+    ends = np.concatenate([steps.astype(int), np.arange(lower, n) + 1])
+    # Entries that share a score become one.
+    entries, last = np.unique(raised[ends - 1][::-1], return_index=True)
+    ends = ends[::-1][last]
+    return entries, np.diff(ends, prepend=0)
 
 
 def threshold_above(largest, scores):

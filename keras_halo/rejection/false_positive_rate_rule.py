@@ -62,6 +62,7 @@ class FalsePositiveRateRule(RejectionRule):
 
     parameters = ("rate", "delta")
     sample_name = "outliers"
+    fitted_on_known = False
 
     def __init__(
         self,
@@ -141,6 +142,12 @@ class FalsePositiveRateRule(RejectionRule):
         return (
             f"With {percent(1.0 - self.delta)} confidence accepts at most "
             f"{percent(self.rate)} of outliers of the given kind."
+        )
+
+    def state_limits(self) -> str:
+        return (
+            "How many known inputs are accepted, and anything about outliers "
+            "of another kind."
         )
 
     def describe_calibration(self, calibration: Any) -> Iterator[str]:

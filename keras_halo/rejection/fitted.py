@@ -4,6 +4,7 @@ The classes check their values, because these also arrive from files.
 """
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -149,6 +150,36 @@ class CalibrationCounts:
             raise ValueError(f"its counts contradict each other: {self}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Calibration scores as a table; see `bounds.table_of_ranks`.
+
+    Args:
+        entries: List of ascending floats.
+        counts: List of as many positive integers.
+
+    Raises:
+        ValueError: If they are no such table.
+
+    Example:
+
+    >>> Ranks([1.0, 2.0], [3, 1]).counts
+    [3, 1]
+    """
+
+    entries: list
+    counts: list
+
+    def __post_init__(self):
+        if not (
+            len(self.entries) == len(self.counts) > 0
+            and all(_is_finite_float(entry) for entry in self.entries)
+            and all(a < b for a, b in itertools.pairwise(self.entries))
+            and all(type(c) is int and 0 < c < _MAX_COUNT for c in self.counts)
+        ):
+            raise ValueError("its ranks are no table of scores and counts")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fitted:
     """All that a rule learned.
@@ -159,10 +190,12 @@ class Fitted:
         fingerprint: `Fingerprint` of the head, `None` for plain scores.
         scores: Sorted array of all calibration scores, if the rule needs them,
             or `None`.
+        ranks: `Ranks`, `None` where the samples are outliers or the rule comes
+            from a file of keras_halo 0.1.0.
 
     Raises:
-        ValueError: If the threshold or a score is not finite, or the scores
-            are not sorted or not as many as the samples.
+        ValueError: If the threshold or a score is not finite, the scores are
+            not sorted or not as many as the samples, or the ranks are not.
 
     Example:
 
@@ -174,8 +207,11 @@ class Fitted:
     calibration: CalibrationCounts
     fingerprint: Fingerprint | None
     scores: np.ndarray | None = None
+    ranks: Ranks | None = None
 
     def __post_init__(self):
+        if self.ranks and sum(self.ranks.counts) != self.calibration.samples:
+            raise ValueError("its ranks are not those of the samples")
         if not _is_finite_float(self.threshold):
             raise ValueError(
                 f"the threshold is no finite float: {self.threshold!r}"

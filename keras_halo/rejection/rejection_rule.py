@@ -7,9 +7,9 @@ import numpy as np
 from keras_halo.layers.decision import Decision
 from keras_halo.ops import ood_scores
 from keras_halo.ops.labels import ABSTAINED
-from keras_halo.rejection import storage
+from keras_halo.rejection import bounds, storage
 from keras_halo.rejection.decisions import Decisions
-from keras_halo.rejection.fitted import CalibrationCounts, Fitted
+from keras_halo.rejection.fitted import CalibrationCounts, Fitted, Ranks
 from keras_halo.rejection.readings import read_errors, read_scores
 from keras_halo.rejection.wording import share
 from keras_halo.utils.types import Array, ArrayLike, Scores
@@ -56,6 +56,8 @@ class RejectionRule:
         judges_singly: Boolean, whether an input is accepted exactly where its
             own score is at most the threshold. A rule that overrides `accepts`
             has to say. Defaults to `True`.
+        fitted_on_known: Boolean, whether the samples of `fit` are known
+            inputs, so that their scores give p-values. Defaults to `True`.
         keeps_scores: Boolean, whether all calibration scores are kept and
             saved, as `calibration_scores`. Defaults to `False`.
         sample_name: String, what the samples of `fit` are, in the words of
@@ -80,6 +82,7 @@ class RejectionRule:
 
     parameters = ()
     judges_singly = True
+    fitted_on_known = True
     keeps_scores = False
     sample_name = "known samples"
 
@@ -159,8 +162,12 @@ class RejectionRule:
             accepted=int((reading.scores <= threshold).sum()),
             **counts,
         )
+        ranks = None
+        if self.fitted_on_known:
+            entries, counts = bounds.table_of_ranks(reading.scores.ravel())
+            ranks = Ranks(entries.tolist(), counts.tolist())
         self._fitted = Fitted(
-            threshold, calibration, reading.fingerprint, scores
+            threshold, calibration, reading.fingerprint, scores, ranks
         )
 
     def restore(self, fitted: Any) -> None:
@@ -234,6 +241,11 @@ class RejectionRule:
         >>> np.array_equal(deployed.predict(x, verbose=0), labels)
         True
         """
+        self.require_judging_singly()
+        return Decision(self.threshold, self.method, **kwargs)
+
+    def require_judging_singly(self) -> None:
+        """Raises `ValueError` where a decision depends on other inputs."""
         if not self.judges_singly:
             raise ValueError(
                 f"What {self!r} decides depends on more than the score and the "
@@ -241,7 +253,23 @@ class RejectionRule:
                 "judges each input by itself. Use a rule that does too, or "
                 "`rule.predict` on what the exported model answers."
             )
-        return Decision(self.threshold, self.method, **kwargs)
+
+    def certificate(self) -> dict[str, Any]:
+        """Returns what the rule guarantees and learned.
+
+        It is what `save` writes, and what a model of `keras_halo.guard`
+        carries.
+
+        Returns:
+            Dictionary that JSON holds: `"rule"` and `"config"`, its
+            `"guarantee"` and `"limits"` in words, `"threshold"`,
+            `"calibration"` counts, the `"fingerprint"` of the head, a
+            `"checksum"`, and scores where the rule keeps them.
+
+        Raises:
+            ValueError: If the rule is not fitted, or its class not registered.
+        """
+        return storage.certificate(self, self._require_fitted())
 
     @property
     def threshold(self) -> float:
@@ -262,6 +290,11 @@ class RejectionRule:
             )
         return guarantee
 
+    @property
+    def limits(self) -> str:
+        """String, what the rule does not guarantee."""
+        return self.state_limits()
+
     def summary(self) -> str:
         """Describes the rule, its guarantee, and its calibration.
 
@@ -276,6 +309,7 @@ class RejectionRule:
             [
                 repr(self),
                 f"Guarantee: {self.guarantee}",
+                f"Not guaranteed: {self.limits}",
                 f"Calibration: {calibration.samples} {self.sample_name}, "
                 + ", ".join(self.describe_calibration(calibration))
                 + ".",
@@ -333,6 +367,17 @@ class RejectionRule:
         """
         raise NotImplementedError
 
+    def state_limits(self) -> str:
+        """Says what the rule does not guarantee; may be overridden.
+
+        Returns:
+            String, one or two sentences.
+        """
+        return (
+            "How many unknown inputs are rejected, and anything once inputs "
+            "differ from the calibration data."
+        )
+
     def accepts(self, scores: Array) -> Array:
         """Decides by scores; may be overridden.
 
@@ -372,8 +417,16 @@ class RejectionRule:
         fitted = self._require_fitted()
         reading = read_scores(scores, self.method, to_judge=True)
         if None not in (fitted.fingerprint, reading.fingerprint):
-            fitted.fingerprint.check_same(reading.fingerprint)
+            self.check_head(reading.fingerprint)
         return reading
+
+    def check_head(self, fingerprint: Any) -> None:
+        """Raises `ValueError` unless the rule was fitted on this head.
+
+        Args:
+            fingerprint: `keras_halo.rejection.fitted.Fingerprint`.
+        """
+        self._require_fitted().fingerprint.check_same(fingerprint)
 
     def _require_fitted(self):
         if self._fitted is None:

@@ -12,7 +12,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_halo.rejection.fitted import CalibrationCounts, Fingerprint, Fitted
+from keras_halo.rejection.fitted import (
+    CalibrationCounts,
+    Fingerprint,
+    Fitted,
+    Ranks,
+)
 
 FORMAT = "keras_halo.rejection"
 VERSION = 2
@@ -25,33 +30,7 @@ _WHAT_TO_DO = "Restore the file from a copy, or fit and save the rule again."
 
 def save(rule, fitted, path):
     """Writes a fitted rule; see `RejectionRule.save`."""
-    name = keras.saving.get_registered_name(type(rule))
-    if keras.saving.get_registered_object(name) is not type(rule):
-        raise ValueError(
-            f"The class {type(rule).__name__} is not registered, so that the "
-            "file could not be loaded. Decorate it with "
-            '`@keras.saving.register_keras_serializable(package="...")`.'
-        )
-    document = {
-        "format": FORMAT,
-        "version": VERSION,
-        "rule": name,
-        "config": rule.get_config(),
-        "guarantee": rule.guarantee,
-        "threshold": fitted.threshold,
-        "calibration": dataclasses.asdict(fitted.calibration),
-        "fingerprint": fitted.fingerprint
-        and dataclasses.asdict(fitted.fingerprint),
-        "scores": None if fitted.scores is None else fitted.scores.tolist(),
-    }
-    try:
-        document["checksum"] = _checksum(document)
-    except TypeError as error:
-        raise ValueError(
-            f"The arguments of {rule!r} cannot be saved: {error}. Expected "
-            "what JSON holds, such as a float in the place of a NumPy number."
-        ) from error
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    text = json.dumps(certificate(rule, fitted), indent=1) + "\n"
     _check_path(path)
     # A link stays one, and leads to the new content.
     path = pathlib.Path(os.path.realpath(path))
@@ -74,6 +53,39 @@ def save(rule, fitted, path):
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def certificate(rule, fitted):
+    """What a fitted rule guarantees and learned; see `RejectionRule`."""
+    name = keras.saving.get_registered_name(type(rule))
+    if keras.saving.get_registered_object(name) is not type(rule):
+        raise ValueError(
+            f"The class {type(rule).__name__} is not registered, so that the "
+            "file could not be loaded. Decorate it with "
+            '`@keras.saving.register_keras_serializable(package="...")`.'
+        )
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "rule": name,
+        "config": rule.get_config(),
+        "guarantee": rule.guarantee,
+        "limits": rule.limits,
+        "threshold": fitted.threshold,
+        "calibration": dataclasses.asdict(fitted.calibration),
+        "fingerprint": fitted.fingerprint
+        and dataclasses.asdict(fitted.fingerprint),
+        "scores": None if fitted.scores is None else fitted.scores.tolist(),
+        "ranks": fitted.ranks and dataclasses.asdict(fitted.ranks),
+    }
+    try:
+        document["checksum"] = _checksum(document)
+    except TypeError as error:
+        raise ValueError(
+            f"The arguments of {rule!r} cannot be saved: {error}. Expected "
+            "what JSON holds, such as a float in the place of a NumPy number."
+        ) from error
+    return document
 
 
 def load_rule(path: str | os.PathLike[str]) -> Any:
@@ -131,16 +143,7 @@ def load_rule(path: str | os.PathLike[str]) -> Any:
             f"reads versions {_OLDEST_VERSION} to {VERSION}. Install a newer "
             "keras-halo if the file was saved by one."
         )
-    try:
-        intact = document.pop("checksum", None) == _checksum(document)
-    except (ValueError, RecursionError):
-        # Nested, or integers with more digits, than any rule has.
-        intact = False
-    if not intact:
-        raise ValueError(
-            f"{path} was damaged or edited after it was saved: its content "
-            f"does not match its checksum. {_WHAT_TO_DO}"
-        )
+    check_intact(document, path)
     try:
         return _to_rule(document, version)
     except (
@@ -154,6 +157,26 @@ def load_rule(path: str | os.PathLike[str]) -> Any:
         raise ValueError(
             f"{path} holds no usable rejection rule: {error}. {_WHAT_TO_DO}"
         ) from error
+
+
+def check_intact(document, path):
+    """Raises `ValueError` unless a document is what its checksum says.
+
+    Args:
+        document: Dictionary, what `certificate` returned.
+        path: What an error names as the source.
+    """
+    content = {k: v for k, v in document.items() if k != "checksum"}
+    try:
+        intact = document.get("checksum") == _checksum(content)
+    except (ValueError, RecursionError):
+        # Nested, or integers with more digits, than any rule has.
+        intact = False
+    if not intact:
+        raise ValueError(
+            f"{path} was damaged or edited after it was saved: its content "
+            f"does not match its checksum. {_WHAT_TO_DO}"
+        )
 
 
 def _to_rule(document, version):
@@ -170,11 +193,13 @@ def _to_rule(document, version):
     rule = cls(**document["config"])
     fingerprint = document["fingerprint"]
     scores = document["scores"]
+    ranks = document.get("ranks")
     fitted = Fitted(
         threshold=document["threshold"],
         calibration=CalibrationCounts(**document["calibration"]),
         fingerprint=fingerprint and Fingerprint(**fingerprint),
         scores=None if scores is None else np.array(scores, "float64"),
+        ranks=ranks and Ranks(**ranks),
     )
     if (rule.method is None) != (fingerprint is None):
         raise ValueError("its method does not fit its fingerprint")

@@ -50,8 +50,8 @@ def full_precision():
 
     >>> with full_precision():
     ...     x = ops.matmul(np.eye(2), np.ones((2, 1)))
-    >>> x.shape
-    (2, 1)
+    >>> ops.convert_to_numpy(x).tolist()
+    [[1.0], [1.0]]
     """
     with contextlib.ExitStack() as scopes:
         if keras.backend.backend() == "torch":

@@ -5,6 +5,7 @@ from keras_halo.workflows.calibrate import CalibrationReport, calibrate
 from keras_halo.workflows.convert_head import convert_head
 from keras_halo.workflows.evaluate_ood import evaluate_ood
 from keras_halo.workflows.fit_class_gaussians import fit_class_gaussians
+from keras_halo.workflows.guard import guard, read_certificate
 from keras_halo.workflows.ood_report import (
     KnownResult,
     OODReport,
@@ -30,5 +31,7 @@ __all__ = [
     "decode_predictions",
     "evaluate_ood",
     "fit_class_gaussians",
+    "guard",
     "pair_log_odds",
+    "read_certificate",
 ]

@@ -24,7 +24,10 @@ from keras_halo.workflows.blocks import find_blocks
 from keras_halo.workflows.collecting import check_labels, collect
 from keras_halo.workflows.convert_head import convert_head
 from keras_halo.workflows.graph import free_name, input_structure
-from keras_halo.workflows.last_layer import embeddings_before_head
+from keras_halo.workflows.last_layer import (
+    embeddings_before_head,
+    warn_of_preprocessor,
+)
 
 # Plain targets with little smoothing: the given network has seen these data,
 # and distilled ones would be too sure of it.
@@ -145,6 +148,7 @@ def add_abstention(
     batch_size = check_batch_size(batch_size)
     check_model(model)
     last, old_head = embeddings_before_head(model)
+    warn_of_preprocessor(model)
     if len(last.shape) != 2:
         raise ValueError(
             "Expected a classifier with one answer a sample. Received: a model "

@@ -21,7 +21,10 @@ from keras_halo.utils.checks import check_batch_size, check_model, check_units
 from keras_halo.utils.types import Data
 from keras_halo.workflows.collecting import check_labels, collect
 from keras_halo.workflows.graph import free_name, input_structure
-from keras_halo.workflows.last_layer import embeddings_before_head
+from keras_halo.workflows.last_layer import (
+    embeddings_before_head,
+    warn_of_preprocessor,
+)
 
 # How many embeddings the biases of the head are placed by.
 _SAMPLE_SIZE = 4096
@@ -166,6 +169,7 @@ def convert_head(
         units = check_units(units)
     batch_size = check_batch_size(batch_size)
     embeddings, old_head = embeddings_before_head(model, units)
+    warn_of_preprocessor(model)
     dim = embeddings.shape[-1]
     if dim is None or dim < 2:
         raise ValueError(
