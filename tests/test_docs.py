@@ -89,7 +89,8 @@ def test_readme_puts_a_head_on_a_trained_network():
     assert (keras_halo.decode_predictions(scores).labels == y).mean() > 0.9
 
 
-def test_rule_of_the_readme_runs():
+def test_rule_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {
         "keras_halo": keras_halo,
         "model": keras.Sequential(
@@ -102,6 +103,12 @@ def test_rule_of_the_readme_runs():
     section = re.search(r"^## From an answer.*?^## ", text, re.M | re.S)[0]
     (block,) = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
     exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "guarded.keras").is_file()
+
+
+def test_the_readme_stays_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 120 and len(text.split()) <= 900
 
 
 def test_every_public_name_has_its_place_in_the_api():

@@ -184,7 +184,7 @@ upgraded: NDArray[Any] = ops.packing.upgrade_scores(scores)
 ops.packing.check_packed(scores, argument="scores")
 
 # Models that come back, and what is left of the workflows.
-guarded: keras.Model = keras_halo.add_abstention(model, x, y, verbose=0)
+abstaining: keras.Model = keras_halo.add_abstention(model, x, y, verbose=0)
 converted: keras.Model = keras_halo.convert_head(model, x, y, verbose=0)
 fitted: keras.Model = keras_halo.fit_class_gaussians(model, x, y, verbose=0)
 abstaining_again = workflows.add_abstention(model, x, y)
