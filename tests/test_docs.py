@@ -14,7 +14,7 @@ import keras_halo
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = ("getting-started", "how-it-works", "settings", "faq")
+PAGES = ("getting-started", "how-it-works", "settings", "faq", "monitoring")
 
 pytestmark = pytest.mark.skipif(
     not DOCS.exists(), reason="the pages are not here"

@@ -673,6 +673,22 @@ CALLS = {
         PLAIN_RULE,
         {"path": PATH},
     ),
+    "StreamMonitor": (
+        rejection.StreamMonitor,
+        {"rule": ...},
+        {
+            "rule": {**ANYTHING, "none": None},
+            "false_alarm": {**SHARE, "nothing": 1e-17},
+            "delta": {**SHARE, "nothing": 1e-17},
+            "seed": without(INTEGER, "too small"),
+        },
+    ),
+    "stream_evidence": (
+        plots.stream_evidence,
+        None,
+        {"statuses": {**ANYTHING, "none": None, "empty": []}},
+    ),
+    "load_monitor": (rejection.load_monitor, None, {"path": PATH}),
     "load_rule": (rejection.load_rule, None, {"path": PATH}),
     "read_certificate": (workflows.read_certificate, None, {"source": PATH}),
     "upgrade_scores": (
@@ -689,6 +705,7 @@ MADE = {
     "CalibrationReport",
     "Decisions",
     "KnownResult",
+    "MonitorStatus",
     "OODReport",
     "Predictions",
     "ReliabilityBins",

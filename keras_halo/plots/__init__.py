@@ -13,6 +13,7 @@ from keras_halo.plots.projection import shell_radius
 from keras_halo.plots.reliability_diagram import reliability_diagram
 from keras_halo.plots.risk_coverage import risk_coverage
 from keras_halo.plots.score_histograms import score_histograms
+from keras_halo.plots.stream_evidence import stream_evidence
 
 __all__ = [
     "abstention_over_training",
@@ -21,4 +22,5 @@ __all__ = [
     "risk_coverage",
     "score_histograms",
     "shell_radius",
+    "stream_evidence",
 ]

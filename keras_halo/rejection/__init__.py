@@ -7,13 +7,21 @@ from keras_halo.rejection.false_positive_rate_rule import (
 from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.selective_risk_rule import SelectiveRiskRule
 from keras_halo.rejection.storage import load_rule
+from keras_halo.rejection.stream_monitor import (
+    MonitorStatus,
+    StreamMonitor,
+    load_monitor,
+)
 
 __all__ = [
     "ConformalRule",
     "CoverageRule",
     "Decisions",
     "FalsePositiveRateRule",
+    "MonitorStatus",
     "RejectionRule",
     "SelectiveRiskRule",
+    "StreamMonitor",
+    "load_monitor",
     "load_rule",
 ]

@@ -254,7 +254,10 @@ def _raise(scores, following, mean_magnitude):
 def _mean_magnitude(scores):
     """The mean of the magnitudes, whose sum may be too large for a float."""
     top = float(np.abs(scores).max())
-    return top * float(np.mean(np.abs(scores) / top)) if top else 0.0
+    if not top:
+        return 0.0
+    # Sorted, so that the order of the samples rounds nothing otherwise.
+    return top * float(np.mean(np.sort(np.abs(scores) / top)))
 
 
 def threshold_below(smallest, scores):

@@ -109,7 +109,7 @@ class ConformalRule(RejectionRule):
             ValueError: If the rule is not fitted, or the scores are not usable
                 or come from another model.
         """
-        reading = self._read(scores)
+        reading = self.read(scores)
         return bounds.conformal_p_values(
             reading.scores, self.calibration_scores
         )

@@ -178,7 +178,8 @@ def read_errors(reading, labels=None, errors=None):
             "says directly which predictions are wrong."
         )
     if errors is not None:
-        return _checked_errors(_to_array(errors, "errors"), reading)
+        nothing = not reading.scores.size
+        return _checked_errors(_to_array(errors, "errors", nothing), reading)
     if labels is None:
         return None
     if reading.labels is None:

@@ -10,7 +10,7 @@ from keras_halo.ops.labels import ABSTAINED
 from keras_halo.rejection import bounds, storage
 from keras_halo.rejection.decisions import Decisions
 from keras_halo.rejection.fitted import CalibrationCounts, Fitted, Ranks
-from keras_halo.rejection.readings import read_errors, read_scores
+from keras_halo.rejection.readings import Reading, read_errors, read_scores
 from keras_halo.rejection.wording import share
 from keras_halo.utils.types import Array, ArrayLike, Scores
 
@@ -194,7 +194,7 @@ class RejectionRule:
             ValueError: If the rule is not fitted, or the scores are not usable
                 or come from another model.
         """
-        reading = self._read(scores)
+        reading = self.read(scores)
         # Whatever a rule makes of NaN.
         accepted = self.accepts(reading.scores) & np.isfinite(reading.scores)
         labels = reading.labels
@@ -413,7 +413,19 @@ class RejectionRule:
                 "accepted"
             )
 
-    def _read(self, scores):
+    def read(self, scores: Scores) -> Reading:
+        """Reads new scores as the rule judges them.
+
+        Args:
+            scores: As in `predict`.
+
+        Returns:
+            `keras_halo.rejection.readings.Reading`; NaN for rows that are not
+            finite.
+
+        Raises:
+            ValueError: See `predict`.
+        """
         fitted = self._require_fitted()
         reading = read_scores(scores, self.method, to_judge=True)
         if None not in (fitted.fingerprint, reading.fingerprint):

@@ -30,14 +30,28 @@ _WHAT_TO_DO = "Restore the file from a copy, or fit and save the rule again."
 
 def save(rule, fitted, path):
     """Writes a fitted rule; see `RejectionRule.save`."""
-    text = json.dumps(certificate(rule, fitted), indent=1) + "\n"
+    write(certificate(rule, fitted), path)
+
+
+def write(document, path):
+    """Writes a document as a file, as a whole or not at all.
+
+    Args:
+        document: Dictionary that JSON holds.
+        path: String or path, the file to write.
+
+    Raises:
+        ValueError: If the path is none of a file.
+        OSError: If the folder does not exist or cannot be written to.
+    """
+    text = json.dumps(document, indent=1) + "\n"
     _check_path(path)
     # A link stays one, and leads to the new content.
     path = pathlib.Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"The folder {path.parent} does not exist. Make it before saving "
-            "a rule there."
+            "there."
         )
     if path.exists() and not path.is_file():
         raise ValueError(
@@ -79,13 +93,26 @@ def certificate(rule, fitted):
         "ranks": fitted.ranks and dataclasses.asdict(fitted.ranks),
     }
     try:
-        document["checksum"] = _checksum(document)
+        return signed(document)
     except TypeError as error:
         raise ValueError(
             f"The arguments of {rule!r} cannot be saved: {error}. Expected "
             "what JSON holds, such as a float in the place of a NumPy number."
         ) from error
-    return document
+
+
+def signed(document):
+    """A document with its checksum.
+
+    Args:
+        document: Dictionary that JSON holds.
+
+    Example:
+
+    >>> sorted(signed({"format": "mine"}))
+    ['checksum', 'format']
+    """
+    return {**document, "checksum": _checksum(document)}
 
 
 def load_rule(path: str | os.PathLike[str]) -> Any:
@@ -117,6 +144,34 @@ def load_rule(path: str | os.PathLike[str]) -> Any:
     >>> keras_halo.rejection.load_rule(path).predict([89.0, 91.0]).accepted
     array([ True, False])
     """
+    document = read(path, FORMAT, "rejection rule", "`rule.save(path)`")
+    version = document.get("version")
+    if type(version) is not int or not _OLDEST_VERSION <= version <= VERSION:
+        raise ValueError(
+            f"{path} has version {version!r} of the format; this keras_halo "
+            f"reads versions {_OLDEST_VERSION} to {VERSION}. Install a newer "
+            "keras-halo if the file was saved by one."
+        )
+    check_intact(document, path)
+    return restored(document, path)
+
+
+def read(path, kind, what, writer):
+    """Reads a document of a kind from a file, without checking its content.
+
+    Args:
+        path: String or path of the file.
+        kind: String, the format that the document has to name.
+        what: String, what the document is to hold, for errors.
+        writer: String, what writes such files, for errors.
+
+    Returns:
+        Dictionary.
+
+    Raises:
+        ValueError: If it is no JSON, or of another kind.
+        OSError: If there is no such file, or it cannot be read.
+    """
     _check_path(path)
     content = pathlib.Path(path).read_bytes()
     try:
@@ -131,21 +186,29 @@ def load_rule(path: str | os.PathLike[str]) -> Any:
         raise ValueError(
             f"{path} is no complete JSON file: {error}. {_WHAT_TO_DO}"
         ) from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    if not isinstance(document, dict) or document.get("format") != kind:
         raise ValueError(
-            f"{path} holds no rejection rule: expected the format {FORMAT!r}. "
-            "Pass a file that `rule.save(path)` wrote."
+            f"{path} holds no {what}: expected the format {kind!r}. Pass a "
+            f"file that {writer} wrote."
         )
-    version = document.get("version")
-    if type(version) is not int or not _OLDEST_VERSION <= version <= VERSION:
-        raise ValueError(
-            f"{path} has version {version!r} of the format; this keras_halo "
-            f"reads versions {_OLDEST_VERSION} to {VERSION}. Install a newer "
-            "keras-halo if the file was saved by one."
-        )
-    check_intact(document, path)
+    return document
+
+
+def restored(document, path):
+    """The rule of a document that is intact.
+
+    Args:
+        document: Dictionary, what `certificate` returned.
+        path: What an error names as the source.
+
+    Returns:
+        The fitted rule.
+
+    Raises:
+        ValueError: If it holds no usable rule.
+    """
     try:
-        return _to_rule(document, version)
+        return _to_rule(document, document["version"])
     except (
         ArithmeticError,
         AttributeError,
