@@ -359,6 +359,55 @@ def test_selective_metrics_do_not_depend_on_the_order_of_samples(seed):
         )
 
 
+def naive_at(errors, uncertainty):
+    """Coverage and risk of every number of accepted samples, without ties."""
+    order = np.argsort(uncertainty)
+    risks = np.cumsum(errors[order]) / np.arange(1, len(order) + 1)
+    return np.arange(1, len(order) + 1) / len(order), risks
+
+
+def test_risk_and_coverage_at_a_point_are_those_of_a_naive_loop():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        n = rng.integers(1, 60)
+        errors, uncertainty = rng.random(n) < 0.3, rng.normal(size=n)
+        coverages, risks = naive_at(errors, uncertainty)
+        for share in (0.05, 0.3, 0.8, 1.0):
+            # As many as that takes, rounded up.
+            number = math.ceil(share * n - 1e-9)
+            assert metrics.risk_at_coverage(
+                errors, uncertainty, share
+            ) == pytest.approx(risks[number - 1])
+            kept = coverages[risks <= share]
+            assert metrics.coverage_at_risk(
+                errors, uncertainty, share
+            ) == pytest.approx(max(kept, default=0.0))
+    # Ties are accepted together.
+    assert metrics.risk_at_coverage([0, 1], [5.0, 5.0], 0.5) == 0.5
+    assert metrics.coverage_at_risk([0, 1], [5.0, 5.0], 0.2) == 0.0
+
+
+def test_unknown_inputs_are_errors_where_they_are_accepted():
+    rng = np.random.default_rng(0)
+    errors, uncertainty = rng.random(80) < 0.2, rng.normal(size=80)
+    unknown = rng.normal(size=40) + 1.0
+    both = (
+        np.concatenate([errors, np.ones(40)]),
+        np.concatenate([uncertainty, unknown]),
+    )
+    for metric in (
+        metrics.aurc,
+        metrics.augrc,
+        metrics.risk_at_coverage,
+        metrics.coverage_at_risk,
+    ):
+        value = metric(errors, uncertainty, unknown=unknown)
+        assert value == metric(*both)
+        assert value != metric(errors, uncertainty)
+    curve = metrics.risk_coverage_curve(errors, uncertainty, unknown)
+    assert curve.risk[-1] == pytest.approx((errors.sum() + 40) / 120)
+
+
 def test_all_right_and_all_wrong_have_defined_areas():
     uncertainty = [0.3, 0.1, 0.2]
     assert metrics.aurc([0, 0, 0], uncertainty) == 0.0

@@ -530,6 +530,16 @@ CALLS = {
         )
         for name in ("aurc", "augrc", "risk_coverage_curve")
     },
+    "risk_at_coverage": (
+        metrics.risk_at_coverage,
+        {"errors": ERRORS, "uncertainty": SCORES},
+        {**ERROR_CASES, "coverage": SHARE, "unknown": optional(VECTOR)},
+    ),
+    "coverage_at_risk": (
+        metrics.coverage_at_risk,
+        {"errors": ERRORS, "uncertainty": SCORES},
+        {**ERROR_CASES, "risk": SHARE, "unknown": optional(VECTOR)},
+    ),
     **{
         name: (getattr(metrics, name), RATED, CALIBRATION_CASES)
         for name in (

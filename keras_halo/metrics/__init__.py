@@ -17,6 +17,8 @@ from keras_halo.metrics.selective import (
     RiskCoverageCurve,
     augrc,
     aurc,
+    coverage_at_risk,
+    risk_at_coverage,
     risk_coverage_curve,
 )
 from keras_halo.metrics.selective_accuracy import SelectiveAccuracy
@@ -36,10 +38,12 @@ __all__ = [
     "aurc",
     "auroc",
     "brier_score",
+    "coverage_at_risk",
     "expected_calibration_error",
     "fpr_at_recall",
     "negative_log_likelihood",
     "reliability_bins",
     "renormalize",
+    "risk_at_coverage",
     "risk_coverage_curve",
 ]

@@ -1,6 +1,9 @@
 """What answering costs when the least sure answers are held back.
 
 Uncertainty is larger for less sure answers; any score for outliers will do.
+With that of unknown inputs, to accept one of them is an error too: errors and
+outliers are judged in one number ("SCOD", selective classification in the
+presence of out-of-distribution data).
 Only its order counts. Samples of equal uncertainty are one group, accepted or
 held back together, so that no result depends on the order of the samples.
 """
@@ -9,7 +12,7 @@ import collections
 
 import numpy as np
 
-from keras_halo.utils.checks import finite_vector
+from keras_halo.utils.checks import as_number, finite_vector
 from keras_halo.utils.types import ArrayLike
 
 RiskCoverageCurve = collections.namedtuple(
@@ -26,7 +29,9 @@ Args:
 
 
 def risk_coverage_curve(
-    errors: ArrayLike, uncertainty: ArrayLike
+    errors: ArrayLike,
+    uncertainty: ArrayLike,
+    unknown: ArrayLike | None = None,
 ) -> RiskCoverageCurve:
     """Risk and coverage at every threshold that the uncertainties allow.
 
@@ -41,6 +46,8 @@ def risk_coverage_curve(
         errors: 1-D array, what each answer costs: booleans or 0 and 1 for
             right and wrong, or any loss.
         uncertainty: 1-D array of the same length, larger for less sure.
+        unknown: Optional 1-D array, the uncertainty of unknown inputs, each of
+            which costs 1 where it is accepted. Defaults to `None`.
 
     Returns:
         `RiskCoverageCurve` with one point for each distinct uncertainty.
@@ -60,7 +67,7 @@ def risk_coverage_curve(
     - Yonatan Geifman, Ran El-Yaniv, Selective classification for deep neural
       networks, 2017.
     """
-    threshold, size, total = _tied_groups(errors, uncertainty)
+    threshold, size, total = _tied_groups(errors, uncertainty, unknown)
     accepted = np.cumsum(size)
     return RiskCoverageCurve(
         coverage=accepted / accepted[-1],
@@ -69,7 +76,11 @@ def risk_coverage_curve(
     )
 
 
-def aurc(errors: ArrayLike, uncertainty: ArrayLike) -> float:
+def aurc(
+    errors: ArrayLike,
+    uncertainty: ArrayLike,
+    unknown: ArrayLike | None = None,
+) -> float:
     """Area under the risk-coverage curve.
 
     The mean risk over the `N` coverages `1/N, 2/N, ..., 1`. Within a group of
@@ -90,6 +101,8 @@ def aurc(errors: ArrayLike, uncertainty: ArrayLike) -> float:
         errors: 1-D array, what each answer costs: booleans or 0 and 1 for
             right and wrong, or any loss.
         uncertainty: 1-D array of the same length, larger for less sure.
+        unknown: Optional 1-D array, the uncertainty of unknown inputs, each of
+            which costs 1 where it is accepted. Defaults to `None`.
 
     Returns:
         Float; smaller is better.
@@ -107,14 +120,20 @@ def aurc(errors: ArrayLike, uncertainty: ArrayLike) -> float:
 
     - Yonatan Geifman, Guy Uziel, Ran El-Yaniv, Bias-reduced uncertainty
       estimation for deep neural classifiers, 2019.
+    - Guoxuan Xia, Christos-Savvas Bouganis, Augmenting Softmax Information for
+      Selective Classification with Out-of-Distribution Data, 2022. (SCOD.)
     """
-    _, size, total = _tied_groups(errors, uncertainty)
+    _, size, total = _tied_groups(errors, uncertainty, unknown)
     spread = np.repeat(total / size, size)
     accepted = np.arange(1, spread.size + 1)
     return float(np.mean(np.cumsum(spread) / accepted))
 
 
-def augrc(errors: ArrayLike, uncertainty: ArrayLike) -> float:
+def augrc(
+    errors: ArrayLike,
+    uncertainty: ArrayLike,
+    unknown: ArrayLike | None = None,
+) -> float:
     """Area under the generalized risk-coverage curve.
 
     The generalized risk is the share of *all* samples that are accepted and
@@ -137,6 +156,8 @@ def augrc(errors: ArrayLike, uncertainty: ArrayLike) -> float:
         errors: 1-D array, what each answer costs: booleans or 0 and 1 for
             right and wrong, or any loss.
         uncertainty: 1-D array of the same length, larger for less sure.
+        unknown: Optional 1-D array, the uncertainty of unknown inputs, each of
+            which costs 1 where it is accepted. Defaults to `None`.
 
     Returns:
         Float; smaller is better, and at most half for errors of 0 and 1.
@@ -155,14 +176,102 @@ def augrc(errors: ArrayLike, uncertainty: ArrayLike) -> float:
     - Jeremias Traub et al., Overcoming common flaws in the evaluation of
       selective classification systems, 2024.
     """
-    _, size, total = _tied_groups(errors, uncertainty)
+    _, size, total = _tied_groups(errors, uncertainty, unknown)
     num_samples = size.sum()
     upper = np.cumsum(total) / num_samples
     middle = upper - 0.5 * total / num_samples
     return float(np.sum(middle * size) / num_samples)
 
 
-def _tied_groups(errors, uncertainty):
+def risk_at_coverage(
+    errors: ArrayLike,
+    uncertainty: ArrayLike,
+    coverage: float = 0.8,
+    unknown: ArrayLike | None = None,
+) -> float:
+    """Mean error where at least a share of samples has to be accepted.
+
+    Formula:
+
+    ```python
+    curve.risk[curve.coverage >= coverage][0]
+    ```
+
+    Args:
+        errors: 1-D array, what each answer costs: booleans or 0 and 1 for
+            right and wrong, or any loss.
+        uncertainty: 1-D array of the same length, larger for less sure.
+        coverage: Float in `(0, 1]`. Defaults to `0.8`.
+        unknown: Optional 1-D array, the uncertainty of unknown inputs, each of
+            which costs 1 where it is accepted. Defaults to `None`.
+
+    Returns:
+        Float, the risk at the lowest threshold that accepts so many.
+
+    Raises:
+        ValueError: If an array is empty, not 1-D, or not finite, their lengths
+            differ, or `coverage` is out of range.
+
+    Example:
+
+    >>> risk_at_coverage([0, 0, 0, 1], [0.1, 0.2, 0.3, 0.4], coverage=0.75)
+    0.0
+    """
+    coverage = _check_share("coverage", coverage)
+    curve = risk_coverage_curve(errors, uncertainty, unknown)
+    # 0.07 * 100 is more than seven.
+    place = np.argmax(curve.coverage >= coverage - 1e-12)
+    return float(curve.risk[place])
+
+
+def coverage_at_risk(
+    errors: ArrayLike,
+    uncertainty: ArrayLike,
+    risk: float = 0.05,
+    unknown: ArrayLike | None = None,
+) -> float:
+    """The largest share of samples that are accepted at a mean error.
+
+    It is chosen on the very samples it is measured on, hence no guarantee for
+    others: see `keras_halo.rejection.SelectiveRiskRule`.
+
+    Formula:
+
+    ```python
+    max(curve.coverage[curve.risk <= risk])
+    ```
+
+    Args:
+        errors: 1-D array, what each answer costs: booleans or 0 and 1 for
+            right and wrong, or any loss.
+        uncertainty: 1-D array of the same length, larger for less sure.
+        risk: Float in `(0, 1]`. Defaults to `0.05`.
+        unknown: Optional 1-D array, the uncertainty of unknown inputs, each of
+            which costs 1 where it is accepted. Defaults to `None`.
+
+    Returns:
+        Float; larger is better. 0 where the surest answers are too often wrong.
+
+    Raises:
+        ValueError: If an array is empty, not 1-D, or not finite, their lengths
+            differ, or `risk` is out of range.
+
+    Example:
+
+    >>> coverage_at_risk([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.4], risk=0.4)
+    0.75
+    """
+    risk = _check_share("risk", risk)
+    curve = risk_coverage_curve(errors, uncertainty, unknown)
+    kept = curve.coverage[curve.risk <= risk + 1e-12]
+    return float(kept.max()) if kept.size else 0.0
+
+
+def _check_share(name, value):
+    return as_number(value, name, lambda share: 0.0 < share <= 1.0, "in (0, 1]")
+
+
+def _tied_groups(errors, uncertainty, unknown):
     """Distinct uncertainties, the size and the total error of each group."""
     errors = finite_vector(errors, "errors")
     uncertainty = finite_vector(uncertainty, "uncertainty")
@@ -172,6 +281,10 @@ def _tied_groups(errors, uncertainty):
             f"Received: {errors.size} errors and {uncertainty.size} "
             "uncertainties. Pass both for the same samples."
         )
+    if unknown is not None:
+        unknown = finite_vector(unknown, "unknown")
+        errors = np.concatenate([errors, np.ones(unknown.size)])
+        uncertainty = np.concatenate([uncertainty, unknown])
     threshold, group, size = np.unique(
         uncertainty, return_inverse=True, return_counts=True
     )
