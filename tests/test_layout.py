@@ -82,7 +82,7 @@ def test_parts_levels_and_imports_stay_few():
 
 def test_the_root_holds_packages_only():
     loose = {p.name for p in ROOT.iterdir() if p.is_file()}
-    assert loose == {"__init__.py", "version.py", "py.typed"}
+    assert loose == {"__init__.py", "__main__.py", "version.py", "py.typed"}
 
 
 def test_what_is_run_by_itself_lies_in_scripts():

@@ -34,17 +34,21 @@ def save(rule, fitted, path):
 
 
 def write(document, path):
-    """Writes a document as a file, as a whole or not at all.
+    """Writes a document as a file; see `write_text`."""
+    write_text(json.dumps(document, indent=1) + "\n", path)
+
+
+def write_text(text, path):
+    """Writes a text file, as a whole or not at all.
 
     Args:
-        document: Dictionary that JSON holds.
+        text: String.
         path: String or path, the file to write.
 
     Raises:
         ValueError: If the path is none of a file.
         OSError: If the folder does not exist or cannot be written to.
     """
-    text = json.dumps(document, indent=1) + "\n"
     _check_path(path)
     # A link stays one, and leads to the new content.
     path = pathlib.Path(os.path.realpath(path))

@@ -58,8 +58,8 @@ def guard(model: keras.Model, rule: RejectionRule) -> keras.Model:
     >>> answers = guarded.predict(rng.normal(size=(5, 4)), verbose=0)
     >>> answers["label"].shape, answers["probabilities"].shape
     ((5,), (5, 3))
-    >>> keras_halo.read_certificate(guarded)["guarantee"]
-    'On average accepts at least 90 % of known inputs to come.'
+    >>> keras_halo.read_certificate(guarded)["calibration"]["samples"]
+    200
 
     References:
 

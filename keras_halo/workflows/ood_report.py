@@ -231,15 +231,13 @@ class OODReport:
 
     def to_markdown(self) -> str:
         """Returns the tables in Markdown, conventions stated beneath."""
-        header, *rows = self._unknown_rows()
-        header = [" ".join(words).strip() for words in header]
-        known = [["known set", ""], *self._known_rows()]
+        known, unknown, footnotes = self.tables()
         return "\n\n".join(
             [
                 f"Score: `{self.method}`, larger for unknown inputs",
-                _markdown_table([header, *rows]),
+                _markdown_table(unknown),
                 _markdown_table(known),
-                " ".join(_FOOTNOTES),
+                " ".join(footnotes),
             ]
         )
 
@@ -309,6 +307,18 @@ class OODReport:
         )
         ax.set_title("known: risk by coverage")
         return figure
+
+    def tables(self) -> tuple[list[list[str]], list[list[str]], list[str]]:
+        """Returns the tables as rows of strings, for other forms.
+
+        Returns:
+            Tuple: rows of the known set, rows of the unknown sets with the
+            header first, and the conventions.
+        """
+        header, *rows = self._unknown_rows()
+        header = [" ".join(words).strip() for words in header]
+        known = [["known set", ""], *self._known_rows()]
+        return known, [header, *rows], list(_FOOTNOTES)
 
     def _unknown_rows(self):
         results = [*self.unknown, self.mean]

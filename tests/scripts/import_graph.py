@@ -25,6 +25,7 @@ ORDER = [
     "workflows",
     "callbacks",
     "__init__",
+    "__main__",
 ]
 
 
