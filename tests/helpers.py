@@ -112,7 +112,7 @@ def second_derivative(function, array, direction):
         def slope(x):
             return (jax.grad(function)(x) * direction).sum()
 
-        return to_numpy(jax.grad(slope)(jax.numpy.asarray(array)))
+        return to_numpy(jax.jit(jax.grad(slope))(jax.numpy.asarray(array)))
     if backend == "torch":
         import torch
 
