@@ -96,7 +96,8 @@ def check_arrays(x, where):
     )
     leaves = keras.tree.flatten(x)
     shapes = [getattr(leaf, "shape", None) for leaf in leaves]
-    if not leaves:
+    # Keras 3.10 has no words of its own for `None`.
+    if not leaves or any(leaf is None for leaf in leaves):
         raise ValueError(f"{expected}{x!r:.100}.")
     if None in shapes:
         _check_adapter(x, expected)
