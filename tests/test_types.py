@@ -57,6 +57,8 @@ def public_functions():
         for function in found
         if function.__module__.startswith("keras_halo.")
         and not function.__name__.startswith("_" * 3)
+        # What the compiler of PyTorch leaves in a module.
+        and not function.__name__.startswith("torch_dynamo_resume_in_")
         and (function.__name__[0] != "_" or function.__name__[1] == "_")
     }
 
