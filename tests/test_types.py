@@ -58,7 +58,7 @@ def public_functions():
         if function.__module__.startswith("keras_halo.")
         and not function.__name__.startswith("_" * 3)
         # What the compiler of PyTorch leaves in a module.
-        and not function.__name__.startswith("torch_dynamo_resume_in_")
+        and "torch_dynamo_resume_in_" not in function.__qualname__
         and (function.__name__[0] != "_" or function.__name__[1] == "_")
     }
 
