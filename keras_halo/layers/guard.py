@@ -93,7 +93,8 @@ class Guard(Decision):
 
     def _p_value(self, score):
         ranks = self.certificate["ranks"]
-        # As numbers of the dtype compare with the numbers of the table.
+        # Rounded down, an entry compares with a score of this dtype as it does
+        # in float64.
         entries = [rounded_down(e, self.head_dtype) for e in ranks["entries"]]
         entries = ops.convert_to_tensor(np.array(entries), self.head_dtype)
         counts = ops.convert_to_tensor(

@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say, on a whole data set.
+"""The calibration of probabilities, on a whole data set.
 
 Probabilities are those of the `K` classes, shape `(N, K)`. The probability of
 abstaining is not among them: the rows of `Predictions.probabilities` sum to

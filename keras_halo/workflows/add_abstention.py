@@ -60,8 +60,8 @@ def add_abstention(
     """Returns a trained classifier that can abstain, with a HALO head.
 
     Any functional or sequential classifier will do, whatever it was trained
-    with. The head reads what the blocks of the network say and not only their
-    last one: the last features of a classifier keep what tells its classes
+    with. The head reads the features of all blocks of the network, not only
+    the last ones: the last features of a classifier keep what tells its classes
     apart and drop much of what tells that an input is none of them. One pass
     over the data computes these features, `convert_head` makes the head, and a
     few epochs on the features that are kept train it alone.

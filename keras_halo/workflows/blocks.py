@@ -117,7 +117,7 @@ def _ends(found):
     for shape, places in sums.items():
         step = -(-len(places) // _NUM_SUMS)
         chosen.update(places[::-1][::step])
-        # What is done to the last sum says little more.
+        # Layers after the last sum add little to it.
         last.pop(shape[1:-1], None)
     chosen.update(last.values())
     return [found[place][1] for place in sorted(chosen)]

@@ -86,7 +86,6 @@ def guard(model: keras.Model, rule: RejectionRule) -> keras.Model:
     features = np.zeros((1, head.input_spec.axes[-1]), "float32")
     reading = read_scores(ops.convert_to_numpy(head(features)), "abstain")
     rule.check_head(reading.fingerprint)
-    # With the name of a layer that is not there twice.
     layer = Guard(certificate, name=free_name(model, "guard"))
     output = model.outputs[0] if len(model.outputs) == 1 else model.output
     return keras.Model(input_structure(model), layer(output))
