@@ -13,6 +13,7 @@ inputs that the file brings, and on noise.
     python benchmarks/default_swap.py --data spoken_digits.npz --hold-out 3
     python benchmarks/default_swap.py --data clinc150.json.gz
     python benchmarks/default_swap.py --data images.npz --unknown digits.npz
+    python benchmarks/default_swap.py --data images.npz --train 20000
 
 `--data digits` are the 1,797 digits of 8 x 8 pixels that scikit-learn brings. A
 file of arrays (`.npz`) holds `x_train`, `y_train`, `x_test` and `y_test`, or
@@ -172,9 +173,11 @@ class Data:
         num_held_out: Integer, how many classes are held out.
         rarer: Integer, classes with fewer samples are held out, too.
         draw: Integer, which random draw of classes.
+        num_train: Integer, how many of the training samples are used, drawn at
+            random. `None` for all.
     """
 
-    def __init__(self, path, more, num_held_out, rarer, draw):
+    def __init__(self, path, more, num_held_out, rarer, draw, num_train):
         is_text = str(path).endswith((".json", ".json.gz"))
         parts, unknown = (read_texts if is_text else read_arrays)(path)
         x, y, x_test, y_test = parts
@@ -202,6 +205,14 @@ class Data:
                 f"Two classes of {path} have to be left. Received: --hold-out "
                 f"{num_held_out}, --hold-out-rarer {rarer}."
             )
+        if num_train is not None:
+            if not len(classes) <= num_train <= len(y):
+                raise ValueError(
+                    f"{path} has {len(y)} training samples of {len(classes)} "
+                    f"classes. Received: --train {num_train}."
+                )
+            order = np.random.default_rng(2).permutation(len(y))[:num_train]
+            x, y = x[order], y[order]
         seen, asked = np.isin(y, classes), np.isin(y_test, classes)
         if rarer:
             # The few that there are: nothing is trained with them.
@@ -362,6 +373,8 @@ def run(folder, arguments, data, method, seed, draw):
         "backend": keras.backend.backend(),
         "version": VERSION,
     }
+    if arguments.train is not None:
+        settings["train"] = arguments.train
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     path = folder / f"{key.hexdigest()[:16]}.json"
     if not path.exists():
@@ -480,6 +493,12 @@ def main(arguments=None):
     parser.add_argument(
         "--draws", type=int, default=3, help="random draws of these, default 3"
     )
+    parser.add_argument(
+        "--train",
+        type=int,
+        metavar="N",
+        help="train with N samples, drawn at random, instead of all",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="default 3")
     parser.add_argument(
         "--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS)
@@ -500,7 +519,12 @@ def main(arguments=None):
     for draw in draws:
         try:
             data = Data(
-                parsed.data, more, parsed.hold_out, parsed.hold_out_rarer, draw
+                parsed.data,
+                more,
+                parsed.hold_out,
+                parsed.hold_out_rarer,
+                draw,
+                parsed.train,
             )
         except (OSError, KeyError, ValueError) as error:
             sys.exit(f"default_swap.py: {error}")

@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_halo.losses import halo_loss
 from keras_halo.ops import geometry, packing
+from keras_halo.ops.targets import distilled_targets, smoothed_targets
 
 CASES = json.loads(
     (pathlib.Path(__file__).parent / "data" / "golden.json").read_text()
@@ -66,7 +67,7 @@ def _quantities(case, labels, *weights):
     parts = packing.unpack(scores)
     smoothing = case["label_smoothing"]
     if case["distill"]:
-        targets = geometry.distilled_targets(
+        targets = distilled_targets(
             labels,
             parts.logits,
             parts.squared_norm,
@@ -74,7 +75,7 @@ def _quantities(case, labels, *weights):
             smoothing,
         )
     else:
-        targets = geometry.smoothed_targets(labels, smoothing)
+        targets = smoothed_targets(labels, smoothing)
     radii = geometry.squared_radii(
         parts.logits, parts.squared_norm, parts.temperature
     )

@@ -85,6 +85,24 @@ def test_the_root_holds_packages_only():
     assert loose == {"__init__.py", "__main__.py", "version.py", "py.typed"}
 
 
+def test_the_tests_lie_as_what_they_test():
+    tests = pathlib.Path(__file__).parent
+    parts = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    folders = {path.parent.name for path in tests.glob("*/test_*.py")}
+    assert folders and folders <= parts
+    assert parts - folders <= {"utils", "__pycache__"}
+
+
+def test_the_mathematics_asks_for_the_backend_in_one_module():
+    found = {
+        path.name
+        for path in (ROOT / "ops").glob("*.py")
+        if "backend()" in path.read_text("utf-8")
+    }
+    # The other one tells which transforms a backend has.
+    assert found == {"tensors.py", "gradients.py"}
+
+
 def test_what_is_run_by_itself_lies_in_scripts():
     tests = pathlib.Path(__file__).parent
     for path in tests.rglob("*.py"):

@@ -27,6 +27,7 @@ from keras_halo import (
 )
 from keras_halo.losses import halo_loss
 from keras_halo.ops import geometry, packing
+from keras_halo.ops.targets import distilled_targets, smoothed_targets
 
 # Samples, classes, embedding size.
 SHAPES = [(1, 2, 2), (7, 5, 4)]
@@ -246,7 +247,7 @@ def test_losses_and_targets_are_linear_in_the_labels(loss, share, **case):
 
         def targets(given):
             return to_numpy(
-                geometry.distilled_targets(
+                distilled_targets(
                     ops.convert_to_tensor(given),
                     parts.logits,
                     parts.squared_norm,
@@ -418,7 +419,7 @@ def test_gradients_equal_finite_differences(loss, **case):
         )
         # No gradient flows into the targets: they stay where they are.
         if distill:
-            targets = geometry.distilled_targets(
+            targets = distilled_targets(
                 one_hot,
                 parts.logits,
                 parts.squared_norm,
@@ -426,7 +427,7 @@ def test_gradients_equal_finite_differences(loss, **case):
                 smoothing,
             )
         else:
-            targets = geometry.smoothed_targets(one_hot, smoothing)
+            targets = smoothed_targets(one_hot, smoothing)
         arrays = [x, centroids, raw_gamma]
         rng = np.random.default_rng(case["seed"])
         for position, gradient in enumerate(gradients):

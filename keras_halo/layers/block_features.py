@@ -6,7 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_halo.layers.precise_layer import PreciseLayer
-from keras_halo.ops import geometry
+from keras_halo.ops import geometry, tensors
 from keras_halo.utils.checks import as_boolean, check_floating
 from keras_halo.utils.shapes import axis_length
 from keras_halo.utils.types import Shape, Tensor
@@ -57,7 +57,7 @@ def pooled(maps, mask=None, places=False):
         kept = ops.reshape(kept, (*ops.shape(kept), *[1] * len(axes)))
         share = ops.reshape(ops.sum(kept, axis=1), (-1, 1))
         # A sample without any position sums to zero, whatever it is over.
-        share = geometry.bounded(share, 1.0, math.inf)
+        share = tensors.bounded(share, 1.0, math.inf)
         count = share * (count / axis_length(maps, 1))
         maps = maps * kept
     waves = [None]
@@ -82,7 +82,7 @@ def _wave(maps, axis, kept):
         # Counts are exact in float32, which PyTorch gets whatever comes in.
         index = ops.cast(ops.cumsum(kept, axis=axis), maps.dtype) - 0.5
         length = ops.sum(kept, axis=axis, keepdims=True)
-        length = geometry.bounded(length, 1.0, math.inf)
+        length = tensors.bounded(length, 1.0, math.inf)
         wave = _cosine(index * (math.pi / length))
     elif length is None:
         index = ops.arange(ops.shape(maps)[axis], dtype=maps.dtype) + 0.5
@@ -132,7 +132,7 @@ def direction_and_length(vectors):
     1.609
     """
     squares = ops.sum(vectors * vectors, axis=-1, keepdims=True)
-    squares = geometry.bounded(squares, MIN_SQUARED_LENGTH, math.inf)
+    squares = tensors.bounded(squares, MIN_SQUARED_LENGTH, math.inf)
     scale = math.sqrt(vectors.shape[-1]) / ops.sqrt(squares)
     return vectors * scale, 0.5 * ops.log(squares)
 
@@ -247,7 +247,7 @@ class BlockFeatures(PreciseLayer):
     def _read(self, x, mask, places):
         check_floating(x.dtype, self)
         # Saturated, so that no sum of squares overflows.
-        x = geometry.bounded(
+        x = tensors.bounded(
             ops.cast(x, self.head_dtype),
             -geometry.MAX_COMPONENT,
             geometry.MAX_COMPONENT,

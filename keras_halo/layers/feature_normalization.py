@@ -4,7 +4,8 @@ import keras
 from keras import ops
 
 from keras_halo.layers.precise_layer import PreciseLayer
-from keras_halo.ops import fused, geometry
+from keras_halo.ops import geometry
+from keras_halo.ops.head import saturated
 from keras_halo.utils.types import Shape, Tensor
 
 
@@ -43,7 +44,7 @@ class FeatureNormalization(PreciseLayer):
         self.built = True
 
     def call(self, inputs: Tensor) -> Tensor:
-        features = fused.saturated(ops.cast(inputs, self.head_dtype))
+        features = saturated(ops.cast(inputs, self.head_dtype))
         return geometry.normalized_features(features)
 
     def compute_output_spec(self, inputs: Tensor) -> Any:

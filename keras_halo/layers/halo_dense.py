@@ -6,7 +6,8 @@ import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
 from keras_halo.layers.temperature_layer import TemperatureLayer
-from keras_halo.ops import evidence, fused, geometry, packing
+from keras_halo.ops import evidence, geometry, packing
+from keras_halo.ops.head import packed_scores, saturated, with_far_background
 from keras_halo.utils.checks import (
     as_boolean,
     check_abstain_rate,
@@ -357,14 +358,14 @@ class HALODense(TemperatureLayer):
         # Copies: what the gradient reads must not move with the statistics.
         abstain_bias = ops.convert_to_tensor(self.abstain_bias) + 0.0
         temperature = self.temperature
-        scores = fused.packed_scores(
+        scores = packed_scores(
             embeddings,
             ops.convert_to_tensor(self.centroids, self.head_dtype),
             temperature,
             abstain_bias,
         )
         if self.abstain_rate is not None:
-            scores = fused.with_far_background(
+            scores = with_far_background(
                 scores,
                 ops.convert_to_tensor(self.far_bias) + 0.0,
                 ops.convert_to_tensor(self.far_scale) + 0.0,
@@ -389,7 +390,7 @@ class HALODense(TemperatureLayer):
     def _embed(self, features):
         if self.embedding_dim is None:
             return features
-        features = fused.saturated(features)
+        features = saturated(features)
         if self.normalize:
             features = geometry.normalized_features(features)
         kernel = ops.convert_to_tensor(self.kernel, self.head_dtype)

@@ -5,7 +5,8 @@ from keras import ops
 
 from keras_halo.layers.halo_dense import HALODense
 from keras_halo.layers.temperature_layer import TemperatureLayer
-from keras_halo.ops import fused, geometry, packing
+from keras_halo.ops import geometry, packing
+from keras_halo.ops.head import saturated
 from keras_halo.utils.checks import (
     as_boolean,
     check_floating,
@@ -211,7 +212,7 @@ class HALOSimilarity(TemperatureLayer):
 
     def _as_embeddings(self, x):
         check_floating(x.dtype, self)
-        return fused.saturated(ops.cast(x, self.head_dtype))
+        return saturated(ops.cast(x, self.head_dtype))
 
     def _score(self, queries, keys):
         return similarity_scores(

@@ -9,15 +9,15 @@ from keras_halo.losses.packed_scores_loss import (
     check_radial_weight,
     without_masked_labels,
 )
-from keras_halo.ops import blockwise, fused, geometry, packing
+from keras_halo.ops import packing
 from keras_halo.ops.labels import (
-    are_distributions,
     are_integer_labels,
     check_ignorable,
     label_tensor,
     labels_and_scores,
     read_labels,
 )
+from keras_halo.ops.loss import distribution_losses, integer_label_losses
 from keras_halo.ops.model_output import is_symbolic_or_tensor
 from keras_halo.utils.checks import (
     as_boolean,
@@ -29,7 +29,6 @@ from keras_halo.utils.checks import (
 )
 from keras_halo.utils.keras_private import mask_of, set_mask
 from keras_halo.utils.precision import computation_dtype
-from keras_halo.utils.shapes import axis_length
 from keras_halo.utils.types import DType, Tensor
 
 
@@ -95,13 +94,9 @@ def halo_loss(
         if ignore_class is not None:
             counted = ops.not_equal(y_true, ignore_class)
             y_true = ops.where(counted, y_true, ops.zeros_like(y_true))
-        arguments = (y_true, y_pred, label_smoothing, distill, radial_weight)
-        if block_size is None:
-            block_size = blockwise.best_block_size(y_pred)
-        if block_size is None:
-            losses = fused.integer_label_losses(*arguments)
-        else:
-            losses = blockwise.integer_label_losses(*arguments, block_size)
+        losses = integer_label_losses(
+            y_true, y_pred, label_smoothing, distill, radial_weight, block_size
+        )
         if counted is not None:
             losses = ops.where(counted, losses, 0.0)
             # As Keras's own losses do, so that ignored samples leave the mean.
@@ -116,44 +111,13 @@ def halo_loss(
             f"would take the memory that blocks save. Received: {received} "
             f"with block_size={block_size}."
         )
-    return _losses_of_distribution(
+    return distribution_losses(
         ops.cast(y_true, y_pred.dtype),
-        packing.unpack(y_pred),
+        y_pred,
         label_smoothing,
         distill,
         radial_weight,
     )
-
-
-def _losses_of_distribution(
-    labels, scores, label_smoothing, distill, radial_weight
-):
-    if distill:
-        targets = geometry.distilled_targets(
-            labels,
-            scores.logits,
-            scores.squared_norm,
-            scores.temperature,
-            label_smoothing,
-        )
-    else:
-        targets = geometry.smoothed_targets(labels, label_smoothing)
-    bias = fused.training_bias(
-        scores, label_smoothing, axis_length(scores.logits, -1)
-    )
-    losses = geometry.cross_entropy(targets, scores.logits, bias)
-    if radial_weight:
-        radii = geometry.squared_radii(
-            scores.logits, scores.squared_norm, scores.temperature
-        )
-        radial = geometry.radial_nll(radii, scores.embedding_dim)
-        losses = losses + radial_weight * ops.sum(
-            labels * radial, axis=-1, keepdims=True
-        )
-    # By an index: where the number of keys is known only when a graph runs, so
-    # is, to TensorFlow, the length of a slice.
-    known = fused.is_known(scores, are_distributions(labels))[..., 0]
-    return ops.where(known, ops.squeeze(losses, axis=-1), float("nan"))
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")

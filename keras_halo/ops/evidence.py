@@ -25,7 +25,7 @@ import statistics
 
 from keras import ops
 
-from keras_halo.ops import geometry
+from keras_halo.ops.tensors import max_of_rows
 
 # The weight of a batch in the running mean and variance.
 STEP = 0.03
@@ -109,7 +109,7 @@ def class_evidence(logits, squared_norm, temperature):
     >>> ops.convert_to_numpy(class_evidence(logits, norm, 2.0)).tolist()
     [[3.0, 2.0]]
     """
-    near = geometry.max_of_rows(logits)
+    near = max_of_rows(logits)
     far = near - 0.5 * temperature * squared_norm
     return ops.concatenate([near, far], axis=-1)
 

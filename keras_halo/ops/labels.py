@@ -486,3 +486,31 @@ def _flat_ids(ids):
             "`np.unique(ids, return_inverse=True)[1]`."
         )
     return ids
+
+
+_NARROW = ("bool", "int8", "uint8", "int16", "uint16")
+
+
+def safe_indices(labels, num_classes):
+    """Labels as indices that any gather takes, and whether they were in range.
+
+    Args:
+        labels: Tensor of shape `(...)`.
+        num_classes: `K`, an integer or a scalar tensor.
+
+    Returns:
+        Tuple of an int32 tensor in `[0, K)` and a boolean tensor, both of
+        shape `(..., 1)`.
+    """
+    labels = ops.expand_dims(labels, axis=-1)
+    if keras.backend.standardize_dtype(labels.dtype) in _NARROW:
+        # They may not hold `K` itself.
+        labels = ops.cast(labels, "int32")
+    if ops.is_tensor(num_classes):
+        num_classes = ops.cast(num_classes, labels.dtype)
+    in_range = (labels >= 0) & (labels < num_classes)
+    if "float" in keras.backend.standardize_dtype(labels.dtype):
+        # A label of 0.9 is not class 0.
+        in_range &= labels == ops.floor(labels)
+    labels = ops.where(in_range, labels, ops.zeros_like(labels))
+    return ops.cast(labels, "int32"), in_range

@@ -14,7 +14,7 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_halo.ops import geometry, packing
+from keras_halo.ops import geometry, packing, tensors
 from keras_halo.ops.model_output import (
     FITTED,
     is_symbolic_or_tensor,
@@ -217,11 +217,11 @@ def _radius(scores):
 def _energy(scores):
     gamma = packing.unpack(scores).temperature
     radii = class_radii(scores)
-    nearest = -geometry.best_of_rows(-radii)
+    nearest = -tensors.best_of_rows(-radii)
     # Not a bare logsumexp: a compiler that fuses the product with gamma into
     # its subtraction of the maximum makes exp overflow at large radii.
     others = ops.where(
-        geometry.is_best_of_rows(-radii),
+        tensors.is_best_of_rows(-radii),
         0.0,
         ops.exp(-(gamma * ops.relu(radii - nearest))),
     )
@@ -235,19 +235,19 @@ def _max_probability(scores):
     best = ops.expand_dims(packing.best_class(scores), axis=-1)
     is_best = ops.equal(ops.arange(0, logits.shape[-1], dtype="int32"), best)
     others = _logsumexp(ops.where(is_best, -math.inf, logits))
-    return ops.softplus(others - geometry.best_of_rows(classes))
+    return ops.softplus(others - tensors.best_of_rows(classes))
 
 
 def _max_logit(scores):
     logits = packing.unpack(scores).logits
-    return -geometry.best_of_rows(logits)
+    return -tensors.best_of_rows(logits)
 
 
 def _gap(scores):
     parts = packing.unpack(scores)
     logits = parts.logits
     mean = ops.sum(logits, axis=-1, keepdims=True) / logits.shape[-1]
-    gap = geometry.best_of_rows(logits) - mean
+    gap = tensors.best_of_rows(logits) - mean
     # A floor under the root: its slope at zero is infinite.
     norm = ops.sqrt(parts.squared_norm + _MIN_SQUARED_NORM)
     return gap / -(parts.temperature * norm)

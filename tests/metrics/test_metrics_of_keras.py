@@ -20,7 +20,7 @@ from keras_halo.metrics import ProbabilityMetric
 # Keras's confusion matrix asks JAX for int64.
 pytestmark = pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
 
-FAQ = pathlib.Path(__file__).parents[1] / "docs" / "faq.md"
+FAQ = pathlib.Path(__file__).parents[2] / "docs" / "faq.md"
 
 CENTROIDS = np.array([[2.0, 0, 0], [0, 2.0, 0], [0, 0, 2.0]])
 

@@ -17,7 +17,9 @@ from keras import ops
 
 from keras_halo import HALODense, HALOLoss
 from keras_halo.losses import halo_loss
-from keras_halo.ops import blockwise, fused, geometry, packing
+from keras_halo.ops import geometry, head, packing
+from keras_halo.ops.loss import best_block_size, integer_label_losses
+from keras_halo.ops.targets import distilled_targets, smoothed_targets
 
 GAMMA, BIAS = 3.0, -0.7
 SHAPES = [(1, 2, 2), (5, 3, 4), (4, 17, 6), (33, 4, 3)]
@@ -47,7 +49,7 @@ def plain_losses(labels, scores, smoothing, distill, radial_weight):
         scores.dtype,
     )
     if distill:
-        targets = geometry.distilled_targets(
+        targets = distilled_targets(
             one_hot,
             parts.logits,
             parts.squared_norm,
@@ -55,7 +57,7 @@ def plain_losses(labels, scores, smoothing, distill, radial_weight):
             smoothing,
         )
     else:
-        targets = geometry.smoothed_targets(one_hot, smoothing)
+        targets = smoothed_targets(one_hot, smoothing)
     radii = geometry.squared_radii(
         parts.logits, parts.squared_norm, parts.temperature
     )
@@ -69,8 +71,8 @@ def plain_losses(labels, scores, smoothing, distill, radial_weight):
 def losses_of(labels, *arguments, block_size):
     labels = ops.convert_to_tensor(labels)
     if block_size is None:
-        return fused.integer_label_losses(labels, *arguments)
-    return blockwise.integer_label_losses(labels, *arguments, block_size)
+        return integer_label_losses(labels, *arguments)
+    return integer_label_losses(labels, *arguments, block_size)
 
 
 def arrays(shape, dtype):
@@ -107,7 +109,7 @@ def test_head_and_its_gradients_are_those_of_the_formulas(shape, dtype):
             value_and_gradients(
                 lambda *a, f=function: ops.sum(f(*a) * factors), *inputs
             )
-            for function in (fused.packed_scores, plain_scores)
+            for function in (head.packed_scores, plain_scores)
         ]
     (value, gradients), (expected, plain) = results
     np.testing.assert_allclose(value, expected, rtol=rtol, atol=10 * rtol)
@@ -144,8 +146,8 @@ def test_a_far_background_and_its_gradients_are_those_of_the_formulas(
             ops.cast(ops.convert_to_tensor(value), x.dtype)
             for value in (far_bias, far_scale)
         ]
-        scores = fused.packed_scores(x, centroids, gamma, bias)
-        return fused.with_far_background(scores, *far)
+        scores = head.packed_scores(x, centroids, gamma, bias)
+        return head.with_far_background(scores, *far)
 
     with precision(dtype):
         inputs = arrays((5, 3, 4), dtype)
@@ -192,7 +194,7 @@ def test_the_loss_of_a_far_background_keeps_to_the_published_margin(
 
     def loss(bias, far_bias=None):
         def total(x):
-            scores = fused.packed_scores(
+            scores = head.packed_scores(
                 x,
                 ops.convert_to_tensor(centroids),
                 ops.convert_to_tensor(gamma),
@@ -201,7 +203,7 @@ def test_the_loss_of_a_far_background_keeps_to_the_published_margin(
             if far_bias is not None:
                 far = ops.convert_to_tensor(np.float32(far_bias))
                 scale = ops.convert_to_tensor(np.float32(1.5))
-                scores = fused.with_far_background(scores, far, scale)
+                scores = head.with_far_background(scores, far, scale)
             losses = halo_loss(
                 ops.convert_to_tensor(y_true),
                 scores,
@@ -241,7 +243,7 @@ def test_loss_and_its_gradient_are_those_of_the_formulas(
                 scores,
             )
             for function in (
-                lambda y, *rest: fused.integer_label_losses(
+                lambda y, *rest: integer_label_losses(
                     ops.convert_to_tensor(y), *rest
                 ),
                 plain_losses,
@@ -288,7 +290,7 @@ def test_second_derivatives_are_those_of_the_formulas(
             )
             for functions in (
                 (
-                    fused.packed_scores,
+                    head.packed_scores,
                     functools.partial(losses_of, block_size=block_size),
                 ),
                 (plain_scores, plain_losses),
@@ -306,7 +308,7 @@ def test_a_large_mean_of_the_centroids_costs_what_is_said(shift):
         )
     )
     found = to_numpy(
-        fused.packed_scores(
+        head.packed_scores(
             ops.convert_to_tensor(x),
             ops.convert_to_tensor(centroids + np.float32(shift)),
             ops.convert_to_tensor(gamma),
@@ -336,10 +338,8 @@ def test_blocks_of_classes_change_nothing(
         arguments = (smoothing, distill, radial_weight)
         results = []
         for function in (
-            lambda s: fused.integer_label_losses(tensor, s, *arguments),
-            lambda s: blockwise.integer_label_losses(
-                tensor, s, *arguments, block_size
-            ),
+            lambda s: integer_label_losses(tensor, s, *arguments),
+            lambda s: integer_label_losses(tensor, s, *arguments, block_size),
         ):
             losses = to_numpy(function(ops.convert_to_tensor(scores)))
             _, (gradient,) = value_and_gradients(
@@ -373,7 +373,7 @@ def test_default_blocks_are_neither_many_nor_narrow(shape, on_torch):
     expected = on_torch if keras.backend.backend() == "torch" else None
     if expected and scores.device.type != "cpu":
         expected = None
-    assert blockwise.best_block_size(scores) == expected
+    assert best_block_size(scores) == expected
 
 
 def test_a_loss_in_blocks_trains_and_comes_back():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_halo.ops import geometry
+from keras_halo.ops.targets import distilled_targets, smoothed_targets
 
 SIZES = {
     "batch": st.integers(1, 5),
@@ -187,7 +188,7 @@ def test_distilled_targets_follow_the_definition(
     logits = _logits(x, c, 0.5)
     norm = geometry.mean_square(ops.convert_to_tensor(x))
     targets = to_numpy(
-        geometry.distilled_targets(
+        distilled_targets(
             ops.convert_to_tensor(labels), logits, norm, 0.5, smoothing
         )
     )
@@ -209,7 +210,7 @@ def test_no_gradient_flows_into_distilled_targets():
     def weighted(x, c):
         logits = _logits(x, c, 1.0)
         norm = geometry.mean_square(x)
-        targets = geometry.distilled_targets(labels, logits, norm, 1.0, 0.3)
+        targets = distilled_targets(labels, logits, norm, 1.0, 0.3)
         # Zero times the inputs, or TensorFlow has nothing to differentiate.
         nothing = 0.0 * (ops.sum(x) + ops.sum(c))
         return ops.sum(targets * ops.arange(4, dtype="float32")) + nothing
@@ -224,9 +225,9 @@ def test_without_smoothing_the_target_is_the_label(distill):
     labels = ops.convert_to_tensor(np.eye(4, dtype="float32")[[0, 1, 3]])
     logits = _logits(x, c, 1.0)
     targets = (
-        geometry.distilled_targets(labels, logits, 1.0, 1.0, 0.0)
+        distilled_targets(labels, logits, 1.0, 1.0, 0.0)
         if distill
-        else geometry.smoothed_targets(labels, 0.0)
+        else smoothed_targets(labels, 0.0)
     )
     np.testing.assert_array_equal(to_numpy(targets), to_numpy(labels))
 
