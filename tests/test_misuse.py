@@ -544,9 +544,11 @@ CALLS = {
         name: (getattr(metrics, name), RATED, CALIBRATION_CASES)
         for name in (
             "brier_score",
+            "classwise_calibration_error",
             "expected_calibration_error",
             "negative_log_likelihood",
             "reliability_bins",
+            "smooth_calibration_error",
         )
     },
     "renormalize": (

@@ -169,6 +169,8 @@ floats: list[float] = [
     metrics.brier_score(y, probabilities),
     metrics.negative_log_likelihood(y, probabilities),
     metrics.expected_calibration_error(y, probabilities, num_bins=5),
+    metrics.classwise_calibration_error(y, probabilities, num_bins=5),
+    metrics.smooth_calibration_error(y, probabilities),
 ]
 bins: metrics.ReliabilityBins = metrics.reliability_bins(y, probabilities)
 curve: metrics.RiskCoverageCurve = metrics.risk_coverage_curve([0], [0.1])

@@ -4,6 +4,7 @@ from keras_halo.metrics.best_class_top_k_accuracy import BestClassTopKAccuracy
 from keras_halo.metrics.calibration import (
     ReliabilityBins,
     brier_score,
+    classwise_calibration_error,
     expected_calibration_error,
     negative_log_likelihood,
     reliability_bins,
@@ -22,6 +23,7 @@ from keras_halo.metrics.selective import (
     risk_coverage_curve,
 )
 from keras_halo.metrics.selective_accuracy import SelectiveAccuracy
+from keras_halo.metrics.smooth_calibration import smooth_calibration_error
 
 __all__ = [
     "AbstentionRate",
@@ -38,6 +40,7 @@ __all__ = [
     "aurc",
     "auroc",
     "brier_score",
+    "classwise_calibration_error",
     "coverage_at_risk",
     "expected_calibration_error",
     "fpr_at_recall",
@@ -46,4 +49,5 @@ __all__ = [
     "renormalize",
     "risk_at_coverage",
     "risk_coverage_curve",
+    "smooth_calibration_error",
 ]

@@ -439,15 +439,19 @@ def test_selective_metrics_refuse(metric, errors, uncertainty, message):
 # Calibration
 
 
-def naive_ece(labels, probabilities, num_bins):
+def bin_of(probability, num_bins):
     edges = np.linspace(0.0, 1.0, num_bins + 1)
+    for index in range(num_bins):
+        if edges[index] <= probability < edges[index + 1]:
+            return index
+    return num_bins - 1
+
+
+def naive_ece(labels, probabilities, num_bins):
     gaps = [0.0] * num_bins
     for label, row in zip(labels, probabilities, strict=True):
         confidence = max(row)
-        index = num_bins - 1
-        for candidate in range(num_bins):
-            if edges[candidate] <= confidence < edges[candidate + 1]:
-                index = candidate
+        index = bin_of(confidence, num_bins)
         gaps[index] += float(np.argmax(row) == label) - confidence
     return sum(abs(gap) for gap in gaps) / len(labels)
 
@@ -461,6 +465,71 @@ def test_ece_is_that_of_a_naive_loop():
         ) == pytest.approx(
             naive_ece(labels, probabilities, num_bins), abs=1e-12
         ), seed
+
+
+def test_classwise_error_is_that_of_a_naive_loop():
+    for seed in range(NUM_CASES):
+        num_bins = [15, 1, 10, 7][(seed // 4) % 4]
+        num_classes = 2 + seed % 3
+        labels, probabilities = random_probabilities(seed, num_classes, 20)
+        expected = 0.0
+        for k in range(num_classes):
+            # The class against the rest, whichever of the two is likelier.
+            gaps = [0.0] * num_bins
+            for label, p in zip(labels, probabilities[:, k], strict=True):
+                index = bin_of(p, num_bins)
+                gaps[index] += float(label == k) - p
+            expected += sum(abs(gap) for gap in gaps) / 20 / num_classes
+        assert metrics.classwise_calibration_error(
+            labels, probabilities, num_bins
+        ) == pytest.approx(expected, abs=1e-12), seed
+
+
+def naive_smooth_error(labels, probabilities):
+    """The definition: a sum over samples and mirror images, on a grid."""
+    confidence = probabilities.max(axis=-1)
+    residual = (probabilities.argmax(axis=-1) == labels) - confidence
+    t = (np.arange(4000) + 0.5) / 4000
+
+    def error(sigma):
+        total = np.zeros_like(t)
+        for shift in range(-4, 5):
+            for sign in (1.0, -1.0):
+                images = sign * confidence + 2.0 * shift
+                distance = (t[:, None] - images) / sigma
+                total += np.exp(-0.5 * distance**2) @ residual
+        total /= sigma * math.sqrt(2.0 * math.pi) * len(labels)
+        return np.abs(total).mean()
+
+    low, high = 2e-3, 1.0
+    for _ in range(20):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if error(middle) > middle else (low, middle)
+    return low
+
+
+def test_smooth_error_is_that_of_its_definition():
+    for seed in range(6):
+        labels, probabilities = random_probabilities(4 * seed, 3, 30)
+        found = metrics.smooth_calibration_error(labels, probabilities)
+        assert found == pytest.approx(
+            naive_smooth_error(labels, probabilities), abs=5e-4
+        ), seed
+        # Two confidences that bins would part.
+        nudged = probabilities + 1e-4 * (1.0 / 3.0 - probabilities)
+        assert metrics.smooth_calibration_error(
+            labels, nudged
+        ) == pytest.approx(found, abs=5e-4)
+
+
+def test_smooth_error_of_the_extremes():
+    wrong, right = [1, 1], [0, 0]
+    for p in ([[1.0, 0.0]] * 2, [[0.5, 0.5]] * 2):
+        confidence = p[0][0]
+        for labels, accuracy in ((wrong, 0.0), (right, 1.0)):
+            gap = abs(accuracy - confidence)
+            found = metrics.smooth_calibration_error(labels, p)
+            assert found == pytest.approx(gap, abs=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -496,6 +565,8 @@ def test_one_hot_labels_are_integers_and_soft_ones_count_by_their_mass():
     one_hot = np.eye(3)[labels]
     for metric in (
         metrics.expected_calibration_error,
+        metrics.classwise_calibration_error,
+        metrics.smooth_calibration_error,
         metrics.brier_score,
         metrics.negative_log_likelihood,
     ):
@@ -503,9 +574,14 @@ def test_one_hot_labels_are_integers_and_soft_ones_count_by_their_mass():
         assert metric(one_hot, probabilities) == expected
         assert metric(labels[:, None], probabilities) == expected
     # Probabilities that are the label distribution itself are calibrated.
-    assert metrics.expected_calibration_error(
-        probabilities, probabilities
-    ) == pytest.approx(0.0, abs=1e-12)
+    for metric in (
+        metrics.expected_calibration_error,
+        metrics.classwise_calibration_error,
+        metrics.smooth_calibration_error,
+    ):
+        assert metric(probabilities, probabilities) == pytest.approx(
+            0.0, abs=1e-12
+        )
 
 
 def test_brier_and_likelihood_are_those_of_a_naive_loop():
@@ -566,10 +642,12 @@ GOOD = [[0.9, 0.1], [0.2, 0.8]]
     "metric",
     [
         lambda labels, p: metrics.expected_calibration_error(labels, p, 2),
+        lambda labels, p: metrics.classwise_calibration_error(labels, p, 2),
+        metrics.smooth_calibration_error,
         metrics.brier_score,
         metrics.negative_log_likelihood,
     ],
-    ids=["ece", "brier", "nll"],
+    ids=["ece", "classwise", "smooth", "brier", "nll"],
 )
 @pytest.mark.parametrize(
     ("labels", "probabilities", "message"),
@@ -595,10 +673,14 @@ def test_calibration_refuses(metric, labels, probabilities, message):
 
 
 def test_fewer_samples_than_bins_are_refused():
-    with pytest.raises(
-        ValueError, match="2 samples for num_bins=15. Use fewer"
+    for metric in (
+        metrics.expected_calibration_error,
+        metrics.classwise_calibration_error,
     ):
-        metrics.expected_calibration_error([0, 1], GOOD)
+        with pytest.raises(
+            ValueError, match="2 samples for num_bins=15. Use fewer"
+        ):
+            metric([0, 1], GOOD)
     for num_bins in (0, -1, 2.5, True, "15"):
         with pytest.raises(ValueError, match="`num_bins` must be a positive"):
             metrics.reliability_bins([0, 1], GOOD, num_bins)
