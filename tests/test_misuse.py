@@ -6,6 +6,8 @@ then with each of its arguments spoilt in every way that its kind knows.
 
 import inspect
 import json
+import pathlib
+import tempfile
 
 import keras
 import numpy as np
@@ -146,6 +148,18 @@ def fitted(make):
             rule.save(path)
 
     return use
+
+
+def logged(**arguments):
+    """Opens a log in a folder of its own, and adds to it."""
+    added = {"references": None, **arguments}
+    answers = added.pop("answers", None)
+    references = added.pop("references")
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "log.jsonl")
+        with rejection.DecisionLog(**{"path": path, **added}) as log:
+            if answers is not None:
+                log.append(answers, references)
 
 
 def kept(rule):
@@ -700,6 +714,46 @@ CALLS = {
         None,
         {"statuses": {**ANYTHING, "none": None, "empty": []}},
     ),
+    "DecisionLog": (
+        logged,
+        {"rule": ...},
+        {
+            "path": PATH,
+            "rule": {**ANYTHING, "none": None, "dictionary": {"rule": 1}},
+            "max_bytes": INTEGER,
+            "sync": BOOLEAN,
+        },
+    ),
+    "DecisionLog.append": (
+        logged,
+        {
+            "rule": ...,
+            "answers": {"label": np.full(N, -1), "score": np.full(N, 1e9)},
+            "references": range(N),
+        },
+        {
+            "answers": {
+                **ANYTHING,
+                **{
+                    f"labels: {name}": {"label": bad, "score": SCORES}
+                    for name, bad in without(
+                        {**LABELS, "negative": -Y - 2},
+                        "huge integers",
+                    ).items()
+                },
+                **{
+                    f"scores: {name}": {"label": Y, "score": bad}
+                    for name, bad in VECTOR.items()
+                },
+            },
+            # Names are as good as numbers.
+            "references": {
+                **without(VECTOR, "none", "names"),
+                "too few": range(N - 1),
+            },
+        },
+    ),
+    "read_decisions": (rejection.read_decisions, None, {"path": PATH}),
     "load_monitor": (rejection.load_monitor, None, {"path": PATH}),
     "load_rule": (rejection.load_rule, None, {"path": PATH}),
     "read_certificate": (workflows.read_certificate, None, {"source": PATH}),
@@ -715,6 +769,7 @@ MADE = {
     # scikit-learn checks its arguments when it fits.
     "SKLearnClassifier",
     "CalibrationReport",
+    "DecisionRecord",
     "Decisions",
     "KnownResult",
     "MonitorStatus",

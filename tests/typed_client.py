@@ -110,6 +110,12 @@ alarm_at: int | None = status.alarm_at
 risk: tuple[float, float] = status.risk
 monitor.save("monitor.json")
 monitor_again: rejection.StreamMonitor = rejection.load_monitor("monitor.json")
+with rejection.DecisionLog("log.jsonl", rule, sync=True) as log:
+    logged: range = log.append(decisions, references=["a.png"])
+records: list[rejection.DecisionRecord] = list(
+    rejection.read_decisions("log.jsonl", skip_damaged=True)
+)
+logged_score: float = records[0].score
 selective = rejection.SelectiveRiskRule(0.05).fit(scores, labels=y)
 outliers = rejection.FalsePositiveRateRule(0.05, method=None)
 outliers.fit([0.5, 1.0], known=[0.1])

@@ -1,5 +1,8 @@
 from keras_halo.rejection.conformal_rule import ConformalRule
 from keras_halo.rejection.coverage_rule import CoverageRule
+from keras_halo.rejection.decision_files import read_decisions
+from keras_halo.rejection.decision_log import DecisionLog
+from keras_halo.rejection.decision_record import DecisionRecord
 from keras_halo.rejection.decisions import Decisions
 from keras_halo.rejection.false_positive_rate_rule import (
     FalsePositiveRateRule,
@@ -16,6 +19,8 @@ from keras_halo.rejection.stream_monitor import (
 __all__ = [
     "ConformalRule",
     "CoverageRule",
+    "DecisionLog",
+    "DecisionRecord",
     "Decisions",
     "FalsePositiveRateRule",
     "MonitorStatus",
@@ -24,4 +29,5 @@ __all__ = [
     "StreamMonitor",
     "load_monitor",
     "load_rule",
+    "read_decisions",
 ]

@@ -49,7 +49,7 @@ def write_text(text, path):
         ValueError: If the path is none of a file.
         OSError: If the folder does not exist or cannot be written to.
     """
-    _check_path(path)
+    check_path(path)
     # A link stays one, and leads to the new content.
     path = pathlib.Path(os.path.realpath(path))
     if not path.parent.is_dir():
@@ -176,16 +176,11 @@ def read(path, kind, what, writer):
         ValueError: If it is no JSON, or of another kind.
         OSError: If there is no such file, or it cannot be read.
     """
-    _check_path(path)
+    check_path(path)
     content = pathlib.Path(path).read_bytes()
     try:
-        document = json.loads(
-            # Some editors begin a file with a byte-order mark.
-            content.decode("utf-8-sig"),
-            parse_float=_finite_float,
-            parse_constant=_finite_float,
-            object_pairs_hook=_without_repeats,
-        )
+        # Some editors begin a file with a byte-order mark.
+        document = parse(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is no complete JSON file: {error}. {_WHAT_TO_DO}"
@@ -196,6 +191,33 @@ def read(path, kind, what, writer):
             f"file that {writer} wrote."
         )
     return document
+
+
+def parse(text):
+    """Reads JSON without numbers that are not finite, and without repeats.
+
+    Args:
+        text: String.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        ValueError: If it is no such JSON.
+
+    Example:
+
+    >>> parse('{"score": NaN}')
+    Traceback (most recent call last):
+        ...
+    ValueError: it contains the number NaN
+    """
+    return json.loads(
+        text,
+        parse_float=_finite_float,
+        parse_constant=_finite_float,
+        object_pairs_hook=_without_repeats,
+    )
 
 
 def restored(document, path):
@@ -283,7 +305,8 @@ def _checksum(document):
     return "sha256:" + hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _check_path(path):
+def check_path(path):
+    """Raises `ValueError` unless this can be the path of a file."""
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(
             "Expected the path of a file, a string or `pathlib.Path`. "
