@@ -30,6 +30,7 @@ from keras_halo.workflows import (
     guard,
     pair_log_odds,
     read_certificate,
+    replay,
 )
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "plots",
     "read_certificate",
     "rejection",
+    "replay",
     "workflows",
 ]
 

@@ -162,6 +162,17 @@ def logged(**arguments):
                 log.append(answers, references)
 
 
+def replayed(model, rule, x, **arguments):
+    """Replays a log of its own."""
+    guarded = workflows.guard(model, rule)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "log.jsonl")
+        with rejection.DecisionLog(path, rule) as log:
+            log.append(guarded.predict(X[:5], verbose=0), range(5))
+        given = {"log": path, "guarded": guarded, "x": x, **arguments}
+        return workflows.replay(**given)
+
+
 def kept(rule):
     """A rule on packed scores, fitted with labels."""
 
@@ -418,6 +429,18 @@ CALLS = {
         workflows.guard,
         {"model": ..., "rule": ...},
         {"model": MODEL, "rule": {**ANYTHING, "none": None}},
+    ),
+    "replay": (
+        replayed,
+        {"model": ..., "rule": ..., "x": X},
+        {
+            "log": PATH,
+            "guarded": MODEL,
+            "x": without(INPUTS, "masked"),
+            "references": optional(VECTOR),
+            "batch_size": optional(INTEGER),
+            "max_differences": INTEGER,
+        },
     ),
     "decode_predictions": (
         workflows.decode_predictions,
@@ -776,6 +799,8 @@ MADE = {
     "OODReport",
     "Predictions",
     "ReliabilityBins",
+    "ReplayDifference",
+    "ReplayReport",
     "RiskCoverageCurve",
     "UnknownResult",
 }

@@ -116,6 +116,10 @@ records: list[rejection.DecisionRecord] = list(
     rejection.read_decisions("log.jsonl", skip_damaged=True)
 )
 logged_score: float = records[0].score
+replayed: workflows.ReplayReport = keras_halo.replay("log.jsonl", guarded, x)
+replayed_again = workflows.replay("log.jsonl", guarded, x, references=["a.png"])
+difference: workflows.ReplayDifference = replayed.differences[0]
+all_the_same: bool = replayed.same
 selective = rejection.SelectiveRiskRule(0.05).fit(scores, labels=y)
 outliers = rejection.FalsePositiveRateRule(0.05, method=None)
 outliers.fit([0.5, 1.0], known=[0.1])

@@ -14,6 +14,7 @@ from keras_halo.rejection import decision_files, storage
 from keras_halo.rejection.decision_record import (
     MAX_REFERENCE,
     is_reference,
+    list_of_references,
     to_line,
 )
 from keras_halo.rejection.decisions import Decisions
@@ -373,22 +374,13 @@ def _certificate(rule):
 
 
 def _references(references, count):
-    if isinstance(references, (str, bytes)) or not isinstance(
-        references, Iterable
-    ):
-        received = f"{references!r:.100}"
-    else:
-        # Numbers of NumPy become those of Python.
-        found = [
-            value.item() if isinstance(value, np.generic) else value
-            for value in references
-        ]
-        wrong = [value for value in found if not is_reference(value)]
-        if len(found) == count and not wrong:
-            return found
-        received = f"{len(found)} references"
-        if wrong:
-            received += f", among them {wrong[0]!r:.100}"
+    found = list_of_references(references)
+    wrong = [value for value in found if not is_reference(value)]
+    if len(found) == count and not wrong:
+        return found
+    received = f"{len(found)} references"
+    if wrong:
+        received += f", among them {wrong[0]!r:.100}"
     raise ValueError(
         f"`references` must be integers or strings of at most {MAX_REFERENCE} "
         f"characters, one for each of {count} inputs. Received: {received}. "

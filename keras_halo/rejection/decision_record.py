@@ -1,9 +1,12 @@
+import contextlib
 import dataclasses
 import json
 import math
 import re
 import zlib
 from typing import Any
+
+import numpy as np
 
 from keras_halo.ops.labels import ABSTAINED
 from keras_halo.rejection import storage
@@ -108,6 +111,36 @@ def is_reference(value):
         return len(value) <= MAX_REFERENCE
     # Every reader of JSON holds integers up to here.
     return type(value) is int and abs(value) <= 2**53
+
+
+def list_of_references(references: Any) -> list[Any]:
+    """Returns references as a list, numbers of NumPy as those of Python.
+
+    Args:
+        references: Iterable, such as a list, a range or an array.
+
+    Returns:
+        List of whatever they are.
+
+    Raises:
+        ValueError: If they are no several things, or a single string.
+
+    Example:
+
+    >>> list_of_references(np.arange(3))
+    [0, 1, 2]
+    """
+    if not isinstance(references, (str, bytes)):
+        # What is no iterable, and an array without axes.
+        with contextlib.suppress(TypeError):
+            return [
+                value.item() if isinstance(value, np.generic) else value
+                for value in references
+            ]
+    raise ValueError(
+        "`references` must be integers or strings, one an input. Received: "
+        f"references={references!r:.100}. Pass a list, a range or an array."
+    )
 
 
 def to_line(fields: dict[str, Any]) -> bytes:

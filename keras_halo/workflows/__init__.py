@@ -16,6 +16,11 @@ from keras_halo.workflows.predictions import (
     decode_predictions,
     pair_log_odds,
 )
+from keras_halo.workflows.replay import (
+    ReplayDifference,
+    ReplayReport,
+    replay,
+)
 from keras_halo.workflows.sklearn_classifier import SKLearnClassifier
 
 __all__ = [
@@ -23,6 +28,8 @@ __all__ = [
     "KnownResult",
     "OODReport",
     "Predictions",
+    "ReplayDifference",
+    "ReplayReport",
     "SKLearnClassifier",
     "UnknownResult",
     "add_abstention",
@@ -34,4 +41,5 @@ __all__ = [
     "guard",
     "pair_log_odds",
     "read_certificate",
+    "replay",
 ]

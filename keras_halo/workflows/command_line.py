@@ -21,6 +21,7 @@ from keras_halo.workflows.evaluate_ood import evaluate_ood
 from keras_halo.workflows.graph import find_head
 from keras_halo.workflows.guard import guard
 from keras_halo.workflows.html_report import html_report
+from keras_halo.workflows.replay import replay
 
 
 def main(arguments=None):
@@ -30,8 +31,8 @@ def main(arguments=None):
         arguments: List of strings. Defaults to `None`, those of the process.
 
     Returns:
-        Integer, the exit code: 0 for success, 2 for input that is no use,
-        which is explained in one line.
+        Integer, the exit code: 0 for success, 1 where decisions come out
+        otherwise, 2 for input that is no use, which is explained in one line.
 
     Example:
 
@@ -40,13 +41,12 @@ def main(arguments=None):
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options)
     except (ImportError, OSError, ValueError) as error:
         # Keras adds lines of its own to some errors.
         message = " ".join(str(error).split())
         print(f"keras_halo: error: {message}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser():
@@ -104,6 +104,24 @@ def _parser():
     )
     guarded.add_argument("--method", default="abstain", choices=OOD_METHODS)
     guarded.set_defaults(run=_guard)
+
+    replayed = commands.add_parser(
+        "replay",
+        help="make the decisions of a log again; exit code 1 if any differs",
+        description="Decides again on the inputs that a log refers to, and "
+        "says whether every decision comes out the same.",
+    )
+    replayed.add_argument("log", help="the file that `DecisionLog` wrote")
+    replayed.add_argument("model", help="the guarded .keras file")
+    replayed.add_argument("data", help="the inputs: .npz with x")
+    replayed.add_argument(
+        "--references",
+        metavar="NAME",
+        help="the array in the data with what the log calls each input "
+        "(default: the log holds row numbers)",
+    )
+    replayed.add_argument("--batch-size", type=int, default=32)
+    replayed.set_defaults(run=_replay)
     return parser
 
 
@@ -117,7 +135,7 @@ def _report(options):
         )
     # Says what is missing.
     find_head(model)
-    x, y = _arrays(options.data, model, with_labels=True)
+    x, y = _arrays(options.data, model, "y")
     unknown = {name: _arrays(path, model)[0] for name, path in files}
     if not unknown:
         raise ValueError(
@@ -137,6 +155,7 @@ def _report(options):
         write_text(json.dumps(found.to_dict(), indent=1) + "\n", options.json)
     print(found)
     print(f"\nWritten to {options.html}.")
+    return 0
 
 
 def _guard(options):
@@ -150,7 +169,7 @@ def _guard(options):
         delta = 1.0 - options.confidence
     rule = rejection.CoverageRule(options.coverage, options.method, delta)
     model = _model(options.model)
-    x, y = _arrays(options.data, model, with_labels=True)
+    x, y = _arrays(options.data, model, "y")
     layers = flat_layers(model)
     has_head = any(isinstance(layer, HALODense) for layer in layers)
     if not has_head and options.train is None:
@@ -159,13 +178,27 @@ def _guard(options):
             "data it was trained on, to have one added."
         )
     if not has_head:
-        model = add_abstention(
-            model, *_arrays(options.train, model, with_labels=True)
-        )
+        model = add_abstention(model, *_arrays(options.train, model, "y"))
     rule.fit(model.predict(x), y)
     guard(model, rule).save(options.output)
     print(rule.summary())
     print(f"\nWritten to {options.output}.")
+    return 0
+
+
+def _replay(options):
+    guarded = _model(options.model)
+    names = () if options.references is None else (options.references,)
+    x, *references = _arrays(options.data, guarded, *names)
+    found = replay(
+        options.log,
+        guarded,
+        x,
+        *references,
+        batch_size=options.batch_size,
+    )
+    print(found)
+    return 0 if found.same else 1
 
 
 def _named(argument):
@@ -184,10 +217,11 @@ def _model(path):
     return keras.models.load_model(path)
 
 
-def _arrays(path, model, with_labels=False):
+def _arrays(path, model, *more):
+    """The array `x` of a file, and others by name; `y` are labels."""
     if not pathlib.Path(path).is_file():
         raise ValueError(f"There is no file {path}.")
-    keys = ("x", "y") if with_labels else ("x",)
+    keys = ("x", *more)
     try:
         with np.load(path, allow_pickle=False) as file:
             found = dict(file)
@@ -205,7 +239,7 @@ def _arrays(path, model, with_labels=False):
         )
     arrays = [found[key] for key in keys]
     _check_shape(path, arrays[0], model)
-    if with_labels and len(arrays[0]) != len(arrays[1]):
+    if more == ("y",) and len(arrays[0]) != len(arrays[1]):
         raise ValueError(
             f"{path} must hold one label for every input. Received: "
             f"{len(arrays[0])} inputs and {len(arrays[1])} labels."
