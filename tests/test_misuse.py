@@ -98,6 +98,7 @@ INPUTS = {
     "no arrays": [],
     "list of tuples": [("a", "b")],
 }
+NAME = {"number": 3, "object": Opaque(), "list": ["a"]}
 PATH = {"none": None, "number": 3, "object": Opaque()}
 METHOD = {"text": "typo", "number": 3, "list": ["abstain"], "none": None}
 
@@ -429,6 +430,18 @@ CALLS = {
         workflows.guard,
         {"model": ..., "rule": ...},
         {"model": MODEL, "rule": {**ANYTHING, "none": None}},
+    ),
+    "model_card": (
+        workflows.model_card,
+        {"source": ...},
+        {
+            "source": without(MODEL, "text"),
+            "report": {**ANYTHING, "dictionary": {"known": 1}},
+            "name": NAME,
+            "intended_use": NAME,
+            "data": {**ANYTHING, "numbers": {"training": 7000}},
+            "limits": NAME,
+        },
     ),
     "replay": (
         replayed,
@@ -795,6 +808,7 @@ MADE = {
     "DecisionRecord",
     "Decisions",
     "KnownResult",
+    "ModelCard",
     "MonitorStatus",
     "OODReport",
     "Predictions",
@@ -843,6 +857,7 @@ def call(request, model, packed):
         "scores": packed,
         "rule": rule,
         "certificate": rule.certificate(),
+        "source": rule,
     }
     if good is not None:
         good = {k: made[k] if v is ... else v for k, v in good.items()}

@@ -151,6 +151,10 @@ table: str = report.to_markdown()
 numbers: dict[str, Any] = report.to_dict()
 mean: workflows.UnknownResult = report.mean
 one: workflows.UnknownResult = report["noise"]
+card: workflows.ModelCard = keras_halo.model_card(guarded, report, name="a")
+card_again = workflows.model_card("guarded.keras", data={"training": "mine"})
+card_text: str = card.to_markdown() + card.to_json()
+card.save("card.md")
 monitor = OODMonitor((x, y), {"noise": x}, method="gen", frequency=2)
 measured: Mapping[str, float] = monitor.measure()
 

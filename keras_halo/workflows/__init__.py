@@ -6,6 +6,7 @@ from keras_halo.workflows.convert_head import convert_head
 from keras_halo.workflows.evaluate_ood import evaluate_ood
 from keras_halo.workflows.fit_class_gaussians import fit_class_gaussians
 from keras_halo.workflows.guard import guard, read_certificate
+from keras_halo.workflows.model_card import ModelCard, model_card
 from keras_halo.workflows.ood_report import (
     KnownResult,
     OODReport,
@@ -26,6 +27,7 @@ from keras_halo.workflows.sklearn_classifier import SKLearnClassifier
 __all__ = [
     "CalibrationReport",
     "KnownResult",
+    "ModelCard",
     "OODReport",
     "Predictions",
     "ReplayDifference",
@@ -39,6 +41,7 @@ __all__ = [
     "evaluate_ood",
     "fit_class_gaussians",
     "guard",
+    "model_card",
     "pair_log_odds",
     "read_certificate",
     "replay",

@@ -235,8 +235,8 @@ class OODReport:
         return "\n\n".join(
             [
                 f"Score: `{self.method}`, larger for unknown inputs",
-                _markdown_table(unknown),
-                _markdown_table(known),
+                markdown_table(unknown),
+                markdown_table(known),
                 " ".join(footnotes),
             ]
         )
@@ -372,7 +372,22 @@ def _aligned(rows, rule_after, last_apart=False):
     return lines
 
 
-def _markdown_table(rows):
+def markdown_table(rows):
+    """Returns a table in Markdown, numbers to the right.
+
+    Args:
+        rows: List of lists of strings, the header first.
+
+    Returns:
+        String.
+
+    Example:
+
+    >>> print(markdown_table([["set", "samples"], ["a|b", "17"]]))
+    | set | samples |
+    | :-- | --: |
+    | a\\|b | 17 |
+    """
     escaped = [
         [cell.replace("\\", "\\\\").replace("|", r"\|") for cell in row]
         for row in rows
