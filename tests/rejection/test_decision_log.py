@@ -17,7 +17,7 @@ import keras_halo
 from keras_halo import HALODense, rejection
 from keras_halo.rejection import DecisionLog, read_decisions
 
-SCRIPT = pathlib.Path(__file__).parent / "scripts" / "logging_process.py"
+SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "logging_process.py"
 
 
 @pytest.fixture
