@@ -383,10 +383,16 @@ def _metric_parts(metrics, tables):
             share(known["accepted_errors"], known["accepted"]),
         ]
     )
-    rows += [
-        [_text(name), share(found["accepted"], found["count"]), "all"]
-        for name, found in decisions["unknown"].items()
-    ]
+    for name, found in decisions["unknown"].items():
+        accepted = found["accepted"]
+        # Whatever class is named, an unknown input has none of them.
+        rows.append(
+            [
+                _text(name),
+                share(accepted, found["count"]),
+                share(accepted, accepted),
+            ]
+        )
     return [*parts, markdown_table(rows)]
 
 

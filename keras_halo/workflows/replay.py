@@ -16,9 +16,6 @@ from keras_halo.rejection.decision_record import (
 from keras_halo.utils.checks import as_integer, check_batch_size, check_model
 from keras_halo.workflows.guard import read_certificate
 
-# So many batches are decided on at a time.
-_BATCHES = 32
-
 
 @dataclasses.dataclass(frozen=True)
 class ReplayDifference:
@@ -167,12 +164,10 @@ def replay(
     count = different = 0
     differences = []
     largest_distance = largest_change = 0.0
-    for part in _parts(read_decisions(log), _BATCHES * batch_size):
-        indices = [_row(r, rows, certificate["checksum"]) for r in part]
-        answers = guarded.predict(
-            _taken(x, indices), batch_size=batch_size, verbose=0
-        )
-        for i, record in enumerate(part):
+    for batch in _batches(read_decisions(log), batch_size):
+        indices = [_row(r, rows, certificate["checksum"]) for r in batch]
+        answers = guarded.predict_on_batch(_taken(x, indices))
+        for i, record in enumerate(batch):
             count += 1
             label, score = _answer(answers, i, record)
             # NaN that stays NaN is no change.
@@ -212,10 +207,10 @@ def replay(
     )
 
 
-def _parts(records, size):
+def _batches(records, size):
     """Lists of records, one after the other."""
-    while part := list(itertools.islice(records, size)):
-        yield part
+    while batch := list(itertools.islice(records, size)):
+        yield batch
 
 
 def _taken(x, indices):
