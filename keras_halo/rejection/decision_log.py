@@ -47,10 +47,11 @@ class DecisionLog:
     else is written.
 
     Threads of one process may share a log. Processes may not: a second one that
-    opens the log is refused as long as the first has it, by a lock on
-    `decisions.jsonl.lock`, which ends with the process. So a forked process is
-    refused too. Give every process a log of its own. Locks of network file
-    systems may not hold between machines.
+    opens the log is refused as long as the first has it, by a lock on the empty
+    file `decisions.jsonl.lock`, which ends with the process and those forked
+    from it. A forked process cannot write to the log of its parent either. Give
+    every process a log of its own. Locks of network file systems may not hold
+    between machines.
 
     Checksums and numbers tell of damage and of missing lines, not of a forger,
     who can compute them, and not of lines that are missing at the end.

@@ -2,12 +2,12 @@
 
 import datetime
 import json
-import os
 import pathlib
 import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 
 import keras
 import numpy as np
@@ -97,13 +97,17 @@ def test_scores_that_are_not_finite_come_back(rule, tmp_path):
         with pytest.warns(UserWarning, match="NaN"):
             decisions = rule.predict([np.nan, np.inf, -1.5, 1e300])
         log.append(decisions, references=["ä \n\U0001f600", "", 2**53, -1])
-    records = list(read_decisions(path))
+        # As an exported model may answer.
+        log.append({"label": [-1, 2], "score": [np.inf, -np.inf]})
+    *records, high, low = read_decisions(path)
+    assert (high.score, high.label) == (np.inf, -1)
+    assert (low.score, low.label) == (-np.inf, 2)
     assert np.isnan(records[0].score)
     assert [r.score for r in records[2:]] == [-1.5, 1e300]
     assert [r.accepted for r in records] == [False, False, True, False]
     assert [r.label for r in records] == [None] * 4
     assert [r.reference for r in records] == ["ä \n\U0001f600", "", 2**53, -1]
-    assert path.read_bytes().count(b"\n") == 4
+    assert path.read_bytes().count(b"\n") == 6
 
 
 def test_full_files_are_kept_in_order(rule, tmp_path):
@@ -180,7 +184,9 @@ def test_a_process_that_was_killed_leaves_whole_lines(rule, tmp_path):
     command = [sys.executable, SCRIPT, path, tmp_path / "rule.json", "20000"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGXFSZ, done.stderr
-    acknowledged = [int(line) for line in done.stdout.split()]
+    refused, *acknowledged = [int(line) for line in done.stdout.split()]
+    # What a forked process tried: to write to the log, and to open it.
+    assert refused == 2
     torn = path.read_bytes()
     assert len(torn) == 20000 and not torn.endswith(b"\n")
     with pytest.warns(UserWarning, match="is not whole"):
@@ -217,27 +223,41 @@ def test_half_a_line_is_never_continued(cut, rule, tmp_path):
         assert path.read_bytes() == b"" and numbers(path) == []
 
 
-def test_a_full_disk_leaves_the_log_usable(rule, tmp_path, monkeypatch):
-    """The system call writes some bytes, and fails at the rest."""
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+def test_a_full_disk_leaves_the_log_usable(rule, tmp_path):
+    """The system takes some bytes, and refuses the rest."""
+    import resource
+
     path = tmp_path / "log.jsonl"
-    write = os.write
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with DecisionLog(path, rule) as log:
         log.append(rule.predict([1.0]))
-        calls = []
-
-        def full(number, content):
-            calls.append(len(content))
-            if len(calls) > 1:
-                raise OSError(28, "No space left on device")
-            return write(number, content[:30])
-
-        monkeypatch.setattr(os, "write", full)
-        with pytest.raises(OSError, match="No space"):
-            log.append(rule.predict([2.0, 3.0]))
-        monkeypatch.setattr(os, "write", write)
-        assert len(calls) == 2
+        whole = path.read_bytes()
+        decisions = rule.predict([2.0, 3.0])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 400, limits[1]))
+        try:
+            with pytest.raises(OSError):
+                log.append(decisions)
+            after = path.read_bytes()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert after == whole
         assert log.append(rule.predict([4.0])) == range(2, 3)
     assert [r.score for r in read_decisions(path)] == [1.0, 4.0]
+
+
+def test_a_log_is_read_in_constant_memory(rule, tmp_path):
+    path = tmp_path / "log.jsonl"
+    with DecisionLog(path, rule, max_bytes=10**6) as log:
+        log.append(rule.predict(np.zeros(8000)), range(8000))
+    assert sum(f.stat().st_size for f in tmp_path.iterdir()) > 2 * 10**6
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in read_decisions(path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == 8000 and peak < 500_000
 
 
 def test_another_rule_is_refused(rule, guarded, tmp_path):
