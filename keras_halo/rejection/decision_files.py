@@ -82,6 +82,23 @@ def end_of_lines(file):
     return 0
 
 
+def first_record(path):
+    """Returns the first decision of one file.
+
+    Args:
+        path: `pathlib.Path` of the file.
+
+    Returns:
+        `DecisionRecord`, or `None` if the file is empty.
+
+    Raises:
+        ValueError: If what the file begins with was written by no log.
+    """
+    with path.open("rb") as file:
+        line = file.readline(MAX_LINE)
+    return _end_record(line, path, "first") if line else None
+
+
 def last_record(path):
     """Returns the last decision of one file.
 
@@ -110,11 +127,15 @@ def last_record(path):
             return None, 0
         file.seek(max(0, end - MAX_LINE))
         *_, line = file.read(min(end, MAX_LINE)).splitlines(keepends=True)
+    return _end_record(line, path, "last"), end
+
+
+def _end_record(line, path, which):
     try:
-        return from_line(line, str(path), 0), end
+        return from_line(line, str(path), 0)
     except ValueError as error:
         raise ValueError(
-            f"{path} is no decision log, or was damaged: its last line "
+            f"{path} is no decision log, or was damaged: its {which} line "
             f"cannot be read: {error}. Give the log another path, or move its "
             "files away."
         ) from error

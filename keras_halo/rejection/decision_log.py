@@ -321,6 +321,12 @@ class DecisionLog:
         self._file.close()
         full = decision_files.rotated_path(self.path, self._first)
         try:
+            if full.exists():
+                # As a copy of this file that somebody put there.
+                raise FileExistsError(
+                    f"{full} exists already. Move it away, and open the log "
+                    "again."
+                )
             os.rename(self.path, full)
             self._open()
         except BaseException:
@@ -328,15 +334,12 @@ class DecisionLog:
             raise
 
     def _open(self):
+        first = None
+        if self.path.exists():
+            first = decision_files.first_record(self.path)
+        self._first = self._next if first is None else first.number
         self._file = self.path.open("ab", buffering=0)
         self._size = os.fstat(self._file.fileno()).st_size
-        self._first = self._next
-        if self._size:
-            with self.path.open("rb") as file:
-                line = file.readline(decision_files.MAX_LINE)
-            self._first = decision_files.from_line(
-                line, str(self.path), 1
-            ).number
         _sync_folder(self.path.parent)
 
     def _require_open(self):

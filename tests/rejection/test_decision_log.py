@@ -321,6 +321,17 @@ def test_damage_is_named_by_its_line(rule, tmp_path):
     path.write_bytes(b"".join([*lines[:4], lines[4][:-20], b"\n"]))
     with pytest.raises(ValueError, match="last line cannot be read"):
         DecisionLog(path, rule)
+    path.write_bytes(b"".join([lines[0][:-9], b"\n", *lines[1:]]))
+    with pytest.raises(ValueError, match="first line cannot be read"):
+        DecisionLog(path, rule)
+    # A copy in the place of a full file is not overwritten.
+    path.write_bytes(whole)
+    copy = tmp_path / "log.000000001.jsonl"
+    copy.write_bytes(whole)
+    with DecisionLog(path, rule, max_bytes=10) as log:
+        with pytest.raises(FileExistsError, match="exists already"):
+            log.append(rule.predict([1.0]))
+    assert copy.read_bytes() == path.read_bytes() == whole
 
 
 def test_a_file_that_is_no_log_stays_as_it_is(rule, tmp_path):
