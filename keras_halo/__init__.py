@@ -16,23 +16,23 @@ from keras_halo.losses import HALOContrastiveLoss, HALOLoss
 from keras_halo.ops.labels import pair_labels
 from keras_halo.ops.ood_scores import OOD_METHODS, ood_score
 from keras_halo.version import __version__
-from keras_halo.workflows import (
-    CalibrationReport,
-    OODReport,
+
+# From the modules: the docs take a function for the module of its name.
+from keras_halo.workflows.add_abstention import add_abstention
+from keras_halo.workflows.calibrate import CalibrationReport, calibrate
+from keras_halo.workflows.convert_head import convert_head
+from keras_halo.workflows.evaluate_ood import evaluate_ood
+from keras_halo.workflows.fit_class_gaussians import fit_class_gaussians
+from keras_halo.workflows.guard import guard, read_certificate
+from keras_halo.workflows.model_card import model_card
+from keras_halo.workflows.ood_report import OODReport
+from keras_halo.workflows.predictions import (
     Predictions,
-    SKLearnClassifier,
-    add_abstention,
-    calibrate,
-    convert_head,
     decode_predictions,
-    evaluate_ood,
-    fit_class_gaussians,
-    guard,
-    model_card,
     pair_log_odds,
-    read_certificate,
-    replay,
 )
+from keras_halo.workflows.replay import replay
+from keras_halo.workflows.sklearn_classifier import SKLearnClassifier
 
 __all__ = [
     "OOD_METHODS",
