@@ -1,0 +1,186 @@
+"""
+Title: The swap with its defaults, all data in one table and one figure
+Description: Reads the tables of default_swap.py; draws and prints a summary.
+
+    python benchmarks/swap_summary.py --figure docs/images/swap.png
+
+Reads `benchmarks/results/swap-NAME-table.md`, which `default_swap.py` wrote as
+`table.md` in its output folder. HALO is shown by its default score. A baseline
+is shown by its best score on the set that is reported, to its advantage; "best
+baseline" is the best of all methods but HALO. Needs `keras-halo[tools]`.
+"""
+
+import argparse
+import pathlib
+import re
+
+RESULTS = pathlib.Path(__file__).with_name("results")
+
+# What to show: the data, the file of its table, the unknown inputs.
+DATA = (
+    ("letters, 6 held out", "letters", "held out"),
+    ("satellite, 2 held out", "satellite", "held out"),
+    ("shuttle, rare states", "shuttle", "rare"),
+    ("spoken digits, 3 held out", "speech", "held out"),
+    ("MNIST, 3 held out", "mnist", "held out"),
+    ("CLINC150, 30 held out", "clinc-held-out", "held out"),
+    ("CLINC150, out of scope", "clinc", "out of scope"),
+)
+CROSS_ENTROPY, HALO, PUBLISHED = "cross-entropy", "HALO", "HALO, published"
+DRAWN = {
+    CROSS_ENTROPY: ("tab:gray", "o"),
+    "label smoothing": ("tab:olive", "s"),
+    "IsoMax+": ("tab:orange", "D"),
+    HALO: ("tab:blue", "*"),
+}
+
+_NUMBER = re.compile(r"(-?\d+\.\d+)(?: ± (\d+\.\d+))?$")
+
+
+def read_table(path):
+    """Dictionary of method to a dictionary of row to its cell, a string."""
+    lines = path.read_text("utf-8").strip().splitlines()
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    head, body = rows[0][1:], rows[2:]
+    return {
+        method: {row[0]: row[i + 1] for row in body if row[i + 1]}
+        for i, method in enumerate(head)
+    }
+
+
+def mean_and_spread(text):
+    """`"92.10 ± 0.26"` as two floats; `None` where there is no spread."""
+    found = _NUMBER.search(text)
+    return float(found[1]), None if found[2] is None else float(found[2])
+
+
+def auroc(cells, method, unknown):
+    """Name, mean and spread of the score that a method is shown by."""
+    scores = {
+        part.rsplit(" ", 1 + 2 * ("±" in part))[0]: mean_and_spread(part)
+        for part in cells[f"AUROC {unknown}"].split("<br>")
+    }
+    if method == HALO:
+        return ("abstain", *scores["abstain"])
+    best = max(scores, key=lambda name: scores[name][0])
+    return (best, *scores[best])
+
+
+def read_all(folder):
+    """Tables by data, those that are there, in the order of `DATA`."""
+    for title, name, unknown in DATA:
+        path = folder / f"swap-{name}-table.md"
+        if path.exists():
+            yield title, unknown, read_table(path)
+
+
+def summary(folder):
+    """Markdown, one row a data set."""
+    lines = [
+        "| % | accuracy: CE | HALO | ECE: CE | HALO | AUROC: CE "
+        "| best baseline | HALO | far noise: CE | HALO |",
+        "|---" * 10 + "|",
+    ]
+    for title, unknown, table in read_all(folder):
+        cross_entropy, halo = table[CROSS_ENTROPY], table[HALO]
+
+        def shown(method, what, table=table):
+            _, mean, spread = auroc(table[method], method, what)
+            return f"{mean:.1f}" + (
+                "" if spread is None else f" ± {spread:.1f}"
+            )
+
+        baselines = [m for m in table if m not in (HALO, PUBLISHED)]
+        best = max(
+            baselines,
+            key=lambda m, table=table, unknown=unknown: auroc(
+                table[m], m, unknown
+            )[1],
+        )
+        cells = [
+            title,
+            cross_entropy["accuracy"],
+            halo["accuracy"],
+            cross_entropy["ECE"],
+            halo["ECE"],
+            shown(CROSS_ENTROPY, unknown),
+            f"{shown(best, unknown)} ({best})",
+            shown(HALO, unknown),
+            shown(CROSS_ENTROPY, "far noise"),
+            shown(HALO, "far noise"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(folder, path):
+    """Saves a figure: two AUROCs and the calibration error."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    tables = list(read_all(folder))
+    figure, axes = plt.subplots(
+        ncols=3, figsize=(11, 4.6), sharey=True, layout="constrained"
+    )
+    for row, (_, unknown, table) in enumerate(tables):
+        for place, (method, (color, marker)) in enumerate(DRAWN.items()):
+            if method not in table:
+                continue
+            cells = table[method]
+            figures = (
+                auroc(cells, method, unknown)[1:],
+                auroc(cells, method, "far noise")[1:],
+                mean_and_spread(cells["ECE"]),
+            )
+            for ax, (mean, spread) in zip(axes, figures, strict=True):
+                ax.errorbar(
+                    mean,
+                    row + 0.15 * (place - 1.5),
+                    xerr=spread,
+                    color=color,
+                    marker=marker,
+                    markersize=11 if method == HALO else 6,
+                    markeredgecolor="white",
+                    elinewidth=1,
+                    zorder=3 if method == HALO else 2,
+                    label=method if row == 0 else None,
+                )
+    axes[0].set(
+        yticks=range(len(tables)),
+        yticklabels=[title for title, *_ in tables],
+        ylim=(len(tables) - 0.5, -0.5),
+        xlabel="AUROC, unknown classes, %",
+    )
+    axes[1].set_xlabel("AUROC, noise ten times as far, %")
+    axes[2].set(xscale="log", xlabel="ECE, %, logarithmic")
+    for ax, better in zip(axes, ("right", "right", "left"), strict=True):
+        ax.set_title(f"further {better} is better", fontsize=9)
+        ax.grid(axis="x", alpha=0.3)
+        for row in range(1, len(tables)):
+            ax.axhline(row - 0.5, color="black", alpha=0.15, lw=0.8)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--results", type=pathlib.Path, default=RESULTS, help="folder of tables"
+    )
+    parser.add_argument(
+        "--figure", type=pathlib.Path, help="where the figure is saved"
+    )
+    parsed = parser.parse_args(arguments)
+    print(summary(parsed.results))
+    if parsed.figure:
+        draw(parsed.results, parsed.figure)
+
+
+if __name__ == "__main__":
+    main()
