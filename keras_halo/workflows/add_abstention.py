@@ -37,6 +37,10 @@ _LEARNING_RATE = 2e-3
 
 _BATCH_SIZE = 128
 
+# With more features the covariance of the samples is theirs alone: it calls
+# every new input unknown.
+_SAMPLES_A_FEATURE = 3
+
 # Of the randomized search for principal components.
 _POWER_STEPS = 3
 _OVERSAMPLED = 16
@@ -97,8 +101,9 @@ def add_abstention(
         sample_weight: Optional weights of shape `(N,)`. What has a weight of
             zero is left out; every other weight counts as one. Defaults to
             `None`.
-        max_features: Integer. More features than that are reduced to it, by
-            their principal components. Defaults to 1024.
+        max_features: Integer. More features than that, or than a third of the
+            samples, are reduced to it, by their principal components. Defaults
+            to 1024.
         verbose: `"auto"`, 0, 1 or 2, as in `model.predict`. Defaults to
             `"auto"`.
         **kwargs: Further arguments of `HALODense`, such as `abstain_rate` and
@@ -186,7 +191,7 @@ def add_abstention(
     reduced, given = rows[:, :width], rows[:, width:]
     check_finite(reduced, "features")
     layers = []
-    max_features = min(max_features, len(reduced))
+    max_features = min(max_features, _features_for(len(reduced), num_classes))
     if reduced.shape[-1] > max_features:
         reduction = keras.layers.Dense(
             max_features, name=free_name(model, "halo_reduction")
@@ -237,6 +242,13 @@ def _blocks(model, last, blocks):
             f"{unknown[0]!r}; the model has {sorted(names)}."
         )
     return [names[b].output if isinstance(b, str) else b for b in blocks]
+
+
+def _features_for(num_samples, num_classes):
+    """How many features so many samples have a covariance for."""
+    wanted = max(num_samples // _SAMPLES_A_FEATURE, num_classes)
+    # Each class takes one of the samples for its mean.
+    return max(min(wanted, num_samples - num_classes), 2)
 
 
 def principal_components(rows, count):

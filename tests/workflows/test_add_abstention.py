@@ -192,6 +192,30 @@ def test_layers_can_be_named_and_many_features_are_reduced(digits):
     assert again.predict(x[:3], verbose=0).shape == (3, 16)
 
 
+def test_more_features_than_samples_are_not_memorized(digits):
+    x, y = digits
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(16, 3, padding="same", activation="relu"),
+            layers.Flatten(),
+            layers.Dense(10, activation="softmax"),
+        ]
+    )
+    model.compile(
+        keras.optimizers.Adam(3e-3), "sparse_categorical_crossentropy"
+    )
+    model.fit(x[:300], y[:300], epochs=20, verbose=0)
+    guarded = add_abstention(model, x[:300], y[:300], verbose=0)
+    given = model.predict(x[1000:], verbose=0).argmax(axis=-1)
+    scores = guarded.predict(x[1000:], verbose=0)
+    right = scores[:, :10].argmax(axis=-1) == y[1000:]
+    assert right.mean() > np.mean(given == y[1000:]) - 0.02
+    answered = ~keras_halo.decode_predictions(scores).abstained
+    assert answered.mean() > 0.5
+
+
 def test_a_sigmoid_unit_becomes_two_classes(digits):
     x, y = digits
     keras.utils.set_random_seed(0)
