@@ -77,39 +77,42 @@ def read_all(folder):
 def summary(folder):
     """Markdown, one row a data set."""
     lines = [
-        "| % | accuracy: CE | HALO | ECE: CE | HALO | AUROC: CE "
-        "| best baseline | HALO | far noise: CE | HALO |",
-        "|---" * 10 + "|",
+        "| %, CE → HALO | accuracy | ECE | AUROC, unknown | best baseline "
+        "| AUROC, far noise |",
+        "|---" * 6 + "|",
     ]
+
+    def shown(figures, places):
+        mean, spread = figures
+        text = f"{mean:.{places}f}"
+        return text if spread is None else f"{text} ± {spread:.{places}f}"
+
     for title, unknown, table in read_all(folder):
-        cross_entropy, halo = table[CROSS_ENTROPY], table[HALO]
+        both = [(m, table[m]) for m in (CROSS_ENTROPY, HALO)]
 
-        def shown(method, what, table=table):
-            _, mean, spread = auroc(table[method], method, what)
-            return f"{mean:.1f}" + (
-                "" if spread is None else f" ± {spread:.1f}"
-            )
+        def known(row, places, both=both):
+            cells = [mean_and_spread(cells[row]) for _, cells in both]
+            return " → ".join(shown(figures, places) for figures in cells)
 
-        baselines = [m for m in table if m not in (HALO, PUBLISHED)]
-        best = max(
-            baselines,
-            key=lambda m, table=table, unknown=unknown: auroc(
-                table[m], m, unknown
-            )[1],
-        )
-        cells = [
+        def ranked(what, both=both):
+            cells = [auroc(cells, method, what)[1:] for method, cells in both]
+            return " → ".join(shown(figures, 1) for figures in cells)
+
+        baselines = {
+            method: auroc(cells, method, unknown)[1:]
+            for method, cells in table.items()
+            if method not in (HALO, PUBLISHED)
+        }
+        best = max(baselines, key=lambda name, of=baselines: of[name][0])
+        row = (
             title,
-            cross_entropy["accuracy"],
-            halo["accuracy"],
-            cross_entropy["ECE"],
-            halo["ECE"],
-            shown(CROSS_ENTROPY, unknown),
-            f"{shown(best, unknown)} ({best})",
-            shown(HALO, unknown),
-            shown(CROSS_ENTROPY, "far noise"),
-            shown(HALO, "far noise"),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+            known("accuracy", 1),
+            known("ECE", 2),
+            ranked(unknown),
+            f"{shown(baselines[best], 1)}, {best}",
+            ranked("far noise"),
+        )
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
@@ -122,7 +125,7 @@ def draw(folder, path):
 
     tables = list(read_all(folder))
     figure, axes = plt.subplots(
-        ncols=3, figsize=(11, 4.6), sharey=True, layout="constrained"
+        ncols=3, figsize=(9, 4.4), sharey=True, layout="constrained"
     )
     for row, (_, unknown, table) in enumerate(tables):
         for place, (method, (color, marker)) in enumerate(DRAWN.items()):
@@ -151,9 +154,9 @@ def draw(folder, path):
         yticks=range(len(tables)),
         yticklabels=[title for title, *_ in tables],
         ylim=(len(tables) - 0.5, -0.5),
-        xlabel="AUROC, unknown classes, %",
+        xlabel="AUROC, unknown, %",
     )
-    axes[1].set_xlabel("AUROC, noise ten times as far, %")
+    axes[1].set_xlabel("AUROC, far noise, %")
     axes[2].set(xscale="log", xlabel="ECE, %, logarithmic")
     for ax, better in zip(axes, ("right", "right", "left"), strict=True):
         ax.set_title(f"further {better} is better", fontsize=9)
@@ -162,7 +165,7 @@ def draw(folder, path):
             ax.axhline(row - 0.5, color="black", alpha=0.15, lw=0.8)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=4)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
