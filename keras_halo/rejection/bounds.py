@@ -150,7 +150,7 @@ def conformal_p_values(scores, calibration_scores):
     - Vladimir Vovk, Alex Gammerman, Glenn Shafer, Algorithmic Learning in a
       Random World, 2005.
     """
-    calibration_scores = _raised(calibration_scores)
+    calibration_scores = raised(calibration_scores)
     below = np.searchsorted(calibration_scores, scores, side="left")
     n = len(calibration_scores)
     return (1.0 + (n - below)) / (n + 1.0)
@@ -185,13 +185,13 @@ def table_of_ranks(scores):
     >>> len(table_of_ranks(np.arange(1e5))[0])
     256
     """
-    raised = _raised(np.sort(scores))
-    n = len(raised)
+    ranked = raised(np.sort(scores))
+    n = len(ranked)
     lower = max(n - _TABLE_SIZE, 0)
     steps = np.ceil(np.linspace(0, lower, min(lower, _TABLE_SIZE) + 1)[1:])
     ends = np.concatenate([steps.astype(int), np.arange(lower, n) + 1])
     # Entries that share a score become one.
-    entries, last = np.unique(raised[ends - 1][::-1], return_index=True)
+    entries, last = np.unique(ranked[ends - 1][::-1], return_index=True)
     ends = ends[::-1][last]
     return entries, np.diff(ends, prepend=0)
 
@@ -231,8 +231,22 @@ def threshold_above(largest, scores):
     return float(_raise(largest, following, _mean_magnitude(scores)))
 
 
-def _raised(scores):
-    """All scores of a sorted vector, as `threshold_above` raises each."""
+def raised(scores):
+    """All scores of a sorted vector, as `threshold_above` raises each.
+
+    Args:
+        scores: Sorted vector.
+
+    Returns:
+        Sorted vector.
+
+    Example:
+
+    >>> raised(np.array([1.0, 1.0, 3.0])).round(3).tolist()
+    [1.0, 1.0, 3.0]
+    >>> bool((raised(np.array([1.0, 3.0])) > [1.0, 3.0]).all())
+    True
+    """
     distinct, inverse = np.unique(scores, return_inverse=True)
     following = np.append(distinct[1:], np.inf)
     return _raise(distinct, following, _mean_magnitude(scores))[inverse]

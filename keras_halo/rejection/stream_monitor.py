@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from keras_halo.rejection import martingale, storage
+from keras_halo.rejection import bounds, martingale, storage
 from keras_halo.rejection.readings import (
     check_fraction,
     read_errors,
@@ -185,12 +185,18 @@ class StreamMonitor:
                 "it is faster."
             )
         # Bins from some of the data, counts from the others: an edge that is
-        # itself counted would make ranks that are not uniform.
+        # itself counted would make ranks that are not uniform. Edges lie in the
+        # gaps between scores: one that many inputs share may come out rounded
+        # otherwise in the stream, and all of them would change bins.
         judged = np.random.default_rng(self.seed).permutation(judged)
         placing = int(_PLACING * len(judged))
         quantiles = np.linspace(0.0, 1.0, min(placing, _MAX_EDGES))
         edges = np.unique(
-            np.quantile(judged[:placing], quantiles, method="higher")
+            np.quantile(
+                bounds.raised(np.sort(judged[:placing])),
+                quantiles,
+                method="higher",
+            )
         )
         bins = np.searchsorted(edges, judged[placing:])
         counts = np.bincount(bins, minlength=len(edges) + 1).tolist()

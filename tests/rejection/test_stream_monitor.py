@@ -172,6 +172,22 @@ def test_batches_make_no_difference(sizes):
     assert (status.inputs, status.rejected) == (300, expected.rejected)
 
 
+@pytest.mark.parametrize("ulps", [-2, 2])
+def test_rounding_of_scores_that_many_inputs_share_is_no_change(ulps):
+    rng = np.random.default_rng(0)
+
+    def drawn(count):
+        scores = rng.normal(size=count).astype("float32")
+        # Blank frames, say.
+        return np.where(rng.random(count) < 0.4, np.float32(1.5), scores)
+
+    monitor = monitored(drawn(2000))
+    scores = drawn(3000)
+    shared = scores == np.float32(1.5)
+    scores[shared] += ulps * np.spacing(np.float32(1.5))
+    assert not monitor.update(scores).alarm
+
+
 def test_packed_scores_with_labels_and_nan():
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), HALODense(3)])
