@@ -148,6 +148,12 @@ def fitted(make):
     return use
 
 
+def fitted_jointly(scores, errors, outliers, judged):
+    """Fits a rule that needs errors and outliers, and decides with it."""
+    rule = rejection.JointRule(0.5, 0.5, 0.8, 0.2, method=None)
+    rule.fit(scores, errors=errors, outliers=outliers).predict(judged)
+
+
 def kept(rule):
     """A rule on packed scores, fitted with labels."""
 
@@ -654,6 +660,26 @@ CALLS = {
             "risk": {**SHARE, "nothing": 1e-17},
             "delta": {**SHARE, "nothing": 1e-17},
             "method": optional(METHOD),
+        },
+    ),
+    "JointRule": (
+        rejection.JointRule,
+        {"risk": 0.1, "coverage": 0.5},
+        {
+            "risk": {**SHARE, "nothing": 1e-17},
+            "coverage": SHARE,
+            "false_positive_rate": {**optional(SHARE), "nothing": 1e-17},
+            "delta": {**SHARE, "nothing": 1e-17},
+            "method": optional(METHOD),
+        },
+    ),
+    "JointRule, used": (
+        fitted_jointly,
+        {**PLAIN_RULE, "outliers": SCORES + 1.0},
+        {
+            **PLAIN_CASES,
+            "errors": {**VECTOR, "halves": SCORES},
+            "outliers": PLAIN_CASES["scores"],
         },
     ),
     **{

@@ -108,6 +108,9 @@ class CalibrationCounts:
         known: Integer, the number of known samples next to outliers, or
             `None`.
         known_accepted: Integer, how many of them are accepted, or `None`.
+        outliers: Integer, the number of outliers next to known samples, or
+            `None`.
+        outliers_accepted: Integer, how many of them are accepted, or `None`.
 
     Raises:
         ValueError: If the numbers contradict each other.
@@ -125,6 +128,8 @@ class CalibrationCounts:
     accepted_errors: int | None = None
     known: int | None = None
     known_accepted: int | None = None
+    outliers: int | None = None
+    outliers_accepted: int | None = None
 
     def __post_init__(self):
         counts = [
@@ -134,6 +139,7 @@ class CalibrationCounts:
             (self.accepted, self.samples),
             (self.accepted_errors, self.errors),
             (self.known_accepted, self.known),
+            (self.outliers_accepted, self.outliers),
         ]
         if not (
             all(

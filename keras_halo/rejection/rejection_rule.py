@@ -146,20 +146,18 @@ class RejectionRule:
                 "`find_threshold` must return the threshold and the scores to "
                 f"keep, or `None` for these. Received: {found!r}."
             )
-        threshold, kept_scores = float(found[0]), found[1]
+        self._remember(reading, float(found[0]), found[1], wrong)
+        return self
+
+    def _remember(self, reading, threshold, scores=None, wrong=None, **counts):
         accepted = reading.scores <= threshold
-        counts = {}
         if wrong is not None:
             counts["errors"] = int(wrong.sum())
             counts["accepted_errors"] = int((wrong & accepted).sum())
-        self._remember(reading, threshold, kept_scores, **counts)
-        return self
-
-    def _remember(self, reading, threshold, scores=None, **counts):
         calibration = CalibrationCounts(
             samples=reading.scores.size,
             inputs=len(reading.scores),
-            accepted=int((reading.scores <= threshold).sum()),
+            accepted=int(accepted.sum()),
             **counts,
         )
         ranks = None
