@@ -154,6 +154,13 @@ def fitted_jointly(scores, errors, outliers, judged):
     rule.fit(scores, errors=errors, outliers=outliers).predict(judged)
 
 
+def fitted_by_groups(scores, judged, groups):
+    """Fits a rule for each group, and decides with it."""
+    rule = rejection.CoverageRule(0.5, method=None)
+    rule = rejection.GroupwiseRule(rule, by="group")
+    rule.fit(scores, groups=groups).predict(judged, groups=groups)
+
+
 def kept(rule):
     """A rule on packed scores, fitted with labels."""
 
@@ -671,6 +678,26 @@ CALLS = {
             "false_positive_rate": {**optional(SHARE), "nothing": 1e-17},
             "delta": {**SHARE, "nothing": 1e-17},
             "method": optional(METHOD),
+        },
+    ),
+    "GroupwiseRule": (
+        rejection.GroupwiseRule,
+        {"rule": ...},
+        {
+            "rule": {**ANYTHING, "none": None, "rule": rejection.CoverageRule},
+            "by": {**ANYTHING, "none": None, "list": ["class"]},
+        },
+    ),
+    "GroupwiseRule, used": (
+        fitted_by_groups,
+        {"scores": SCORES, "judged": SCORES, "groups": Y},
+        {
+            **PLAIN_CASES,
+            "groups": {
+                **without(VECTOR, "names"),
+                "fractions": np.full(N, 0.5),
+                "booleans": Y == 1,
+            },
         },
     ),
     "JointRule, used": (

@@ -67,7 +67,8 @@ class Guard(Decision):
             )
         super().__init__(
             certificate["threshold"],
-            certificate["config"]["method"],
+            # Files of earlier versions name it among the arguments alone.
+            certificate.get("method") or certificate["config"]["method"],
             **kwargs,
         )
         self.certificate = certificate

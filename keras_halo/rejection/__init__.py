@@ -4,6 +4,7 @@ from keras_halo.rejection.decisions import Decisions
 from keras_halo.rejection.false_positive_rate_rule import (
     FalsePositiveRateRule,
 )
+from keras_halo.rejection.groupwise_rule import GroupwiseRule
 from keras_halo.rejection.joint_rule import JointRule
 from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.selective_risk_rule import SelectiveRiskRule
@@ -19,6 +20,7 @@ __all__ = [
     "CoverageRule",
     "Decisions",
     "FalsePositiveRateRule",
+    "GroupwiseRule",
     "JointRule",
     "MonitorStatus",
     "RejectionRule",

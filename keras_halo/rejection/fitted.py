@@ -187,17 +187,46 @@ class Ranks:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """What a rule learned of one group of inputs.
+
+    Args:
+        name: String or integer.
+        calibration: `CalibrationCounts`.
+        scores: As in `Fitted`.
+
+    Raises:
+        ValueError: If the name is of another type.
+
+    Example:
+
+    >>> Group("night", CalibrationCounts(100, 100, 95)).name
+    'night'
+    """
+
+    name: str | int
+    calibration: CalibrationCounts
+    scores: np.ndarray | None = None
+
+    def __post_init__(self):
+        if type(self.name) not in (str, int):
+            raise ValueError(f"this is no name of a group: {self.name!r}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Fitted:
     """All that a rule learned.
 
     Args:
-        threshold: Float, the largest score that is accepted.
+        threshold: Float, the largest score that is accepted; with groups a
+            list of one for each.
         calibration: `CalibrationCounts`.
         fingerprint: `Fingerprint` of the head, `None` for plain scores.
         scores: Sorted array of all calibration scores, if the rule needs them,
             or `None`.
         ranks: `Ranks`, `None` where the samples are outliers or the rule comes
             from a file of keras_halo 0.1.0.
+        groups: List of `Group`, if each has a threshold of its own, or `None`.
 
     Raises:
         ValueError: If the threshold or a score is not finite, the scores are
@@ -214,11 +243,16 @@ class Fitted:
     fingerprint: Fingerprint | None
     scores: np.ndarray | None = None
     ranks: Ranks | None = None
+    groups: list | None = None
 
     def __post_init__(self):
         if self.ranks and sum(self.ranks.counts) != self.calibration.samples:
             raise ValueError("its ranks are not those of the samples")
-        if not _is_finite_float(self.threshold):
+        thresholds = [self.threshold]
+        if self.groups is not None:
+            thresholds = self.threshold
+            self._check_groups()
+        if not all(map(_is_finite_float, thresholds)):
             raise ValueError(
                 f"the threshold is no finite float: {self.threshold!r}"
             )
@@ -228,6 +262,15 @@ class Fitted:
             and (np.diff(self.scores) >= 0.0).all()
         ):
             raise ValueError("its calibration scores are not a sorted list")
+
+    def _check_groups(self):
+        if len(self.groups) != len(self.threshold):
+            raise ValueError("its thresholds are not as many as its groups")
+        if len({group.name for group in self.groups}) != len(self.groups):
+            raise ValueError("its groups do not have names of their own")
+        samples = sum(group.calibration.samples for group in self.groups)
+        if samples != self.calibration.samples:
+            raise ValueError("its groups do not hold the samples")
 
 
 def _is_finite_float(value):

@@ -168,6 +168,9 @@ class JointRule(RejectionRule):
         self._remember(reading, threshold, wrong=wrong, **counts)
         return self
 
+    def samples_needed(self) -> int:
+        return self._requirements().samples_needed()
+
     def find_threshold(
         self,
         scores: Array,
@@ -190,7 +193,7 @@ class JointRule(RejectionRule):
             )
         wanted = self._requirements()
         if wanted.starts(len(scores)) is None:
-            self.require_samples(len(scores), wanted.samples_needed())
+            self.require_samples(len(scores))
         needed = wanted.outliers_needed(len(scores))
         received = 0 if outliers is None else len(outliers)
         if received < needed:

@@ -196,6 +196,58 @@ def read_errors(reading, labels=None, errors=None):
     return labels != reading.labels
 
 
+def read_groups(groups, shape):
+    """Reads to which group each sample belongs.
+
+    Args:
+        groups: Strings or integers of shape `(...)`, or one for each input,
+            whose positions then share it.
+        shape: Tuple, the shape of the scores.
+
+    Returns:
+        Array of this shape, of strings or integers.
+
+    Raises:
+        ValueError: If it has another shape or another type.
+
+    Example:
+
+    >>> read_groups(["day", "night"], (2, 2)).tolist()
+    [['day', 'day'], ['night', 'night']]
+    """
+    if _are_names(groups):
+        array = np.asarray(groups, object).astype(str)
+    else:
+        array = number_array(groups, "groups")
+        if array.dtype.kind not in "iu" and array.size:
+            raise ValueError(
+                "`groups` must be strings or integers. Received: "
+                f"dtype={array.dtype}. Number or name the groups."
+            )
+        array = array.astype("int64")
+    if array.shape != shape[: array.ndim] or not array.ndim:
+        raise ValueError(
+            f"`groups` must have the shape {shape} of the scores, or hold one "
+            f"group for each of the inputs. Received: shape={array.shape}."
+        )
+    extra = (1,) * (len(shape) - array.ndim)
+    return np.broadcast_to(array.reshape(array.shape + extra), shape)
+
+
+def _are_names(values):
+    """Whether values are strings, in lists or in an array."""
+    if isinstance(values, str):
+        return False
+    if isinstance(values, np.ndarray) and values.dtype.kind == "U":
+        return True
+    if not isinstance(values, (list, tuple)) and (
+        getattr(values, "dtype", None) != np.dtype(object)
+    ):
+        return False
+    flat = np.asarray(values, object).ravel().tolist()
+    return bool(flat) and all(isinstance(value, str) for value in flat)
+
+
 def _to_array(values, argument, may_be_empty=False):
     array = number_array(values, argument)
     if array.dtype.name == "bfloat16":

@@ -6,9 +6,8 @@ import numpy as np
 
 from keras_halo.layers.decision import Decision
 from keras_halo.ops import ood_scores
-from keras_halo.ops.labels import ABSTAINED
 from keras_halo.rejection import bounds, storage
-from keras_halo.rejection.decisions import Decisions
+from keras_halo.rejection.decisions import Decisions, decisions_of
 from keras_halo.rejection.fitted import CalibrationCounts, Fitted, Ranks
 from keras_halo.rejection.readings import Reading, read_errors, read_scores
 from keras_halo.rejection.wording import share
@@ -137,7 +136,17 @@ class RejectionRule:
                 guarantee; the rule stays as it was.
         """
         reading = read_scores(scores, self.method)
-        wrong = read_errors(reading, labels, errors)
+        self.learn(reading, read_errors(reading, labels, errors))
+        return self
+
+    def learn(self, reading: Reading, wrong: Array | None) -> None:
+        """Fits the rule on what was read.
+
+        Args:
+            reading: `keras_halo.rejection.readings.Reading`.
+            wrong: Boolean array of shape `(...)`, where the prediction is
+                wrong, or `None`.
+        """
         found = self.find_threshold(
             reading.scores.ravel(), None if wrong is None else wrong.ravel()
         )
@@ -147,10 +156,19 @@ class RejectionRule:
                 f"keep, or `None` for these. Received: {found!r}."
             )
         self._remember(reading, float(found[0]), found[1], wrong)
-        return self
 
-    def _remember(self, reading, threshold, scores=None, wrong=None, **counts):
-        accepted = reading.scores <= threshold
+    def _remember(
+        self,
+        reading,
+        threshold,
+        scores=None,
+        wrong=None,
+        accepted=None,
+        groups=None,
+        **counts,
+    ):
+        if accepted is None:
+            accepted = reading.scores <= threshold
         if wrong is not None:
             counts["errors"] = int(wrong.sum())
             counts["accepted_errors"] = int((wrong & accepted).sum())
@@ -165,8 +183,13 @@ class RejectionRule:
             entries, counts = bounds.table_of_ranks(reading.scores.ravel())
             ranks = Ranks(entries.tolist(), counts.tolist())
         self._fitted = Fitted(
-            threshold, calibration, reading.fingerprint, scores, ranks
+            threshold, calibration, reading.fingerprint, scores, ranks, groups
         )
+
+    @property
+    def learned(self) -> Any:
+        """What the rule learned, for `restore`."""
+        return self._require_fitted()
 
     def restore(self, fitted: Any) -> None:
         """Takes over what a rule learned that was saved.
@@ -193,12 +216,19 @@ class RejectionRule:
                 or come from another model.
         """
         reading = self.read(scores)
+        return decisions_of(reading, self.accepts_reading(reading))
+
+    def accepts_reading(self, reading: Reading) -> Array:
+        """Decides what was read; rows that are not finite are rejected.
+
+        Args:
+            reading: What `read` returned.
+
+        Returns:
+            Boolean array of shape `(...)`.
+        """
         # Whatever a rule makes of NaN.
-        accepted = self.accepts(reading.scores) & np.isfinite(reading.scores)
-        labels = reading.labels
-        if labels is not None:
-            labels = np.where(accepted, labels, ABSTAINED)
-        return Decisions(accepted, labels, reading.scores)
+        return self.accepts(reading.scores) & np.isfinite(reading.scores)
 
     def to_layer(self, **kwargs: Any) -> Decision:
         """Makes a layer that decides as the rule does, inside a model.
@@ -447,8 +477,24 @@ class RejectionRule:
             )
         return self._fitted
 
-    def require_samples(self, received: int, needed: int) -> None:
-        """Raises `ValueError` where there are fewer samples than needed."""
+    def samples_needed(self) -> int:
+        """Says how many samples the guarantee takes; may be overridden.
+
+        Returns:
+            Integer, the smallest number of calibration samples that may do.
+        """
+        return 1
+
+    def require_samples(self, received: int, needed: int | None = None) -> None:
+        """Raises `ValueError` where there are fewer samples than needed.
+
+        Args:
+            received: Integer.
+            needed: Integer, or `None` for `samples_needed`. Defaults to
+                `None`.
+        """
+        if needed is None:
+            needed = self.samples_needed()
         if received < needed:
             raise ValueError(
                 f"{self!r} needs at least {needed} calibration samples for "
