@@ -12,7 +12,7 @@ from helpers import to_numpy
 
 import keras_halo
 from keras_halo import HALODense, HALOLoss, HALOSoftmax, layers
-from keras_halo.rejection import CoverageRule, GroupwiseRule
+from keras_halo.rejection import CoverageRule, GroupwiseRule, LabelSetRule
 
 BACKEND = keras.backend.backend()
 
@@ -248,6 +248,7 @@ def test_a_head_on_the_features_of_all_blocks(export, tmp_path):
 RULES = {
     "coverage": lambda: CoverageRule(0.9),
     "by class": lambda: GroupwiseRule(CoverageRule(0.9)),
+    "label sets": lambda: LabelSetRule(0.9, method="abstain"),
 }
 
 

@@ -462,6 +462,11 @@ CALLS = {
         {"certificate": ...},
         {"certificate": {**ANYTHING, "none": None, "empty": {}}},
     ),
+    "LabelSet": (
+        layers.LabelSet,
+        {"threshold": 1.0},
+        {"threshold": NUMBERS, "method": optional(METHOD)},
+    ),
     "OODScore": (layers.OODScore, {}, {"method": METHOD}),
     "FeatureNormalization": (layers.FeatureNormalization, {}, {}),
     **{
@@ -700,6 +705,21 @@ CALLS = {
             },
         },
     ),
+    "LabelSetRule": (
+        rejection.LabelSetRule,
+        {},
+        {
+            "coverage": SHARE,
+            "class_conditional": BOOLEAN,
+            "delta": {**optional(SHARE), "nothing": 1e-17},
+            "method": METHOD,
+        },
+    ),
+    "LabelSetRule, used": (
+        kept(lambda method: rejection.LabelSetRule(0.5, method=method)),
+        {"scores": ..., "labels": Y},
+        {"scores": PACKED, "labels": LABELS},
+    ),
     "JointRule, used": (
         fitted_jointly,
         {**PLAIN_RULE, "outliers": SCORES + 1.0},
@@ -768,6 +788,7 @@ MADE = {
     "CalibrationReport",
     "Decisions",
     "KnownResult",
+    "LabelSets",
     "MonitorStatus",
     "OODReport",
     "Predictions",

@@ -179,24 +179,36 @@ class Decision(ScoreLayer):
             judged = best
         else:
             judged = self._judged(scores, ood)
-            accepted = judged <= self._limit(labels)
-        # As comparisons: not every exporter knows `isfinite`.
-        largest = float(np.finfo(self.head_dtype).max)
-        finite = ops.logical_and(judged >= -largest, judged <= largest)
-        accepted = ops.logical_and(accepted, finite)
+            limits = self._limits()
+            if isinstance(self.threshold, list):
+                limits = ops.take(limits, labels)
+            accepted = judged <= limits
+        accepted = ops.logical_and(accepted, self._is_finite(judged))
         return ops.where(accepted, labels, ops.full_like(labels, ABSTAINED))
 
-    def _limit(self, labels):
+    def _limits(self):
         if not isinstance(self.threshold, list):
             return rounded_down(self.threshold, self.head_dtype)
         limits = [rounded_down(t, self.head_dtype) for t in self.threshold]
-        limits = ops.convert_to_tensor(np.array(limits), self.head_dtype)
-        return ops.take(limits, labels)
+        return ops.convert_to_tensor(np.array(limits), self.head_dtype)
+
+    def _is_finite(self, judged):
+        # As comparisons: not every exporter knows `isfinite`.
+        largest = float(np.finfo(self.head_dtype).max)
+        return ops.logical_and(judged >= -largest, judged <= largest)
 
     def _judged(self, scores, given):
         if self.method in (None, FITTED):
             return ops.cast(given, self.head_dtype)
         return ood_scores.ood_score(scores, self.method)
+
+    def _members(self, scores, given):
+        """Whether each label is at most its threshold, where one is meant."""
+        judged = self._judged(scores, given)
+        logits = packing.unpack(scores).logits
+        members = ood_scores.label_scores(logits, judged) <= self._limits()
+        finite = ops.expand_dims(self._is_finite(judged), -1)
+        return ops.logical_and(members, finite)
 
     def compute_output_shape(
         self, scores_shape: Shape, ood_shape: Shape = None

@@ -111,6 +111,9 @@ class CalibrationCounts:
         outliers: Integer, the number of outliers next to known samples, or
             `None`.
         outliers_accepted: Integer, how many of them are accepted, or `None`.
+        covered: Integer, of how many samples the right label is in the set,
+            or `None`.
+        set_labels: Integer, how many labels all sets have, or `None`.
 
     Raises:
         ValueError: If the numbers contradict each other.
@@ -130,6 +133,8 @@ class CalibrationCounts:
     known_accepted: int | None = None
     outliers: int | None = None
     outliers_accepted: int | None = None
+    covered: int | None = None
+    set_labels: int | None = None
 
     def __post_init__(self):
         counts = [
@@ -140,6 +145,7 @@ class CalibrationCounts:
             (self.accepted_errors, self.errors),
             (self.known_accepted, self.known),
             (self.outliers_accepted, self.outliers),
+            (self.covered, self.set_labels),
         ]
         if not (
             all(
@@ -147,6 +153,7 @@ class CalibrationCounts:
                 for count in counts
             )
             and 0 < self.inputs <= self.samples
+            and (self.covered or 0) <= self.samples
             and all(
                 (part is None) == (whole is None)
                 and (part is None or part <= whole)
@@ -262,6 +269,12 @@ class Fitted:
             and (np.diff(self.scores) >= 0.0).all()
         ):
             raise ValueError("its calibration scores are not a sorted list")
+
+    @property
+    def by_group(self):
+        """Dictionary, the threshold of each group by its name."""
+        names = [group.name for group in self.groups]
+        return dict(zip(names, self.threshold, strict=True))
 
     def _check_groups(self):
         if len(self.groups) != len(self.threshold):

@@ -89,8 +89,10 @@ class GroupwiseRule(RejectionRule):
         if isinstance(rule, dict) and set(rule) == {"class_name", "config"}:
             # From `get_config`.
             rule = storage.unfitted(rule["class_name"], rule["config"])
-        if not isinstance(rule, RejectionRule) or isinstance(
-            rule, GroupwiseRule
+        if (
+            not isinstance(rule, RejectionRule)
+            or isinstance(rule, GroupwiseRule)
+            or rule.gives_sets
         ):
             raise ValueError(
                 "`rule` must be a rule of `keras_halo.rejection` for the "
@@ -131,24 +133,9 @@ class GroupwiseRule(RejectionRule):
         return self.rule.sample_name
 
     @property
-    def threshold(self) -> float:
-        """Not available: every group has its own, see `thresholds`."""
-        self._require_fitted()
-        raise ValueError(
-            "Expected one threshold for all inputs. Received: "
-            f"{self!r}, which has one for each group. Use `rule.thresholds`."
-        )
-
-    @property
     def thresholds(self) -> dict[str | int, float]:
         """Dictionary, the largest accepted score of each class or group."""
-        fitted = self._require_fitted()
-        return {
-            group.name: threshold
-            for group, threshold in zip(
-                fitted.groups, fitted.threshold, strict=True
-            )
-        }
+        return self._require_fitted().by_group
 
     @property
     def rules(self) -> dict[str | int, RejectionRule]:

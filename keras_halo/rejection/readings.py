@@ -28,11 +28,13 @@ class Reading:
         labels: Integer array of shape `(...)`, the most probable class; `None`
             for plain scores.
         fingerprint: `Fingerprint`; `None` for plain scores.
+        logits: Array of shape `(..., K)`; `None` for plain scores.
     """
 
     scores: np.ndarray
     labels: np.ndarray | None
     fingerprint: Fingerprint | None
+    logits: np.ndarray | None = None
 
 
 def check_fraction(name, value):
@@ -110,17 +112,17 @@ def read_scores(scores, method, argument="scores", to_judge=False):
             f"computes method={method!r}. Received: shape={array.shape}. For "
             "plain scores of your own use a rule with `method=None`."
         )
+    num_classes = packing.count_classes(array.shape)
+    logits = array[..., :num_classes]
     if not array.size:
-        packing.count_classes(array.shape)
         nothing = np.zeros(array.shape[:-1])
-        return Reading(nothing, nothing.astype(int), None)
+        return Reading(nothing, nothing.astype(int), None, logits)
     finite = np.ones(array.shape[:-1], bool)
     if to_judge:
         finite = finite_rows(array, argument)
         if not finite.any():
-            packing.count_classes(array.shape)
             rejected = np.full(finite.shape, np.nan)
-            return Reading(rejected, np.zeros(finite.shape, int), None)
+            return Reading(rejected, np.zeros(finite.shape, int), None, logits)
         # Any row of the same head takes the place of what cannot be read.
         array = np.where(finite[..., None], array, array[finite][0])
     packing.check_packed(array, argument)
@@ -139,7 +141,7 @@ def read_scores(scores, method, argument="scores", to_judge=False):
         judged if to_judge else _finite(judged, argument),
         np.argmax(parts.logits, axis=-1),
         Fingerprint(
-            num_classes=packing.count_classes(array.shape),
+            num_classes=num_classes,
             embedding_dim=int(_common(parts.embedding_dim, argument)),
             temperature=_common(parts.temperature, argument),
             abstain_logit=(
@@ -147,6 +149,7 @@ def read_scores(scores, method, argument="scores", to_judge=False):
             ),
             far_radius=far_radius,
         ),
+        parts.logits,
     )
 
 

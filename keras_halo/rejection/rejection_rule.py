@@ -59,6 +59,8 @@ class RejectionRule:
             inputs, so that their scores give p-values. Defaults to `True`.
         keeps_scores: Boolean, whether all calibration scores are kept and
             saved, as `calibration_scores`. Defaults to `False`.
+        gives_sets: Boolean, whether `predict` gives sets of labels. Defaults
+            to `False`.
         sample_name: String, what the samples of `fit` are, in the words of
             `summary`. Defaults to `"known samples"`.
 
@@ -83,6 +85,7 @@ class RejectionRule:
     judges_singly = True
     fitted_on_known = True
     keeps_scores = False
+    gives_sets = False
     sample_name = "known samples"
 
     def __init_subclass__(cls, **kwargs):
@@ -302,7 +305,13 @@ class RejectionRule:
     @property
     def threshold(self) -> float:
         """Float, the largest score that is accepted."""
-        return self._require_fitted().threshold
+        fitted = self._require_fitted()
+        if fitted.groups is not None:
+            raise ValueError(
+                "Expected one threshold for all inputs. Received: "
+                f"{self!r}, which has several. Use `rule.thresholds`."
+            )
+        return fitted.threshold
 
     @property
     def guarantee(self) -> str:

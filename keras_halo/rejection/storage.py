@@ -91,6 +91,8 @@ def certificate(rule, fitted):
         "scores": _listed(fitted.scores),
         "ranks": fitted.ranks and dataclasses.asdict(fitted.ranks),
     }
+    if rule.gives_sets:
+        document["label_sets"] = True
     if fitted.groups is not None:
         document["groups"] = [
             {
