@@ -181,7 +181,7 @@ class Decision(ScoreLayer):
             judged = self._judged(scores, ood)
             limits = self._limits()
             if isinstance(self.threshold, list):
-                limits = ops.take(limits, labels)
+                limits = self._of_class(limits, labels)
             accepted = judged <= limits
         accepted = ops.logical_and(accepted, self._is_finite(judged))
         return ops.where(accepted, labels, ops.full_like(labels, ABSTAINED))
@@ -191,6 +191,13 @@ class Decision(ScoreLayer):
             return rounded_down(self.threshold, self.head_dtype)
         limits = [rounded_down(t, self.head_dtype) for t in self.threshold]
         return ops.convert_to_tensor(np.array(limits), self.head_dtype)
+
+    def _of_class(self, limits, labels):
+        # Not `ops.take`: PyTorch's way to ONNX does not know what Keras makes
+        # it of.
+        classes = ops.arange(0, len(self.threshold), dtype="int32")
+        is_class = ops.equal(ops.expand_dims(labels, -1), classes)
+        return ops.sum(ops.where(is_class, limits, 0.0), axis=-1)
 
     def _is_finite(self, judged):
         # As comparisons: not every exporter knows `isfinite`.
