@@ -271,7 +271,8 @@ def test_summary_certificate_and_file_tell_all(tmp_path):
     model = keras.Sequential([keras.Input((4,)), keras_halo.HALODense(3)])
     x = np.random.default_rng(0).normal(size=(300, 4))
     predicted = model.predict(x, verbose=0)
-    rule = JointRule(0.9, 0.5).fit(predicted, np.zeros(300))
+    right = np.argmax(predicted[:, :3], axis=-1)
+    rule = JointRule(0.1, 0.5).fit(predicted, right)
     guarded = keras_halo.guard(model, rule)
     answers = guarded.predict(x, verbose=0)
     np.testing.assert_array_equal(
