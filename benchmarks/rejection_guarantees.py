@@ -1,4 +1,4 @@
-"""How much four procedures keep that all guarantee a selective risk.
+"""How often rules break their guarantee, and how much they keep.
 
 Draws calibration sets from populations whose error probability is known for
 every score, lets each procedure choose a threshold, and compares the true risk
@@ -7,15 +7,31 @@ inputs kept, and how often the guarantee was broken, in percent. Needs
 `keras-halo[rejection]`.
 
     python benchmarks/rejection_guarantees.py --draws 1000
+
+With `--deployments` it counts how often guarantees are broken that hold
+together, for each group, or for sets of labels, over ten populations with ties,
+discrete scores, rare classes and rare errors:
+
+    python benchmarks/rejection_guarantees.py --deployments 100000
 """
 
 import argparse
+import dataclasses
 import math
+from collections.abc import Callable
 
+import keras
 import numpy as np
 from scipy import stats
 
-from keras_halo.rejection import bounds
+from keras_halo.ops import ood_scores, packing
+from keras_halo.rejection import (
+    CoverageRule,
+    GroupwiseRule,
+    JointRule,
+    LabelSetRule,
+    bounds,
+)
 
 # Error probability by the quantile of the score.
 POPULATIONS = {
@@ -94,11 +110,285 @@ def simulate(error_rate, n, risk, delta, draws):
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Population:
+    """Inputs of which everything is known.
+
+    Args:
+        error_rate: Error probability of a known input by its quantile.
+        score: What the score makes of a quantile; not decreasing.
+        limit: Quantile at which the requirements of the joint rule just hold.
+        outliers: Power that makes quantiles of outliers: `F(q) = q ** power`.
+        shares: Shares of three groups, or classes.
+        powers: What the quantiles of each group are raised to.
+        step: To what multiple logits of the classes are rounded, or `None`.
+    """
+
+    error_rate: Callable
+    score: Callable
+    limit: float
+    outliers: float
+    shares: tuple
+    powers: tuple
+    step: float | None = None
+
+
+def _in_steps(number):
+    return lambda u: np.ceil(number * u) / number
+
+
+def _with_atom(low, high):
+    return lambda u: np.where((u > low) & (u <= high), high, u)
+
+
+EVEN, RARE, RAREST = (0.4, 0.3, 0.3), (0.7, 0.2, 0.1), (0.9, 0.06, 0.04)
+DEPLOYED = {
+    "errors grow": Population(
+        lambda u: 0.3 * u**4, lambda u: u, 0.8, 8.0, EVEN, (1, 2, 0.5)
+    ),
+    "barely too many everywhere": Population(
+        lambda u: np.full_like(u, 0.0502),
+        lambda u: u,
+        0.8,
+        3.0,
+        EVEN,
+        (1, 1, 1),
+    ),
+    "worst at the lowest scores": Population(
+        POPULATIONS["worst at the lowest scores"],
+        lambda u: u,
+        0.65,
+        5.0,
+        RARE,
+        (0.5, 1, 6),
+    ),
+    "risk crosses twice": Population(
+        lambda u: np.select(
+            [u < 0.2, u < 0.4, u < 0.6], [0.03, 0.08, 0.01], 0.12
+        ),
+        lambda u: u,
+        0.7,
+        6.0,
+        RARE,
+        (3, 1, 1),
+    ),
+    "ten distinct scores": Population(
+        lambda u: 0.3 * u**3, _in_steps(10), 0.8, 6.0, RARE, (1, 2, 3), 2.0
+    ),
+    "two distinct scores": Population(
+        lambda u: 0.2 * u**2, _in_steps(2), 0.5, 2.0, EVEN, (1, 2, 3), 8.0
+    ),
+    "half share one score": Population(
+        lambda u: 0.2 * (u > 0.6),
+        _with_atom(0.1, 0.6),
+        0.8,
+        6.0,
+        RARE,
+        (1, 2, 0.5),
+        4.0,
+    ),
+    "most share the highest score": Population(
+        lambda u: 0.1 * u, _with_atom(0.3, 1.0), 0.3, 4.0, EVEN, (1, 1, 4), 6.0
+    ),
+    "errors are rare": Population(
+        lambda u: 0.01 * u**6, lambda u: u, 0.9, 20.0, RAREST, (1, 4, 8)
+    ),
+    "most answers are wrong": Population(
+        lambda u: 0.2 + 0.6 * u, lambda u: u, 0.6, 4.0, RAREST, (0.5, 1, 2)
+    ),
+}
+
+# How much each requirement is looser than what holds at the limit. Where all
+# are tight, only the very threshold at the limit keeps them.
+SLACK = (
+    {"coverage": 0.15, "false_positive_rate": 0.2},
+    {"coverage": 0.15, "risk": 0.05},
+    {"coverage": 0.15},
+    {"risk": 0.1, "false_positive_rate": 0.2},
+    {},
+)
+
+
+class Quantiles:
+    """Up to which quantile a threshold accepts."""
+
+    def __init__(self, score):
+        self.scores = score((np.arange(GRID) + 0.5) / GRID)
+
+    def __call__(self, threshold):
+        return np.searchsorted(self.scores, threshold, side="right") / GRID
+
+
+def joint_deployments(population, number, delta, rng):
+    """How many joint rules were fitted and how many broke a guarantee."""
+    grid = (np.arange(GRID) + 0.5) / GRID
+    risks = np.cumsum(population.error_rate(grid)) / np.arange(1, GRID + 1)
+    quantile_of = Quantiles(population.score)
+
+    def truth(threshold):
+        quantile = quantile_of(threshold)
+        return {
+            "risk": risks[max(round(quantile * GRID) - 1, 0)],
+            "coverage": quantile,
+            "false_positive_rate": quantile**population.outliers,
+        }
+
+    at_limit = truth(population.score(np.array([population.limit]))[0])
+    fitted = broken = 0
+    for place in range(number):
+        slack = SLACK[place % len(SLACK)]
+        wanted = {
+            name: value + (-1 if name == "coverage" else 1) * slack.get(name, 0)
+            for name, value in at_limit.items()
+        }
+        rule = JointRule(**wanted, delta=delta, method=None)
+        u = rng.random(1000)
+        wrong = rng.random(1000) < population.error_rate(u)
+        outliers = rng.random(500) ** (1.0 / population.outliers)
+        try:
+            threshold, _ = rule.find_threshold(
+                population.score(u), wrong, population.score(outliers)
+            )
+        except ValueError:
+            continue
+        true = truth(threshold)
+        fitted += 1
+        broken += (
+            true["risk"] > wanted["risk"] + 1e-9
+            or true["coverage"] < wanted["coverage"] - 1e-9
+            or true["false_positive_rate"]
+            > wanted["false_positive_rate"] + 1e-9
+        )
+    return fitted, broken
+
+
+def group_deployments(population, number, delta, rng):
+    """How many rules by group were fitted, and broken, by group."""
+    quantile_of = Quantiles(population.score)
+    powers = np.array(population.powers, float)
+    fitted, broken = 0, np.zeros(3, int)
+    for _ in range(number):
+        groups = rng.choice(3, 500, p=population.shares)
+        quantiles = rng.random(500) ** (1.0 / powers[groups])
+        rule = CoverageRule(0.8, None, delta)
+        rule = GroupwiseRule(rule, by="group")
+        try:
+            rule.fit(population.score(quantiles), groups=groups)
+        except ValueError:
+            continue
+        limits = np.array(list(rule.thresholds.values()))
+        fitted += 1
+        broken += quantile_of(limits) ** powers < 0.8 - 1e-9
+    return fitted, broken.max()
+
+
+def pool_of(population, rng, size=20_000):
+    """Packed scores and labels of a population, of which samples are drawn."""
+    labels = rng.choice(3, size, p=population.shares)
+    spread = np.array(population.powers)[labels, None]
+    logits = 4.0 * np.eye(3)[labels] + spread * rng.normal(size=(size, 3))
+    if population.step:
+        logits = population.step * np.round(logits / population.step)
+    scores = packing.pack(
+        keras.ops.convert_to_tensor(logits, "float32"),
+        0.0,
+        keras.ops.convert_to_tensor(1.0 + rng.random((size, 1)), "float32"),
+        2.0,
+        8,
+    )
+    return keras.ops.convert_to_numpy(scores), labels
+
+
+def set_deployments(population, number, delta, rng, class_conditional):
+    """How many rules of label sets were fitted, and broken, by class."""
+    scores, labels = pool_of(population, rng)
+    own = ood_scores.label_scores(
+        scores[:, :3], ood_scores.ood_score(scores, "max_probability")
+    )[np.arange(len(labels)), labels]
+    members = [labels >= 0]
+    if class_conditional:
+        members = [labels == k for k in range(3)]
+    own = [np.sort(own[member].astype("float64")) for member in members]
+    fitted, broken = 0, np.zeros(len(own), int)
+    for _ in range(number):
+        drawn = rng.integers(0, len(labels), 500)
+        rule = LabelSetRule(0.8, class_conditional, delta)
+        try:
+            rule.fit(scores[drawn], labels[drawn])
+        except ValueError:
+            continue
+        if class_conditional:
+            limits = rule.thresholds.values()
+        else:
+            limits = [rule.threshold]
+        fitted += 1
+        for place, (of_class, limit) in enumerate(
+            zip(own, limits, strict=True)
+        ):
+            kept = np.searchsorted(of_class, limit, side="right")
+            broken[place] += kept / len(of_class) < 0.8
+    return fitted, broken.max()
+
+
+RULES = {
+    "`JointRule`": joint_deployments,
+    "`GroupwiseRule(CoverageRule)`, worst group": group_deployments,
+    "`LabelSetRule`": lambda *a: set_deployments(*a, False),
+    "`LabelSetRule`, worst class": lambda *a: set_deployments(*a, True),
+}
+
+
+def count_deployments(deployments, delta):
+    """Prints how often each rule broke its guarantee, by population."""
+    number = deployments // len(DEPLOYED)
+    print(f"Broken of fitted rules, {number} deployments of each population.")
+    print(f"A guarantee may be broken in {100 * delta:g} % of deployments.")
+    print()
+    print("| population |", " | ".join(RULES), "|")
+    print("|---|" + "---|" * len(RULES))
+    worst = np.zeros(len(RULES))
+    totals = np.zeros((len(RULES), 2), int)
+    for seed, (name, population) in enumerate(DEPLOYED.items()):
+        cells = []
+        for place, count in enumerate(RULES.values()):
+            rng = np.random.default_rng([seed, place])
+            fitted, broken = count(population, number, delta, rng)
+            worst[place] = max(worst[place], broken / number)
+            totals[place] += fitted, broken
+            cells.append(
+                f"{broken} of {fitted} ({100 * broken / number:.2f} %)"
+            )
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    cells = [
+        f"{broken} of {fitted} ({100 * broken / number / len(DEPLOYED):.2f} %)"
+        for fitted, broken in totals
+    ]
+    print(f"| all | {' | '.join(cells)} |")
+    cells = [f"{100 * share:.2f} %" for share in worst]
+    error = math.sqrt(delta * (1.0 - delta) / number)
+    print(f"| worst, ± {100 * error:.2f} | {' | '.join(cells)} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=1000,
+        help="how often each procedure for a selective risk is tried",
+    )
     parser.add_argument("--delta", type=float, default=0.05)
+    parser.add_argument(
+        "--deployments",
+        type=int,
+        default=0,
+        help="count broken guarantees of so many deployments of each rule "
+        "instead",
+    )
     arguments = parser.parse_args()
+    if arguments.deployments:
+        count_deployments(arguments.deployments, arguments.delta)
+        return
     print("| population | samples | risk |", " | ".join(PROCEDURES), "|")
     print("|---|---|---|" + "---|" * len(PROCEDURES))
     for population, error_rate in POPULATIONS.items():

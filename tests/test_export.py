@@ -12,7 +12,7 @@ from helpers import to_numpy
 
 import keras_halo
 from keras_halo import HALODense, HALOLoss, HALOSoftmax, layers
-from keras_halo.rejection import CoverageRule
+from keras_halo.rejection import CoverageRule, GroupwiseRule, LabelSetRule
 
 BACKEND = keras.backend.backend()
 
@@ -245,11 +245,19 @@ def test_a_head_on_the_features_of_all_blocks(export, tmp_path):
         np.testing.assert_array_equal(outputs[0][:, -2:], expected[0][:n, -2:])
 
 
+RULES = {
+    "coverage": lambda: CoverageRule(0.9),
+    "by class": lambda: GroupwiseRule(CoverageRule(0.9)),
+    "label sets": lambda: LabelSetRule(0.9, method="abstain"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("export", FORMATS, ids=lambda f: f.__name__)
-def test_a_guarded_model_decides_alike_outside(export, tmp_path):
+def test_a_guarded_model_decides_alike_outside(export, rule, tmp_path):
     model = train("float32")
     x, y, x_new = digits()
-    rule = CoverageRule(0.9).fit(model.predict(x, verbose=0), y)
+    rule = RULES[rule]().fit(model.predict(x, verbose=0), y)
     guarded = keras_halo.guard(model, rule)
     guarded(x_new[:1])
     expected = guarded.predict(x_new, verbose=0)

@@ -174,6 +174,19 @@ def replayed(model, rule, x, **arguments):
         return workflows.replay(**given)
 
 
+def fitted_jointly(scores, errors, outliers, judged):
+    """Fits a rule that needs errors and outliers, and decides with it."""
+    rule = rejection.JointRule(0.5, 0.5, 0.8, 0.2, method=None)
+    rule.fit(scores, errors=errors, outliers=outliers).predict(judged)
+
+
+def fitted_by_groups(scores, judged, groups):
+    """Fits a rule for each group, and decides with it."""
+    rule = rejection.CoverageRule(0.5, method=None)
+    rule = rejection.GroupwiseRule(rule, by="group")
+    rule.fit(scores, groups=groups).predict(judged, groups=groups)
+
+
 def kept(rule):
     """A rule on packed scores, fitted with labels."""
 
@@ -499,6 +512,11 @@ CALLS = {
         {"certificate": ...},
         {"certificate": {**ANYTHING, "none": None, "empty": {}}},
     ),
+    "LabelSet": (
+        layers.LabelSet,
+        {"threshold": 1.0},
+        {"threshold": NUMBERS, "method": optional(METHOD)},
+    ),
     "OODScore": (layers.OODScore, {}, {"method": METHOD}),
     "FeatureNormalization": (layers.FeatureNormalization, {}, {}),
     **{
@@ -708,6 +726,61 @@ CALLS = {
             "method": optional(METHOD),
         },
     ),
+    "JointRule": (
+        rejection.JointRule,
+        {"risk": 0.1, "coverage": 0.5},
+        {
+            "risk": {**SHARE, "nothing": 1e-17},
+            "coverage": SHARE,
+            "false_positive_rate": {**optional(SHARE), "nothing": 1e-17},
+            "delta": {**SHARE, "nothing": 1e-17},
+            "method": optional(METHOD),
+        },
+    ),
+    "GroupwiseRule": (
+        rejection.GroupwiseRule,
+        {"rule": ...},
+        {
+            "rule": {**ANYTHING, "none": None, "rule": rejection.CoverageRule},
+            "by": {**ANYTHING, "none": None, "list": ["class"]},
+        },
+    ),
+    "GroupwiseRule, used": (
+        fitted_by_groups,
+        {"scores": SCORES, "judged": SCORES, "groups": Y},
+        {
+            **PLAIN_CASES,
+            "groups": {
+                **without(VECTOR, "names"),
+                "fractions": np.full(N, 0.5),
+                "booleans": Y == 1,
+            },
+        },
+    ),
+    "LabelSetRule": (
+        rejection.LabelSetRule,
+        {},
+        {
+            "coverage": SHARE,
+            "class_conditional": BOOLEAN,
+            "delta": {**optional(SHARE), "nothing": 1e-17},
+            "method": METHOD,
+        },
+    ),
+    "LabelSetRule, used": (
+        kept(lambda method: rejection.LabelSetRule(0.5, method=method)),
+        {"scores": ..., "labels": Y},
+        {"scores": PACKED, "labels": LABELS},
+    ),
+    "JointRule, used": (
+        fitted_jointly,
+        {**PLAIN_RULE, "outliers": SCORES + 1.0},
+        {
+            **PLAIN_CASES,
+            "errors": {**VECTOR, "halves": SCORES},
+            "outliers": PLAIN_CASES["scores"],
+        },
+    ),
     **{
         f"{make.__name__}, used": (
             fitted(lambda make=make: make(method=None)),
@@ -808,6 +881,7 @@ MADE = {
     "DecisionRecord",
     "Decisions",
     "KnownResult",
+    "LabelSets",
     "ModelCard",
     "MonitorStatus",
     "OODReport",

@@ -123,6 +123,19 @@ all_the_same: bool = replayed.same
 selective = rejection.SelectiveRiskRule(0.05).fit(scores, labels=y)
 outliers = rejection.FalsePositiveRateRule(0.05, method=None)
 outliers.fit([0.5, 1.0], known=[0.1])
+by_class = rejection.GroupwiseRule(rejection.CoverageRule(0.9)).fit(scores, y)
+thresholds: dict[str | int, float] = by_class.thresholds
+of_first: rejection.RejectionRule = by_class.rules[0]
+by_group = rejection.GroupwiseRule(rule, by="group").fit(scores, groups=y)
+by_group_decisions: rejection.Decisions = by_group.predict(scores, groups=y)
+set_rule = rejection.LabelSetRule(0.9, class_conditional=True).fit(scores, y)
+sets: rejection.LabelSets = set_rule.predict(scores)
+members: NDArray[Any] = sets.members
+held: NDArray[Any] = sets.contain(y)
+sizes: NDArray[Any] = sets.sizes
+set_layer: layers.LabelSet = set_rule.to_layer(name="set")
+joint = rejection.JointRule(risk=0.02, coverage=0.8, false_positive_rate=0.1)
+joint.fit(scores, labels=y, outliers=scores)
 false_positives: float = outliers.false_positive_bound()
 
 

@@ -6,6 +6,7 @@ from keras_halo.layers.guard import Guard
 from keras_halo.layers.halo_dense import HALODense
 from keras_halo.layers.halo_similarity import HALOSimilarity
 from keras_halo.layers.halo_softmax import HALOSoftmax
+from keras_halo.layers.label_set import LabelSet
 from keras_halo.layers.ood_score import OODScore
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "HALODense",
     "HALOSimilarity",
     "HALOSoftmax",
+    "LabelSet",
     "OODScore",
 ]

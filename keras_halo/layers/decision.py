@@ -38,12 +38,15 @@ class Decision(ScoreLayer):
     label = argmax_k s_k
     threshold=None:   accepted = max_k s_k >= b
     otherwise:        accepted = ood_score <= threshold
+    list:             accepted = ood_score <= threshold[argmax_k s_k]
     outputs = where(accepted, label, -1)
     ```
 
     Args:
-        threshold: Float, the largest score that is accepted; `None` for the
-            model's own decision. Defaults to `None`.
+        threshold: Float, the largest score that is accepted; a list of `K`
+            floats for one threshold for each class that may be the most
+            probable one; `None` for the model's own decision. Defaults to
+            `None`.
         method: String, one of `keras_halo.OOD_METHODS`, the score that the
             threshold is meant for; `"fitted"` if the layer is called on the
             dictionary of a model of `keras_halo.fit_class_gaussians`; `None`
@@ -62,7 +65,8 @@ class Decision(ScoreLayer):
         `(batch_size, ...)`, int32: the class, or -1 for rejected.
 
     Raises:
-        ValueError: If `threshold` is not finite, `method` is not known, the
+        ValueError: If `threshold` is not finite or no threshold for each
+            class, `method` is not known, the
             scores have fewer than 8 columns, or `ood` is missing, of another
             shape, or given without `method=None`.
 
@@ -81,7 +85,7 @@ class Decision(ScoreLayer):
 
     def __init__(
         self,
-        threshold: float | None = None,
+        threshold: float | list[float] | None = None,
         method: str | None = "abstain",
         **kwargs: Any,
     ) -> None:
@@ -95,7 +99,11 @@ class Decision(ScoreLayer):
                 "out for the model's own decision."
             )
         super().__init__(**kwargs)
-        self.threshold = None if threshold is None else float(threshold)
+        self.threshold = threshold
+        if isinstance(threshold, (list, tuple)):
+            self.threshold = [float(value) for value in threshold]
+        elif threshold is not None:
+            self.threshold = float(threshold)
         self.method = method
         self.supports_masking = True
 
@@ -128,7 +136,16 @@ class Decision(ScoreLayer):
         )
 
     def _check_shapes(self, scores_shape, ood_shape):
-        packing.count_classes(scores_shape)
+        num_classes = packing.count_classes(scores_shape)
+        if isinstance(self.threshold, list) and (
+            len(self.threshold) != num_classes
+        ):
+            raise ValueError(
+                "`threshold` must hold one number for each of the "
+                f"{num_classes} classes. Received: {len(self.threshold)} "
+                "numbers. Use the layer on the model that the rule was fitted "
+                "on."
+            )
         if self.method != FITTED and (ood_shape is None) != (
             self.method is not None
         ):
@@ -162,17 +179,43 @@ class Decision(ScoreLayer):
             judged = best
         else:
             judged = self._judged(scores, ood)
-            accepted = judged <= rounded_down(self.threshold, self.head_dtype)
+            limits = self._limits()
+            if isinstance(self.threshold, list):
+                limits = self._of_class(limits, labels)
+            accepted = judged <= limits
+        accepted = ops.logical_and(accepted, self._is_finite(judged))
+        return ops.where(accepted, labels, ops.full_like(labels, ABSTAINED))
+
+    def _limits(self):
+        if not isinstance(self.threshold, list):
+            return rounded_down(self.threshold, self.head_dtype)
+        limits = [rounded_down(t, self.head_dtype) for t in self.threshold]
+        return ops.convert_to_tensor(np.array(limits), self.head_dtype)
+
+    def _of_class(self, limits, labels):
+        # Not `ops.take`: PyTorch's way to ONNX does not know what Keras makes
+        # it of.
+        classes = ops.arange(0, len(self.threshold), dtype="int32")
+        is_class = ops.equal(ops.expand_dims(labels, -1), classes)
+        return ops.sum(ops.where(is_class, limits, 0.0), axis=-1)
+
+    def _is_finite(self, judged):
         # As comparisons: not every exporter knows `isfinite`.
         largest = float(np.finfo(self.head_dtype).max)
-        finite = ops.logical_and(judged >= -largest, judged <= largest)
-        accepted = ops.logical_and(accepted, finite)
-        return ops.where(accepted, labels, ops.full_like(labels, ABSTAINED))
+        return ops.logical_and(judged >= -largest, judged <= largest)
 
     def _judged(self, scores, given):
         if self.method in (None, FITTED):
             return ops.cast(given, self.head_dtype)
         return ood_scores.ood_score(scores, self.method)
+
+    def _members(self, scores, given):
+        """Whether each label is at most its threshold, where one is meant."""
+        judged = self._judged(scores, given)
+        logits = packing.unpack(scores).logits
+        members = ood_scores.label_scores(logits, judged) <= self._limits()
+        finite = ops.expand_dims(self._is_finite(judged), -1)
+        return ops.logical_and(members, finite)
 
     def compute_output_shape(
         self, scores_shape: Shape, ood_shape: Shape = None
@@ -227,15 +270,20 @@ def rounded_down(value, dtype):
 def _check_threshold(threshold):
     if threshold is None:
         return
-    if (
-        not isinstance(threshold, numbers.Real)
-        or isinstance(threshold, bool)
-        or not math.isfinite(threshold)
+    # There are two classes at least.
+    is_list = isinstance(threshold, (list, tuple)) and len(threshold) > 1
+    values = threshold if is_list else [threshold]
+    if not all(
+        isinstance(value, numbers.Real)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        for value in values
     ):
         raise ValueError(
-            "`threshold` must be a finite number, or `None` for the model's "
-            f"own decision. Received: threshold={threshold!r}. Fit a rule of "
-            "`keras_halo.rejection` and use `rule.to_layer()`."
+            "`threshold` must be a finite number, a list of one for each "
+            "class, or `None` for the model's own decision. Received: "
+            f"threshold={threshold!r}. Fit a rule of `keras_halo.rejection` "
+            "and use `rule.to_layer()`."
         )
 
 

@@ -40,7 +40,8 @@ class Guard(Decision):
         missing to one is the probability of abstaining; `"score"`, of shape
         `(batch_size, ...)`, larger for outliers; and `"p_value"` like it, the
         chance that a known input scores as high, unless the rule was fitted on
-        outliers.
+        outliers. With a `LabelSetRule` also `"label_set"`, booleans of shape
+        `(batch_size, ..., K)`; the label is the most probable one in the set.
 
     Raises:
         ValueError: If `certificate` is none.
@@ -67,26 +68,38 @@ class Guard(Decision):
             )
         super().__init__(
             certificate["threshold"],
-            certificate["config"]["method"],
+            # Files of earlier versions name it among the arguments alone.
+            certificate.get("method") or certificate["config"]["method"],
             **kwargs,
         )
         self.certificate = certificate
         self.supports_masking = False
 
+    @property
+    def _gives_sets(self):
+        return self.certificate.get("label_sets", False)
+
     def build(self, scores_shape: Any) -> None:
         super().build(scores_shape)
 
     def call(self, scores: Tensor) -> dict[str, Tensor]:
-        label = super().call(scores)
-        scores, given = self._both(scores, None)
-        scores = ops.cast(scores, self.head_dtype)
-        score = self._judged(scores, given)
-        probabilities = ops.softmax(packing.answer_logits(scores))
+        packed, given = self._both(scores, None)
+        packed = ops.cast(packed, self.head_dtype)
+        score = self._judged(packed, given)
+        members = None
+        if self._gives_sets:
+            members = self._members(packed, given)
+            label = packing.best_class(packed, members)
+        else:
+            label = super().call(scores)
+        probabilities = ops.softmax(packing.answer_logits(packed))
         answers = {
             "label": label,
             "probabilities": probabilities[..., :-1],
             "score": score,
         }
+        if members is not None:
+            answers["label_set"] = members
         if self.certificate["ranks"]:
             answers["p_value"] = self._p_value(score)
         return answers
@@ -116,6 +129,8 @@ class Guard(Decision):
             "probabilities": (*shape, packing.count_classes(scores_shape)),
             "score": shape,
         }
+        if self._gives_sets:
+            shapes["label_set"] = shapes["probabilities"]
         if self.certificate["ranks"]:
             shapes["p_value"] = shape
         return shapes
@@ -128,9 +143,10 @@ class Guard(Decision):
             if given is not None
             else packed.shape
         )
+        dtypes = {"label": "int32", "label_set": "bool"}
         return {
             name: keras.KerasTensor(
-                shape, dtype="int32" if name == "label" else self.head_dtype
+                shape, dtype=dtypes.get(name, self.head_dtype)
             )
             for name, shape in shapes.items()
         }

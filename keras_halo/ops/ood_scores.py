@@ -281,6 +281,37 @@ _FORMULAS = {
 OOD_METHODS = tuple(_FORMULAS)
 
 
+def label_scores(logits, ood):
+    """Scores how little an input resembles each class: larger for outliers.
+
+    Formula:
+
+    ```python
+    ood + max_j s_j - s_k
+    ```
+
+    With the score `"max_probability"` it is `-log(p_k)`, with
+    `p = softmax([s_1, ..., s_K, a])`.
+
+    Args:
+        logits: Tensor or array of shape `(..., K)`.
+        ood: Tensor or array of shape `(...)`, the score of the input.
+
+    Returns:
+        Like `logits`; the smallest in a row is `ood`.
+
+    Example:
+
+    >>> label_scores(np.array([[2.0, 5.0]]), np.array([0.5])).tolist()
+    [[3.5, 0.5]]
+    """
+    if isinstance(logits, np.ndarray):
+        best = np.max(logits, axis=-1, keepdims=True, initial=-np.inf)
+    else:
+        best = geometry.best_of_rows(logits)
+    return ood[..., None] + (best - logits)
+
+
 def check_method(method, allow_fitted=False):
     """Raises `ValueError` unless `method` names a score.
 

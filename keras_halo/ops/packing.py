@@ -31,6 +31,7 @@ This module alone knows the layout.
 """
 
 import collections
+import math
 from typing import Any
 
 import keras
@@ -365,7 +366,7 @@ def answer_logits(scores: Tensor) -> Tensor:
     return scores[..., : count_classes(scores.shape) + 1]
 
 
-def best_class(scores: Tensor) -> Tensor:
+def best_class(scores: Tensor, members: Tensor = None) -> Tensor:
     """Returns the most probable class, without regard to abstaining.
 
     Not `ops.argmax`: on TensorFlow Keras makes it of operations on bits that
@@ -373,9 +374,12 @@ def best_class(scores: Tensor) -> Tensor:
 
     Args:
         scores: Tensor of shape `(..., K + 6)`, without NaN.
+        members: Boolean tensor of shape `(..., K)`, the classes that are
+            looked at, or `None` for all. Defaults to `None`.
 
     Returns:
-        int32 tensor of shape `(...)`, the first of equal ones.
+        int32 tensor of shape `(...)`, the first of equal ones; -1 where no
+        class is looked at.
 
     Example:
 
@@ -386,9 +390,15 @@ def best_class(scores: Tensor) -> Tensor:
     """
     num_classes = count_classes(scores.shape)
     logits = scores[..., :num_classes]
-    is_best = logits >= ops.max(logits, axis=-1, keepdims=True)
     classes = ops.arange(0, num_classes, dtype="int32")
-    return ops.min(ops.where(is_best, classes, num_classes), axis=-1)
+    if members is None:
+        is_best = logits >= ops.max(logits, axis=-1, keepdims=True)
+        return ops.min(ops.where(is_best, classes, num_classes), axis=-1)
+    logits = ops.where(members, logits, -math.inf)
+    best = ops.max(logits, axis=-1, keepdims=True)
+    is_best = ops.logical_and(members, logits >= best)
+    found = ops.min(ops.where(is_best, classes, num_classes), axis=-1)
+    return ops.where(found < num_classes, found, -1)
 
 
 def check_precision(dtype: DType, argument: str = "scores") -> None:

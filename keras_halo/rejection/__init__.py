@@ -7,6 +7,10 @@ from keras_halo.rejection.decisions import Decisions
 from keras_halo.rejection.false_positive_rate_rule import (
     FalsePositiveRateRule,
 )
+from keras_halo.rejection.groupwise_rule import GroupwiseRule
+from keras_halo.rejection.joint_rule import JointRule
+from keras_halo.rejection.label_set_rule import LabelSetRule
+from keras_halo.rejection.label_sets import LabelSets
 from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.selective_risk_rule import SelectiveRiskRule
 from keras_halo.rejection.storage import load_rule
@@ -23,6 +27,10 @@ __all__ = [
     "DecisionRecord",
     "Decisions",
     "FalsePositiveRateRule",
+    "GroupwiseRule",
+    "JointRule",
+    "LabelSetRule",
+    "LabelSets",
     "MonitorStatus",
     "RejectionRule",
     "SelectiveRiskRule",

@@ -489,7 +489,7 @@ def samples_for_rate(rate, share, risk, delta, num_samples):
     # A rate next to the risk would take more samples than can be counted.
     while found < _MAX_SAMPLES:
         found *= 1.05
-        level = delta / len(_start_ranks(int(found), risk, delta))
+        level = delta / len(start_ranks(int(found), risk, delta))
         count = share * found
         if risk_bound(math.ceil(rate * count), count, level) <= risk:
             break
@@ -498,38 +498,113 @@ def samples_for_rate(rate, share, risk, delta, num_samples):
 
 def _test_upwards(scores, errors, risk, delta):
     """Sorted scores, which counts of them passed, and the tests at starts."""
-    n = len(scores)
-    # The order of the samples may depend on their labels: shuffle it away.
-    tie_breaker = np.random.default_rng(0).permutation(n)
-    order = np.lexsort((tie_breaker, scores))
-    scores = scores[order]
-    counts = np.arange(n + 1)
-    totals = np.concatenate([[0], np.cumsum(errors[order])])
-    p_values = require("scipy.stats").binom.cdf(totals, counts, risk)
+    scores, totals = sorted_with_errors(scores, errors)
+    p_values = risk_p_values(totals, risk)
+    starts = start_ranks(len(scores), risk, delta)
+    passed, tests = walk_upwards(p_values, starts, delta)
+    return (
+        scores,
+        passed,
+        [(count, int(totals[count]), level) for count, level, _ in tests],
+    )
 
-    starts = _start_ranks(n, risk, delta)
-    passed = np.zeros(n + 1, bool)
+
+def sorted_with_errors(scores, errors):
+    """Ascending scores and how many of the lowest ones are wrong.
+
+    Args:
+        scores: Array of shape `(n,)`.
+        errors: Boolean array of shape `(n,)`.
+
+    Returns:
+        Tuple: the sorted scores, and `n + 1` integers, the number of errors
+        among the `0, 1, ..., n` lowest.
+
+    Example:
+
+    >>> sorted_with_errors(np.array([3, 1]), np.array([True, False]))[1]
+    array([0, 0, 1])
+    """
+    # The order of the samples may depend on their labels: shuffle it away.
+    tie_breaker = np.random.default_rng(0).permutation(len(scores))
+    order = np.lexsort((tie_breaker, scores))
+    return scores[order], np.concatenate([[0], np.cumsum(errors[order])])
+
+
+def risk_p_values(totals, risk):
+    """P-values of "the risk is larger", by the number of lowest scores.
+
+    Args:
+        totals: Integers of shape `(n + 1,)`, the errors among the `0, 1, ...,
+            n` lowest scores.
+        risk: Float in `(0, 1)`.
+
+    Returns:
+        Array of shape `(n + 1,)`.
+
+    Example:
+
+    >>> risk_p_values(np.array([0, 0, 0]), 0.5).tolist()
+    [1.0, 0.5, 0.25]
+    """
+    binomial = require("scipy.stats").binom
+    return binomial.cdf(totals, np.arange(len(totals)), risk)
+
+
+def walk_upwards(p_values, starts, delta):
+    """Tests thresholds upwards, from each start until one fails.
+
+    See `accepted_at_risk` for the procedure.
+
+    Args:
+        p_values: Array of shape `(n + 1,)`, by the number of lowest scores.
+        starts: List of ascending integers, ranks in `[1, n]`.
+        delta: Float, what the starts share.
+
+    Returns:
+        Tuple: booleans of shape `(n + 1,)`, which numbers passed; and for
+        each start the number of samples below it, the level of its test, and
+        the number whose test failed, `None` where the next start was reached.
+
+    Example:
+
+    >>> walk_upwards(np.array([1.0, 0.01, 0.02, 0.9]), [2], 0.05)
+    (array([False, False,  True, False]), [(1, 0.05, 3)])
+    """
+    passed = np.zeros(len(p_values), bool)
     level = 0.0
     tests = []
-    for start, stop in zip(starts, [*starts[1:], n + 1], strict=True):
+    for start, stop in zip(starts, [*starts[1:], len(p_values)], strict=True):
         level += delta / len(starts)
         # Equality is to pass, and rounding of `1 - risk` may not spoil it.
         limit = level * (1.0 + _ROUNDING)
-        tests.append((start - 1, int(totals[start - 1]), level))
         # The last sample of the chain so far, or the samples below the start.
-        if p_values[start - 1] > limit:
-            level = 0.0
-            continue
-        failures = np.flatnonzero(p_values[start:stop] > limit)
-        if failures.size:
-            stop = start + failures[0]
+        failures = np.flatnonzero(p_values[start - 1 : stop] > limit)
+        failed = start - 1 + int(failures[0]) if failures.size else None
+        tests.append((start - 1, level, failed))
+        if failed is not None:
+            stop = failed
             level = 0.0
         passed[start:stop] = True
-    return scores, passed, tests
+    return passed, tests
 
 
-def _start_ranks(n, risk, delta):
-    """Ranks at a half, a quarter, ... of `n` that leave room for an error."""
+def start_ranks(n, risk, delta):
+    """Ranks at a half, a quarter, ... of `n` that leave room for an error.
+
+    Args:
+        n: Integer, at least `samples_for_risk`.
+        risk: Float in `(0, 1)`.
+        delta: Float in `(0, 1)`.
+
+    Returns:
+        List of ascending integers.
+
+    Example:
+
+    >>> start_ranks(1000, risk=0.05, delta=0.05)
+    [125, 250, 500]
+    """
     lowest = min(2 * samples_for_risk(risk, delta), n)
     starts = []
     while n // 2 >= lowest:

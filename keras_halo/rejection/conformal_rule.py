@@ -118,11 +118,14 @@ class ConformalRule(RejectionRule):
     def judges_singly(self) -> bool:
         return not self.fdr
 
+    def samples_needed(self) -> int:
+        return bounds.samples_for_coverage(1.0 - self.alpha)
+
     def find_threshold(
         self, scores: Array, wrong: Array | None
     ) -> tuple[float, Array | None]:
         coverage = 1.0 - self.alpha
-        self.require_samples(len(scores), bounds.samples_for_coverage(coverage))
+        self.require_samples(len(scores))
         scores = np.sort(scores)
         rank = bounds.coverage_rank(len(scores), coverage)
         threshold = bounds.threshold_above(float(scores[rank - 1]), scores)

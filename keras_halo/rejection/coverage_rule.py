@@ -90,12 +90,13 @@ class CoverageRule(RejectionRule):
         rank = bounds.coverage_rank(samples, self.coverage, self.delta)
         return bounds.coverage_bound(rank, samples, delta)
 
+    def samples_needed(self) -> int:
+        return bounds.samples_for_coverage(self.coverage, self.delta)
+
     def find_threshold(
         self, scores: Array, wrong: Array | None
     ) -> tuple[float, Array | None]:
-        self.require_samples(
-            len(scores), bounds.samples_for_coverage(self.coverage, self.delta)
-        )
+        self.require_samples(len(scores))
         rank = bounds.coverage_rank(len(scores), self.coverage, self.delta)
         largest = float(np.partition(scores, rank - 1)[rank - 1])
         return bounds.threshold_above(largest, scores), None

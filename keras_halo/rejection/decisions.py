@@ -2,6 +2,7 @@ import dataclasses
 
 import numpy as np
 
+from keras_halo.ops.labels import ABSTAINED
 from keras_halo.utils.types import Array
 
 
@@ -49,3 +50,19 @@ class Decisions:
 
     def __len__(self) -> int:
         return len(self.accepted)
+
+
+def decisions_of(reading, accepted):
+    """The decisions on what was read.
+
+    Args:
+        reading: `keras_halo.rejection.readings.Reading`.
+        accepted: Boolean array of shape `(...)`.
+
+    Returns:
+        `Decisions`.
+    """
+    labels = reading.labels
+    if labels is not None:
+        labels = np.where(accepted, labels, ABSTAINED)
+    return Decisions(accepted, labels, reading.scores)

@@ -121,13 +121,14 @@ class FalsePositiveRateRule(RejectionRule):
         """Rank from above: to reject 1 - rate is to keep it, seen backwards."""
         return bounds.coverage_rank(num_samples, 1.0 - self.rate, self.delta)
 
+    def samples_needed(self) -> int:
+        return bounds.samples_for_coverage(1.0 - self.rate, self.delta)
+
     def find_threshold(
         self, scores: Array, wrong: Array | None
     ) -> tuple[float, Array | None]:
         n = len(scores)
-        self.require_samples(
-            n, bounds.samples_for_coverage(1.0 - self.rate, self.delta)
-        )
+        self.require_samples(n)
         place = n - self._rank(n)
         smallest = float(np.partition(scores, place)[place])
         return bounds.threshold_below(smallest, scores), None

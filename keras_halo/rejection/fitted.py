@@ -108,6 +108,12 @@ class CalibrationCounts:
         known: Integer, the number of known samples next to outliers, or
             `None`.
         known_accepted: Integer, how many of them are accepted, or `None`.
+        outliers: Integer, the number of outliers next to known samples, or
+            `None`.
+        outliers_accepted: Integer, how many of them are accepted, or `None`.
+        covered: Integer, of how many samples the right label is in the set,
+            or `None`.
+        set_labels: Integer, how many labels all sets have, or `None`.
 
     Raises:
         ValueError: If the numbers contradict each other.
@@ -125,6 +131,10 @@ class CalibrationCounts:
     accepted_errors: int | None = None
     known: int | None = None
     known_accepted: int | None = None
+    outliers: int | None = None
+    outliers_accepted: int | None = None
+    covered: int | None = None
+    set_labels: int | None = None
 
     def __post_init__(self):
         counts = [
@@ -134,6 +144,8 @@ class CalibrationCounts:
             (self.accepted, self.samples),
             (self.accepted_errors, self.errors),
             (self.known_accepted, self.known),
+            (self.outliers_accepted, self.outliers),
+            (self.covered, self.set_labels),
         ]
         if not (
             all(
@@ -141,6 +153,7 @@ class CalibrationCounts:
                 for count in counts
             )
             and 0 < self.inputs <= self.samples
+            and (self.covered or 0) <= self.samples
             and all(
                 (part is None) == (whole is None)
                 and (part is None or part <= whole)
@@ -181,17 +194,46 @@ class Ranks:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """What a rule learned of one group of inputs.
+
+    Args:
+        name: String or integer.
+        calibration: `CalibrationCounts`.
+        scores: As in `Fitted`.
+
+    Raises:
+        ValueError: If the name is of another type.
+
+    Example:
+
+    >>> Group("night", CalibrationCounts(100, 100, 95)).name
+    'night'
+    """
+
+    name: str | int
+    calibration: CalibrationCounts
+    scores: np.ndarray | None = None
+
+    def __post_init__(self):
+        if type(self.name) not in (str, int):
+            raise ValueError(f"this is no name of a group: {self.name!r}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Fitted:
     """All that a rule learned.
 
     Args:
-        threshold: Float, the largest score that is accepted.
+        threshold: Float, the largest score that is accepted; with groups a
+            list of one for each.
         calibration: `CalibrationCounts`.
         fingerprint: `Fingerprint` of the head, `None` for plain scores.
         scores: Sorted array of all calibration scores, if the rule needs them,
             or `None`.
         ranks: `Ranks`, `None` where the samples are outliers or the rule comes
             from a file of keras_halo 0.1.0.
+        groups: List of `Group`, if each has a threshold of its own, or `None`.
 
     Raises:
         ValueError: If the threshold or a score is not finite, the scores are
@@ -208,11 +250,16 @@ class Fitted:
     fingerprint: Fingerprint | None
     scores: np.ndarray | None = None
     ranks: Ranks | None = None
+    groups: list | None = None
 
     def __post_init__(self):
         if self.ranks and sum(self.ranks.counts) != self.calibration.samples:
             raise ValueError("its ranks are not those of the samples")
-        if not _is_finite_float(self.threshold):
+        thresholds = [self.threshold]
+        if self.groups is not None:
+            thresholds = self.threshold
+            self._check_groups()
+        if not all(map(_is_finite_float, thresholds)):
             raise ValueError(
                 f"the threshold is no finite float: {self.threshold!r}"
             )
@@ -222,6 +269,21 @@ class Fitted:
             and (np.diff(self.scores) >= 0.0).all()
         ):
             raise ValueError("its calibration scores are not a sorted list")
+
+    @property
+    def by_group(self):
+        """Dictionary, the threshold of each group by its name."""
+        names = [group.name for group in self.groups]
+        return dict(zip(names, self.threshold, strict=True))
+
+    def _check_groups(self):
+        if len(self.groups) != len(self.threshold):
+            raise ValueError("its thresholds are not as many as its groups")
+        if len({group.name for group in self.groups}) != len(self.groups):
+            raise ValueError("its groups do not have names of their own")
+        samples = sum(group.calibration.samples for group in self.groups)
+        if samples != self.calibration.samples:
+            raise ValueError("its groups do not hold the samples")
 
 
 def _is_finite_float(value):

@@ -28,11 +28,13 @@ class Reading:
         labels: Integer array of shape `(...)`, the most probable class; `None`
             for plain scores.
         fingerprint: `Fingerprint`; `None` for plain scores.
+        logits: Array of shape `(..., K)`; `None` for plain scores.
     """
 
     scores: np.ndarray
     labels: np.ndarray | None
     fingerprint: Fingerprint | None
+    logits: np.ndarray | None = None
 
 
 def check_fraction(name, value):
@@ -110,17 +112,17 @@ def read_scores(scores, method, argument="scores", to_judge=False):
             f"computes method={method!r}. Received: shape={array.shape}. For "
             "plain scores of your own use a rule with `method=None`."
         )
+    num_classes = packing.count_classes(array.shape)
+    logits = array[..., :num_classes]
     if not array.size:
-        packing.count_classes(array.shape)
         nothing = np.zeros(array.shape[:-1])
-        return Reading(nothing, nothing.astype(int), None)
+        return Reading(nothing, nothing.astype(int), None, logits)
     finite = np.ones(array.shape[:-1], bool)
     if to_judge:
         finite = finite_rows(array, argument)
         if not finite.any():
-            packing.count_classes(array.shape)
             rejected = np.full(finite.shape, np.nan)
-            return Reading(rejected, np.zeros(finite.shape, int), None)
+            return Reading(rejected, np.zeros(finite.shape, int), None, logits)
         # Any row of the same head takes the place of what cannot be read.
         array = np.where(finite[..., None], array, array[finite][0])
     packing.check_packed(array, argument)
@@ -139,7 +141,7 @@ def read_scores(scores, method, argument="scores", to_judge=False):
         judged if to_judge else _finite(judged, argument),
         np.argmax(parts.logits, axis=-1),
         Fingerprint(
-            num_classes=packing.count_classes(array.shape),
+            num_classes=num_classes,
             embedding_dim=int(_common(parts.embedding_dim, argument)),
             temperature=_common(parts.temperature, argument),
             abstain_logit=(
@@ -147,6 +149,7 @@ def read_scores(scores, method, argument="scores", to_judge=False):
             ),
             far_radius=far_radius,
         ),
+        parts.logits,
     )
 
 
@@ -194,6 +197,58 @@ def read_errors(reading, labels=None, errors=None):
         reading.scores.shape,
     )
     return labels != reading.labels
+
+
+def read_groups(groups, shape):
+    """Reads to which group each sample belongs.
+
+    Args:
+        groups: Strings or integers of shape `(...)`, or one for each input,
+            whose positions then share it.
+        shape: Tuple, the shape of the scores.
+
+    Returns:
+        Array of this shape, of strings or integers.
+
+    Raises:
+        ValueError: If it has another shape or another type.
+
+    Example:
+
+    >>> read_groups(["day", "night"], (2, 2)).tolist()
+    [['day', 'day'], ['night', 'night']]
+    """
+    if _are_names(groups):
+        array = np.asarray(groups, object).astype(str)
+    else:
+        array = number_array(groups, "groups")
+        if array.dtype.kind not in "iu" and array.size:
+            raise ValueError(
+                "`groups` must be strings or integers. Received: "
+                f"dtype={array.dtype}. Number or name the groups."
+            )
+        array = array.astype("int64")
+    if array.shape != shape[: array.ndim] or not array.ndim:
+        raise ValueError(
+            f"`groups` must have the shape {shape} of the scores, or hold one "
+            f"group for each of the inputs. Received: shape={array.shape}."
+        )
+    extra = (1,) * (len(shape) - array.ndim)
+    return np.broadcast_to(array.reshape(array.shape + extra), shape)
+
+
+def _are_names(values):
+    """Whether values are strings, in lists or in an array."""
+    if isinstance(values, str):
+        return False
+    if isinstance(values, np.ndarray) and values.dtype.kind == "U":
+        return True
+    if not isinstance(values, (list, tuple)) and (
+        getattr(values, "dtype", None) != np.dtype(object)
+    ):
+        return False
+    flat = np.asarray(values, object).ravel().tolist()
+    return bool(flat) and all(isinstance(value, str) for value in flat)
 
 
 def _to_array(values, argument, may_be_empty=False):

@@ -6,9 +6,8 @@ import numpy as np
 
 from keras_halo.layers.decision import Decision
 from keras_halo.ops import ood_scores
-from keras_halo.ops.labels import ABSTAINED
 from keras_halo.rejection import bounds, storage
-from keras_halo.rejection.decisions import Decisions
+from keras_halo.rejection.decisions import Decisions, decisions_of
 from keras_halo.rejection.fitted import CalibrationCounts, Fitted, Ranks
 from keras_halo.rejection.readings import Reading, read_errors, read_scores
 from keras_halo.rejection.wording import share
@@ -60,6 +59,8 @@ class RejectionRule:
             inputs, so that their scores give p-values. Defaults to `True`.
         keeps_scores: Boolean, whether all calibration scores are kept and
             saved, as `calibration_scores`. Defaults to `False`.
+        gives_sets: Boolean, whether `predict` gives sets of labels. Defaults
+            to `False`.
         sample_name: String, what the samples of `fit` are, in the words of
             `summary`. Defaults to `"known samples"`.
 
@@ -84,6 +85,7 @@ class RejectionRule:
     judges_singly = True
     fitted_on_known = True
     keeps_scores = False
+    gives_sets = False
     sample_name = "known samples"
 
     def __init_subclass__(cls, **kwargs):
@@ -137,7 +139,17 @@ class RejectionRule:
                 guarantee; the rule stays as it was.
         """
         reading = read_scores(scores, self.method)
-        wrong = read_errors(reading, labels, errors)
+        self.learn(reading, read_errors(reading, labels, errors))
+        return self
+
+    def learn(self, reading: Reading, wrong: Array | None) -> None:
+        """Fits the rule on what was read.
+
+        Args:
+            reading: `keras_halo.rejection.readings.Reading`.
+            wrong: Boolean array of shape `(...)`, where the prediction is
+                wrong, or `None`.
+        """
         found = self.find_threshold(
             reading.scores.ravel(), None if wrong is None else wrong.ravel()
         )
@@ -146,20 +158,27 @@ class RejectionRule:
                 "`find_threshold` must return the threshold and the scores to "
                 f"keep, or `None` for these. Received: {found!r}."
             )
-        threshold, kept_scores = float(found[0]), found[1]
-        accepted = reading.scores <= threshold
-        counts = {}
+        self._remember(reading, float(found[0]), found[1], wrong)
+
+    def _remember(
+        self,
+        reading,
+        threshold,
+        scores=None,
+        wrong=None,
+        accepted=None,
+        groups=None,
+        **counts,
+    ):
+        if accepted is None:
+            accepted = reading.scores <= threshold
         if wrong is not None:
             counts["errors"] = int(wrong.sum())
             counts["accepted_errors"] = int((wrong & accepted).sum())
-        self._remember(reading, threshold, kept_scores, **counts)
-        return self
-
-    def _remember(self, reading, threshold, scores=None, **counts):
         calibration = CalibrationCounts(
             samples=reading.scores.size,
             inputs=len(reading.scores),
-            accepted=int((reading.scores <= threshold).sum()),
+            accepted=int(accepted.sum()),
             **counts,
         )
         ranks = None
@@ -167,8 +186,13 @@ class RejectionRule:
             entries, counts = bounds.table_of_ranks(reading.scores.ravel())
             ranks = Ranks(entries.tolist(), counts.tolist())
         self._fitted = Fitted(
-            threshold, calibration, reading.fingerprint, scores, ranks
+            threshold, calibration, reading.fingerprint, scores, ranks, groups
         )
+
+    @property
+    def learned(self) -> Any:
+        """What the rule learned, for `restore`."""
+        return self._require_fitted()
 
     def restore(self, fitted: Any) -> None:
         """Takes over what a rule learned that was saved.
@@ -195,12 +219,19 @@ class RejectionRule:
                 or come from another model.
         """
         reading = self.read(scores)
+        return decisions_of(reading, self.accepts_reading(reading))
+
+    def accepts_reading(self, reading: Reading) -> Array:
+        """Decides what was read; rows that are not finite are rejected.
+
+        Args:
+            reading: What `read` returned.
+
+        Returns:
+            Boolean array of shape `(...)`.
+        """
         # Whatever a rule makes of NaN.
-        accepted = self.accepts(reading.scores) & np.isfinite(reading.scores)
-        labels = reading.labels
-        if labels is not None:
-            labels = np.where(accepted, labels, ABSTAINED)
-        return Decisions(accepted, labels, reading.scores)
+        return self.accepts(reading.scores) & np.isfinite(reading.scores)
 
     def to_layer(self, **kwargs: Any) -> Decision:
         """Makes a layer that decides as the rule does, inside a model.
@@ -274,7 +305,13 @@ class RejectionRule:
     @property
     def threshold(self) -> float:
         """Float, the largest score that is accepted."""
-        return self._require_fitted().threshold
+        fitted = self._require_fitted()
+        if fitted.groups is not None:
+            raise ValueError(
+                "Expected one threshold for all inputs. Received: "
+                f"{self!r}, which has several. Use `rule.thresholds`."
+            )
+        return fitted.threshold
 
     @property
     def guarantee(self) -> str:
@@ -449,8 +486,24 @@ class RejectionRule:
             )
         return self._fitted
 
-    def require_samples(self, received: int, needed: int) -> None:
-        """Raises `ValueError` where there are fewer samples than needed."""
+    def samples_needed(self) -> int:
+        """Says how many samples the guarantee takes; may be overridden.
+
+        Returns:
+            Integer, the smallest number of calibration samples that may do.
+        """
+        return 1
+
+    def require_samples(self, received: int, needed: int | None = None) -> None:
+        """Raises `ValueError` where there are fewer samples than needed.
+
+        Args:
+            received: Integer.
+            needed: Integer, or `None` for `samples_needed`. Defaults to
+                `None`.
+        """
+        if needed is None:
+            needed = self.samples_needed()
         if received < needed:
             raise ValueError(
                 f"{self!r} needs at least {needed} calibration samples for "

@@ -79,6 +79,9 @@ class SelectiveRiskRule(RejectionRule):
         self.risk = check_fraction("risk", risk)
         self.delta = check_fraction("delta", delta)
 
+    def samples_needed(self) -> int:
+        return bounds.samples_for_risk(self.risk, self.delta)
+
     def find_threshold(
         self, scores: Array, wrong: Array | None
     ) -> tuple[float, Array | None]:
@@ -87,9 +90,7 @@ class SelectiveRiskRule(RejectionRule):
                 "A selective risk is an error rate: `fit` needs `labels` with "
                 "packed scores, or `errors`. Received: neither."
             )
-        self.require_samples(
-            len(scores), bounds.samples_for_risk(self.risk, self.delta)
-        )
+        self.require_samples(len(scores))
         accepted = bounds.accepted_at_risk(scores, wrong, self.risk, self.delta)
         if not accepted:
             raise ValueError(self._unreachable(scores, wrong))

@@ -16,6 +16,7 @@ from keras_halo.rejection.fitted import (
     CalibrationCounts,
     Fingerprint,
     Fitted,
+    Group,
     Ranks,
 )
 
@@ -75,27 +76,32 @@ def write_text(text, path):
 
 def certificate(rule, fitted):
     """What a fitted rule guarantees and learned; see `RejectionRule`."""
-    name = keras.saving.get_registered_name(type(rule))
-    if keras.saving.get_registered_object(name) is not type(rule):
-        raise ValueError(
-            f"The class {type(rule).__name__} is not registered, so that the "
-            "file could not be loaded. Decorate it with "
-            '`@keras.saving.register_keras_serializable(package="...")`.'
-        )
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "rule": name,
+        "rule": registered_name(rule),
         "config": rule.get_config(),
+        "method": rule.method,
         "guarantee": rule.guarantee,
         "limits": rule.limits,
         "threshold": fitted.threshold,
         "calibration": dataclasses.asdict(fitted.calibration),
         "fingerprint": fitted.fingerprint
         and dataclasses.asdict(fitted.fingerprint),
-        "scores": None if fitted.scores is None else fitted.scores.tolist(),
+        "scores": _listed(fitted.scores),
         "ranks": fitted.ranks and dataclasses.asdict(fitted.ranks),
     }
+    if rule.gives_sets:
+        document["label_sets"] = True
+    if fitted.groups is not None:
+        document["groups"] = [
+            {
+                "name": group.name,
+                "calibration": dataclasses.asdict(group.calibration),
+                "scores": _listed(group.scores),
+            }
+            for group in fitted.groups
+        ]
     try:
         return signed(document)
     except TypeError as error:
@@ -268,10 +274,38 @@ def check_intact(document, path):
         )
 
 
-def _to_rule(document, version):
-    name = document["rule"]
-    if version == 1:
-        name = f"keras_halo>{name}"
+def registered_name(rule):
+    """The name that a rule's class is registered by.
+
+    Args:
+        rule: A rule.
+
+    Returns:
+        String.
+
+    Raises:
+        ValueError: If its class is not registered.
+    """
+    name = keras.saving.get_registered_name(type(rule))
+    if keras.saving.get_registered_object(name) is not type(rule):
+        raise ValueError(
+            f"The class {type(rule).__name__} is not registered, so that the "
+            "file could not be loaded. Decorate it with "
+            '`@keras.saving.register_keras_serializable(package="...")`.'
+        )
+    return name
+
+
+def unfitted(name, config):
+    """A rule of a registered class.
+
+    Args:
+        name: String, the registered name of the class.
+        config: Dictionary, the constructor arguments.
+
+    Raises:
+        ValueError: If there is no such class.
+    """
     cls = keras.saving.get_registered_object(name)
     # The rules import this module, so their base is known by what it can do.
     if not hasattr(cls, "find_threshold"):
@@ -279,16 +313,25 @@ def _to_rule(document, version):
             f"its class {name!r} is not known. Import the module that "
             "registers it with `keras.saving.register_keras_serializable`"
         )
-    rule = cls(**document["config"])
+    return cls(**config)
+
+
+def _to_rule(document, version):
+    name = document["rule"]
+    if version == 1:
+        name = f"keras_halo>{name}"
+    rule = unfitted(name, document["config"])
     fingerprint = document["fingerprint"]
     scores = document["scores"]
     ranks = document.get("ranks")
+    groups = document.get("groups")
     fitted = Fitted(
         threshold=document["threshold"],
         calibration=CalibrationCounts(**document["calibration"]),
         fingerprint=fingerprint and Fingerprint(**fingerprint),
-        scores=None if scores is None else np.array(scores, "float64"),
+        scores=_array(scores),
         ranks=ranks and Ranks(**ranks),
+        groups=groups if groups is None else [_to_group(g) for g in groups],
     )
     if (rule.method is None) != (fingerprint is None):
         raise ValueError("its method does not fit its fingerprint")
@@ -296,6 +339,22 @@ def _to_rule(document, version):
         raise ValueError("its calibration scores are missing or unexpected")
     rule.restore(fitted)
     return rule
+
+
+def _to_group(document):
+    return Group(
+        document["name"],
+        CalibrationCounts(**document["calibration"]),
+        _array(document["scores"]),
+    )
+
+
+def _listed(scores):
+    return None if scores is None else scores.tolist()
+
+
+def _array(scores):
+    return None if scores is None else np.array(scores, "float64")
 
 
 def _checksum(document):

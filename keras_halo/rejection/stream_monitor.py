@@ -244,7 +244,7 @@ class StreamMonitor:
         reading = self.rule.read(scores)
         wrong = read_errors(reading, labels, errors)
         judged = reading.scores.ravel()
-        accepted = self.rule.accepts(judged) & np.isfinite(judged)
+        accepted = self.rule.accepts_reading(reading).ravel()
         # NaN is like no known input.
         judged = np.where(np.isfinite(judged), judged, np.inf)
         bins = np.searchsorted(state.edges, judged)

@@ -8,7 +8,12 @@ from keras import ops
 from keras.src import testing
 
 import keras_halo
-from keras_halo.layers import ClassGaussians, Decision, OODScore
+from keras_halo.layers import (
+    ClassGaussians,
+    Decision,
+    LabelSet,
+    OODScore,
+)
 from keras_halo.layers.decision import rounded_down
 from keras_halo.ops.ood_scores import OOD_METHODS, ood_score
 from keras_halo.rejection import bounds
@@ -46,6 +51,21 @@ class DecisionLayerTest(testing.TestCase):
                         supports_masking=True,
                         run_training_check=False,
                     )
+
+    def test_keras_layer_checks_of_sets(self):
+        for policy, dtype in POLICIES.items():
+            with self.subTest(policy=policy), float64():
+                self.run_layer_test(
+                    LabelSet,
+                    init_kwargs={"threshold": 2.5, "dtype": policy},
+                    input_data=some_scores(2, 3).astype(dtype),
+                    expected_output_shape=(2, 3, 5),
+                    expected_output_dtype="bool",
+                    expected_num_trainable_weights=0,
+                    expected_num_non_trainable_weights=0,
+                    supports_masking=True,
+                    run_training_check=False,
+                )
 
 
 @pytest.mark.parametrize("shape", [(1000,), (4, 50), (2, 3, 4)])

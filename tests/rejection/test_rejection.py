@@ -22,6 +22,7 @@ from keras_halo.rejection import (
     ConformalRule,
     CoverageRule,
     FalsePositiveRateRule,
+    JointRule,
     RejectionRule,
     SelectiveRiskRule,
     bounds,
@@ -37,6 +38,7 @@ RULES = {
     "coverage-delta": CoverageRule(0.9, delta=0.05),
     "false-positives": FalsePositiveRateRule(0.1),
     "selective-risk": SelectiveRiskRule(0.2),
+    "joint": JointRule(0.2, 0.5),
     "conformal": ConformalRule(0.1),
     "conformal-fdr": ConformalRule(0.1, fdr=True),
 }
