@@ -44,8 +44,9 @@ class GroupwiseRule(RejectionRule):
 
     The guarantees hold for each group by itself. That all of `G` groups keep
     theirs at the same time has the confidence `1 - delta` if the rule is given
-    `delta / G`. Each needs as many calibration samples as the rule alone does,
-    also a class that is rarely predicted.
+    `delta / G`. The p-value that a model of `keras_halo.guard` answers with is
+    that among all known inputs. Each group needs as many calibration samples
+    as the rule alone does, also a class that is rarely predicted.
 
     Formula:
 

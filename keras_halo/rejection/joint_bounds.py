@@ -74,7 +74,7 @@ class Requirements:
         level = self.delta - float(missed)
         if self.risk is not None:
             doubt = (start - 1) * math.log1p(-self.risk)
-            if doubt > math.log(level) + 1e-9:
+            if doubt > math.log(level) + 1e-12:
                 return None
         return [start], level
 

@@ -12,7 +12,9 @@ class LabelSets(Decisions):
     """The labels that each input may have, as a `LabelSetRule` found them.
 
     Immutable, as `Decisions`. An input is accepted where its set holds a
-    label; the empty set means "none of them".
+    label; the empty set means "none of them". So `coverage` is the share of
+    inputs whose set is not empty; the share whose label is in the set is
+    `contain(labels).mean()`.
 
     Args:
         accepted: Boolean array of shape `(...)`.
@@ -50,8 +52,7 @@ class LabelSets(Decisions):
                 shape `(..., K)`.
 
         Returns:
-            Boolean array of shape `(...)`; its mean is the coverage of the
-            sets.
+            Boolean array of shape `(...)`.
 
         Raises:
             ValueError: If the labels have another shape or are no classes.

@@ -152,6 +152,12 @@ class StreamMonitor:
                 "`rule` must be a rule of `keras_halo.rejection`. Received: "
                 f"rule={rule!r:.100}."
             )
+        if getattr(rule, "by", None) == "group":
+            raise ValueError(
+                "A stream does not tell the groups of its inputs. Received: "
+                f"{rule!r}. Monitor each group with a monitor of its own, "
+                "`StreamMonitor(rule.rules[group])`."
+            )
         # Raises where the rule is not fitted.
         self._certificate = rule.certificate()
         self.rule = rule

@@ -40,11 +40,13 @@ def guard(model: keras.Model, rule: RejectionRule) -> keras.Model:
         `(batch_size, ..., K)`; `"score"`, larger for outliers; and
         `"p_value"`, the chance that a known input scores as high. A rule that
         was fitted on outliers, or saved by keras_halo 0.1.0, has no p-values.
+        With a `LabelSetRule` also `"label_set"`, booleans of shape
+        `(batch_size, ..., K)`.
 
     Raises:
         ValueError: If the rule is not fitted, was fitted on another model or
-            on plain scores, judges batches and not inputs, or the model has no
-            HALO head.
+            on plain scores, judges batches and not inputs or by groups of the
+            user, or the model has no HALO head.
 
     Example:
 

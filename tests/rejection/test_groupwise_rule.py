@@ -305,6 +305,11 @@ def test_a_stream_is_monitored_by_the_decisions_of_each_class():
     status = monitor.update(fresh, labels=fresh_labels)
     assert status.rejected == rule.predict(fresh).rejected.sum()
     assert not status.alarm
+    rule = GroupwiseRule(CoverageRule(0.9), by="group")
+    rule.fit(scores, groups=labels)
+    with pytest.raises(ValueError, match=r"StreamMonitor\(rule.rules"):
+        rejection.StreamMonitor(rule)
+    rejection.StreamMonitor(rule.rules[0]).fit(scores[labels == 0])
 
 
 # Words and refusals ---------------------------------------------------------
