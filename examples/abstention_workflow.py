@@ -143,7 +143,7 @@ with DecisionLog(f"{folder}/decisions.jsonl", certificate) as log:
         answers = guarded.predict(x[rows], verbose=0)
         log.append(answers, references=rows)
         labels.append(answers["label"])
-        statuses.append(monitor.update(abstaining.predict(x[rows], verbose=0)))
+        statuses.append(monitor.update(answers))
 print(statuses[-1])
 
 """

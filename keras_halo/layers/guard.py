@@ -12,6 +12,21 @@ from keras_halo.utils.types import Tensor
 _ENTRIES = {"calibration", "config", "ranks", "threshold"}
 
 
+def method_of(certificate):
+    """Returns the name of the score that a rule judges by.
+
+    Args:
+        certificate: Dictionary, what `rule.certificate()` returns.
+
+    Example:
+
+    >>> method_of({"config": {"method": "abstain"}})
+    'abstain'
+    """
+    # A rule that wraps another says it apart from its own arguments.
+    return certificate.get("method") or certificate["config"]["method"]
+
+
 @keras.saving.register_keras_serializable(package="keras_halo")
 class Guard(Decision):
     """Decides as a fitted rule does, and carries the certificate of the rule.
@@ -69,7 +84,7 @@ class Guard(Decision):
         super().__init__(
             certificate["threshold"],
             # Files of earlier versions name it among the arguments alone.
-            certificate.get("method") or certificate["config"]["method"],
+            method_of(certificate),
             **kwargs,
         )
         self.certificate = certificate

@@ -308,7 +308,7 @@ def label_scores(logits, ood):
     if isinstance(logits, np.ndarray):
         best = np.max(logits, axis=-1, keepdims=True, initial=-np.inf)
     else:
-        best = geometry.best_of_rows(logits)
+        best = tensors.best_of_rows(logits)
     return ood[..., None] + (best - logits)
 
 

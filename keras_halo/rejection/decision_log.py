@@ -9,8 +9,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from keras_halo.ops.labels import ABSTAINED
 from keras_halo.rejection import decision_files, storage
+from keras_halo.rejection.answers import check_own, read_answers
 from keras_halo.rejection.decision_record import (
     MAX_REFERENCE,
     is_reference,
@@ -20,11 +20,7 @@ from keras_halo.rejection.decision_record import (
 from keras_halo.rejection.decisions import Decisions
 from keras_halo.rejection.file_lock import locked
 from keras_halo.rejection.rejection_rule import RejectionRule
-from keras_halo.utils.checks import as_boolean, as_integer, number_array
-
-# A score that another engine rounds may lie on the other side of the
-# threshold, but not further from it than this.
-_TOLERANCE = 1e-3
+from keras_halo.utils.checks import as_boolean, as_integer
 
 
 class DecisionLog:
@@ -104,7 +100,7 @@ class DecisionLog:
         self.sync = as_boolean(sync, "sync")
         self.path = pathlib.Path(os.path.realpath(path))
         self._rule = certificate["checksum"]
-        self._threshold = float(certificate["threshold"])
+        self._certificate = certificate
         if not self.path.parent.is_dir():
             raise FileNotFoundError(
                 f"The folder {self.path.parent} does not exist. Make it "
@@ -209,7 +205,9 @@ class DecisionLog:
         return 1 if last is None else last.number + 1
 
     def _rows(self, answers, references):
-        labels, scores, p_values, accepted = self._read(answers)
+        read = read_answers(answers)
+        check_own(read, self._certificate)
+        labels, scores, p_values, accepted = read
         shape = scores.shape
         if references is None:
             references = [None] * shape[0]
@@ -229,69 +227,6 @@ class DecisionLog:
                 "reference": references[index[0]],
                 "position": index[1:] or None,
             }
-
-    def _read(self, answers):
-        if isinstance(answers, Decisions):
-            return answers.labels, answers.scores, None, answers.accepted
-        if not isinstance(answers, Mapping) or not {"label", "score"} <= set(
-            answers
-        ):
-            received = f"{answers!r:.100}"
-            if isinstance(answers, Mapping):
-                received = f"a dictionary of {sorted(map(str, answers))}"
-            raise ValueError(
-                "`answers` must be what a model of `keras_halo.guard` "
-                "returned, with 'label' and 'score', or `Decisions` of "
-                f"`rule.predict`. Received: {received}."
-            )
-        names = ("label", "score", "p_value")
-        arrays = {
-            name: number_array(answers[name], f"answers[{name!r}]")
-            for name in names
-            if name in answers
-        }
-        labels, scores = arrays["label"], arrays["score"].astype("float64")
-        shapes = {name: array.shape for name, array in arrays.items()}
-        if len(set(shapes.values())) > 1 or scores.ndim == 0:
-            raise ValueError(
-                "`answers` must hold one label, score and p-value a decision, "
-                f"with a batch axis. Received: shapes {shapes}."
-            )
-        if labels.dtype.kind not in "iu" or (labels < ABSTAINED).any():
-            raise ValueError(
-                "`answers['label']` must hold integers, -1 for rejected. "
-                f"Received: dtype={labels.dtype}, from "
-                f"{labels.min(initial=0)} on."
-            )
-        p_values = arrays.get("p_value")
-        if p_values is not None and (
-            (p_values < 0.0).any() or (p_values > 1.0).any()
-        ):
-            raise ValueError(
-                "`answers['p_value']` must lie in [0, 1]. Received: from "
-                f"{p_values.min()} to {p_values.max()}."
-            )
-        accepted = labels != ABSTAINED
-        self._require_own(accepted, scores)
-        return labels, scores, p_values, accepted
-
-    def _require_own(self, accepted, scores):
-        """Raises unless the rule of this log can have decided so."""
-        margin = _TOLERANCE * np.maximum(
-            1.0, np.maximum(np.abs(scores), abs(self._threshold))
-        )
-        beyond = scores - self._threshold
-        # NaN is rejected, and compares as neither.
-        wrong = np.where(accepted, ~(beyond <= margin), beyond < -margin)
-        if wrong.any():
-            index = tuple(int(i) for i in np.argwhere(wrong)[0])
-            decision = "accepted" if accepted[index] else "rejected"
-            raise ValueError(
-                "`answers` are not those of the rule of this log: expected "
-                f"scores up to {self._threshold:.7g} accepted. Received: the "
-                f"score {scores[index]:.7g} {decision}. Give every rule a log "
-                "of its own."
-            )
 
     def _write(self, lines):
         content = memoryview(b"".join(lines))

@@ -6,7 +6,13 @@ from typing import Any, Self
 import numpy as np
 
 from keras_halo.rejection import bounds, martingale, storage
+from keras_halo.rejection.answers import (
+    are_answers,
+    check_own,
+    read_answers,
+)
 from keras_halo.rejection.readings import (
+    Reading,
     check_fraction,
     read_errors,
     read_scores,
@@ -233,7 +239,8 @@ class StreamMonitor:
 
         Args:
             scores: Scores of new inputs, in the order in which they came, as
-                `rule.predict` takes them.
+                `rule.predict` takes them; or what a model of
+                `keras_halo.guard` answered.
             labels: Labels of all of them, where they are known. Defaults to
                 `None`.
             errors: Booleans instead, true where the prediction is wrong.
@@ -247,10 +254,18 @@ class StreamMonitor:
                 the monitor stays as it was.
         """
         state = self._require_fitted()
-        reading = self.rule.read(scores)
+        if are_answers(scores):
+            answers = read_answers(scores)
+            check_own(answers, self._certificate)
+            reading = Reading(
+                answers.scores, answers.labels, self.rule.learned.fingerprint
+            )
+            accepted = answers.accepted.ravel()
+        else:
+            reading = self.rule.read(scores)
+            accepted = self.rule.accepts_reading(reading).ravel()
         wrong = read_errors(reading, labels, errors)
         judged = reading.scores.ravel()
-        accepted = self.rule.accepts_reading(reading).ravel()
         # NaN is like no known input.
         judged = np.where(np.isfinite(judged), judged, np.inf)
         bins = np.searchsorted(state.edges, judged)

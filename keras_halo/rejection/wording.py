@@ -42,3 +42,22 @@ def share(part, whole):
     if not whole:
         return f"{part} of {whole}"
     return f"{part} of {whole} ({percent(part / whole)})"
+
+
+def thresholds_in_words(threshold):
+    """Returns a threshold, or one for each class or group, as text.
+
+    Args:
+        threshold: Float, or a list of floats.
+
+    Returns:
+        String.
+
+    Example:
+
+    >>> thresholds_in_words(0.5), thresholds_in_words([0.5, 2.0])
+    ('0.5', '0.5, 2')
+    """
+    if isinstance(threshold, list):
+        return ", ".join(map(thresholds_in_words, threshold))
+    return f"{threshold:.7g}"

@@ -12,9 +12,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_halo.layers.guard import method_of
 from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.storage import check_path, write_text
-from keras_halo.rejection.wording import share
+from keras_halo.rejection.wording import share, thresholds_in_words
 from keras_halo.version import __version__
 from keras_halo.workflows.guard import read_certificate
 from keras_halo.workflows.ood_report import OODReport, markdown_table
@@ -248,7 +249,7 @@ def _described(data):
 
 def _model(source, certificate):
     found = {
-        "score": certificate["config"]["method"],
+        "score": method_of(certificate),
         "head": certificate["fingerprint"],
         "inputs": None,
         "parameters": None,
@@ -271,7 +272,9 @@ def _counts(report):
 
 def _metrics(report, certificate):
     decisions = None
-    if report.method == certificate["config"]["method"]:
+    # Where each class has a threshold, scores alone do not tell.
+    has_one = not isinstance(certificate["threshold"], list)
+    if report.method == method_of(certificate) and has_one:
         accepted = report.known.scores <= certificate["threshold"]
         decisions = {
             "known": {
@@ -405,8 +408,8 @@ def _guarantee_parts(guarantee):
         "",
         *_listed(
             [
-                ("rule", f"`{guarantee['rule']}({arguments})`"),
-                ("threshold", f"{guarantee['threshold']:.7g}"),
+                ("rule", f"`{guarantee['rule'].split('>')[-1]}({arguments})`"),
+                ("threshold", thresholds_in_words(guarantee["threshold"])),
                 ("certificate", f"`{guarantee['certificate']}`"),
             ]
         ),

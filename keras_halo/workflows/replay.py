@@ -8,11 +8,13 @@ import keras
 import numpy as np
 
 from keras_halo.ops.labels import ABSTAINED
+from keras_halo.rejection.answers import thresholds_of
 from keras_halo.rejection.decision_files import read_decisions
 from keras_halo.rejection.decision_record import (
     is_reference,
     list_of_references,
 )
+from keras_halo.rejection.wording import thresholds_in_words
 from keras_halo.utils.checks import as_integer, check_batch_size, check_model
 from keras_halo.workflows.guard import read_certificate
 
@@ -60,17 +62,18 @@ class ReplayReport:
         decisions: Integer, how many the log holds.
         different: Integer, how many of them have another label now.
         differences: Tuple of `ReplayDifference`, the first of them.
-        threshold: Float, the largest score that is accepted.
-        largest_distance: Float, how far from the threshold the logged score of
-            a decision lay at most that is now accepted and was not, or the
-            reverse; zero without one.
+        threshold: Float, the largest score that is accepted; a list of one for
+            each class where a `GroupwiseRule` decides.
+        largest_distance: Float, the largest distance of a logged score from the
+            nearest threshold, of decisions that were accepted and are now
+            rejected, or the reverse; zero without one.
         largest_score_change: Float, by how much a score changed at most.
     """
 
     decisions: int
     different: int
     differences: tuple[ReplayDifference, ...]
-    threshold: float
+    threshold: float | list[float]
     largest_distance: float
     largest_score_change: float
 
@@ -88,7 +91,7 @@ class ReplayReport:
         lines = [
             f"{same:,} of {self.decisions:,} decisions come out the same.",
             f"Largest change of a score: {self.largest_score_change:.3g}; "
-            f"threshold: {self.threshold:.7g}.",
+            f"threshold: {thresholds_in_words(self.threshold)}.",
         ]
         if self.different:
             lines.append(
@@ -160,7 +163,7 @@ def replay(
     batch_size = check_batch_size(batch_size) or 32
     max_differences = as_integer(max_differences, "max_differences", 0)
     x, rows = _rows(x, references)
-    threshold = certificate["threshold"]
+    thresholds = thresholds_of(certificate)
     count = different = 0
     differences = []
     largest_distance = largest_change = 0.0
@@ -175,7 +178,7 @@ def replay(
             if label == record.label:
                 continue
             different += 1
-            distance = abs(record.score - threshold)
+            distance = float(np.abs(record.score - thresholds).min())
             if ABSTAINED in (label, record.label):
                 largest_distance = max(largest_distance, distance)
             if len(differences) < max_differences:
@@ -201,7 +204,7 @@ def replay(
         decisions=count,
         different=different,
         differences=tuple(differences),
-        threshold=threshold,
+        threshold=certificate["threshold"],
         largest_distance=largest_distance,
         largest_score_change=largest_change,
     )

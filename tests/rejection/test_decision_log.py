@@ -283,10 +283,10 @@ def test_another_rule_is_refused(rule, guarded, tmp_path):
     answers = model.predict(x, verbose=0)
     with DecisionLog(tmp_path / "other.jsonl", own) as log:
         wrong = {**answers, "score": answers["score"] + 100.0}
-        with pytest.raises(ValueError, match="not those of the rule"):
+        with pytest.raises(ValueError, match="not those of this rule"):
             log.append(wrong)
         wrong = {**answers, "label": np.where(answers["label"] < 0, 0, -1)}
-        with pytest.raises(ValueError, match="not those of the rule"):
+        with pytest.raises(ValueError, match="not those of this rule"):
             log.append(wrong)
         # Rounding by another engine is no other rule.
         log.append({**answers, "score": answers["score"] * (1 + 1e-6)})
