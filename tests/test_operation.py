@@ -10,7 +10,7 @@ from keras_halo.rejection import DecisionLog, StreamMonitor
 
 RULES = {
     "coverage": rejection.CoverageRule(0.9),
-    "joint": rejection.JointRule(risk=0.4, coverage=0.5),
+    "joint": rejection.JointRule(risk=0.05, coverage=0.5),
     "by class": rejection.GroupwiseRule(rejection.CoverageRule(0.9)),
     "sets": rejection.LabelSetRule(0.9),
     "sets by class": rejection.LabelSetRule(0.9, class_conditional=True),
@@ -19,6 +19,7 @@ RULES = {
 
 @pytest.fixture(scope="module")
 def trained():
+    keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     y = np.arange(1200) % 3
     x = rng.normal(size=(1200, 6)).astype("float32")
