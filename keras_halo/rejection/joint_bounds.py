@@ -54,10 +54,13 @@ class Requirements:
             them. `None` if there are too few samples for the guarantee.
         """
         if self.coverage is None:
-            starts = [1]
-            if self.risk is not None:
-                if num_samples < bounds.samples_for_risk(self.risk, self.delta):
-                    return None
+            if self.risk is None:
+                return [1], self.delta
+            lowest = bounds.samples_for_risk(self.risk, self.delta)
+            if num_samples < lowest:
+                return None
+            starts = [max(lowest, num_samples // 2)]
+            if 4 * lowest <= num_samples:
                 starts = bounds.start_ranks(num_samples, self.risk, self.delta)
             return starts, self.delta
         share = self.delta * _COVERAGE_SHARE
@@ -65,9 +68,10 @@ class Requirements:
             return None
         start = bounds.coverage_rank(num_samples, self.coverage, share)
         if self.risk is not None:
-            # As `start_ranks` does, leave room for an error.
+            # Leave room for an error, but not at the expense of the rate.
             lowest = bounds.samples_for_risk(self.risk, self.delta - share)
-            start = max(start, min(2 * lowest, num_samples))
+            room = min(2 * lowest, num_samples // 2)
+            start = max(start, min(lowest, num_samples), room)
         missed = require("scipy.stats").binom.sf(
             start - 1, num_samples, self.coverage
         )

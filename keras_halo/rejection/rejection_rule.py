@@ -295,7 +295,9 @@ class RejectionRule:
             Dictionary that JSON holds: `"rule"` and `"config"`, its
             `"guarantee"` and `"limits"` in words, `"threshold"`,
             `"calibration"` counts, the `"fingerprint"` of the head, a
-            `"checksum"`, and scores where the rule keeps them.
+            `"checksum"`, and scores where the rule keeps them. A rule with
+            several thresholds has a list of these, and `"groups"` with the
+            name and the counts of each.
 
         Raises:
             ValueError: If the rule is not fitted, or its class not registered.

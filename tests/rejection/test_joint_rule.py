@@ -163,7 +163,8 @@ def naive(scores, errors, outliers, wanted):
     lowest = 1
     while (1 - wanted.risk) ** lowest > wanted.delta - share:
         lowest += 1
-    start = max(start, min(2 * (lowest + 1), n))
+    lowest += 1
+    start = max(start, min(lowest, n), min(2 * lowest, n // 2))
     level = wanted.delta - (1.0 - cdf(start - 1, n, wanted.coverage))
     shuffled = np.random.default_rng(0).permutation(n)
     order = sorted(range(n), key=lambda i: (scores[i], shuffled[i]))
