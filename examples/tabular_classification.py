@@ -55,8 +55,8 @@ STATES = np.array(
         "Bpv Open",
     ]
 )
-EPOCHS = 10
-BATCH_SIZE = 256
+EPOCHS = 15
+BATCH_SIZE = 128
 SEEDS = (0, 1, 2)
 CROSS_ENTROPY, HALO = "cross-entropy", "HALO"
 
@@ -113,10 +113,11 @@ def read_table():
 
 
 x, y = read_table()
-names, counts = np.unique(y, return_counts=True)
-rare = np.isin(y, names[counts < 60])
-for name, count in zip(names, counts, strict=True):
-    print(f"{name:10} {count:6}{'  rare, unknown' if count < 60 else ''}")
+states, counts = np.unique(y, return_counts=True)
+common_states, rare_states = states[counts >= 60], states[counts < 60]
+rare = np.isin(y, rare_states)
+for name, count in zip(states, counts, strict=True):
+    print(f"{name:10} {count:6}{'  unknown' * (name in rare_states)}")
 
 
 def split(seed):
@@ -267,7 +268,7 @@ def evaluate(kind, classifier, data):
         for part in ("val", "test", "rare")
     }
     p, _ = found["test"]
-    label = np.searchsorted(names[counts >= 60], data["test"][1])
+    label = np.searchsorted(common_states, data["test"][1])
     figures = {
         "accuracy": np.mean(p.argmax(axis=-1) == label),
         "ECE": expected_calibration_error(label, p),
@@ -324,9 +325,10 @@ for rows in zip(*map(column, results), strict=True):
 """
 The picture shows the last seed: the scores of HALO, where what lies to the
 right of the line is rejected, and how much of each state is rejected by the
-default score of each model.
+default score of each model. The rare states are below the line.
 """
 
+ordered = [*common_states, *rare_states]
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
 for shift, (kind, classifier) in zip(
     (-0.2, 0.2), classifiers.items(), strict=True
@@ -341,16 +343,14 @@ for shift, (kind, classifier) in zip(
     rejected = rule.predict(
         np.concatenate([scores["test"], scores["rare"]])
     ).rejected
-    shares = [100.0 * rejected[state == name].mean() for name in STATES]
-    right.barh(np.arange(len(STATES)) + shift, shares, 0.4, label=kind)
+    shares = [100.0 * rejected[state == name].mean() for name in ordered]
+    right.barh(np.arange(len(ordered)) + shift, shares, 0.4, label=kind)
 keras_halo.plots.score_histograms(
     scores["test"], {"rare states": scores["rare"]}, rule.threshold, ax=left
 )
 left.set_title("HALO: log-odds of abstaining")
-labels = [
-    f"{name} (rare)" if name in data["rare"][1] else name for name in STATES
-]
-right.set_yticks(range(len(STATES)), labels)
+right.set_yticks(range(len(ordered)), ordered)
+right.axhline(len(common_states) - 0.5, color="black", linewidth=1)
 right.invert_yaxis()
 right.set(xlim=(0, 100), xlabel="rejected, %", title="Which states?")
 right.legend(frameon=False)
@@ -375,5 +375,13 @@ for part in ("test", "rare"):
 """
 ## Conclusion
 
-TODO
+Accuracy and calibration are level, and nearly perfect. Of the states that were
+never learned the two know very different things: to cross-entropy most of these
+rows look as common as any other, by each of its free scores, where HALO rejects
+about three quarters of them at the same cost.
+
+The rule keeps 99 % of all rows, not of each state. Fpv Open is known by a
+hundred rows only, and about half of it is rejected, by either model. With 73
+rows of rare states, and ten and thirteen of two of them, their shares are
+rough.
 """
