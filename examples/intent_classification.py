@@ -179,12 +179,13 @@ def read_logits(logits):
     """Probabilities and outlier scores of a softmax, the default one first."""
     logits = logits.astype("float64")
     top = logits.max(axis=-1)
-    p = np.exp(logits - top[:, None])
-    log_sum = top + np.log(p.sum(axis=-1))
-    p = p / p.sum(axis=-1, keepdims=True)
+    exponentials = np.exp(logits - top[:, None])
+    # One minus the largest probability would round to zero.
+    others = np.sort(exponentials, axis=-1)[:, :-1].sum(axis=-1)
+    p = exponentials / (1.0 + others)[:, None]
     return p, {
-        "max softmax": 1.0 - p.max(axis=-1),
-        "energy": -log_sum,
+        "max softmax": others / (1.0 + others),
+        "energy": -top - np.log1p(others),
         "max_logit": -top,
         "gen": np.sum((p * (1.0 - p)) ** 0.1, axis=-1),
     }
