@@ -258,7 +258,7 @@ def read_packed(packed):
 def predict(classifier, x):
     """What the network itself says, for the scores."""
     x = classifier[:-1].transform(x)
-    return classifier[-1].model_.predict(x, batch_size=1000, verbose=0)
+    return classifier[-1].model_.predict(x, batch_size=4096, verbose=0)
 
 
 def evaluate(kind, classifier, data):
