@@ -201,7 +201,7 @@ def read_packed(packed):
 
 
 def scale(p, temperature):
-    """Probabilities as they would be with other logits' temperature."""
+    """Probabilities at another temperature of the logits."""
     scaled = p ** (1.0 / temperature)
     return scaled / scaled.sum(axis=-1, keepdims=True)
 
