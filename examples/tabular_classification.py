@@ -381,8 +381,8 @@ never learned the two know very different things: to cross-entropy most of these
 rows look as common as any other, by each of its free scores, where HALO rejects
 about three quarters of them at the same cost.
 
-The rule keeps 99 % of all rows, not of each state. Fpv Open is known by a
-hundred rows only, and about half of it is rejected, by either model. With 73
-rows of rare states, and ten and thirteen of two of them, their shares are
-rough.
+The rule keeps 99 % of all rows, not of each state. Of Fpv Open there were a
+hundred rows to train with, and about half of it is rejected in the picture, by
+either model. With 73 rows of rare states, and ten and thirteen of two of them,
+their shares are rough.
 """
