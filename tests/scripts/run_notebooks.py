@@ -5,7 +5,8 @@
 
 Every script of `examples/`, or those named, becomes a notebook in FOLDER and
 is executed there. An error in a cell, or no picture at the end, is a failure.
-Examples that name a backend at the end are executed on that one alone.
+Examples that name a backend at the end are executed on that one alone. Those
+whose data are not in the folder `KERAS_HALO_DATA` are skipped, with the reason.
 """
 
 import argparse
@@ -16,9 +17,9 @@ import sys
 import time
 
 import jupytext
+from run_examples import EXAMPLES, data_folder, reason_to_skip
 
 BACKENDS = ("jax", "tensorflow", "torch")
-EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
 
 def to_percent(source):
@@ -109,11 +110,13 @@ def main():
         paths = [path for path in paths if not is_for_another_backend(path)]
     if not paths:
         sys.exit(f"No example in {EXAMPLES}.")
-    failed = []
+    folder = data_folder()
+    failed, skipped = [], 0
     for path in paths:
         notebook = convert(path)
         problem, start = None, time.monotonic()
-        if not arguments.convert_only:
+        reason = reason_to_skip(path, folder)
+        if not arguments.convert_only and not reason:
             pictures = arguments.folder / f"{path.stem}.png"
             pictures.unlink(missing_ok=True)
             try:
@@ -128,10 +131,15 @@ def main():
                     problem = f"{pictures.name} was not saved"
         jupytext.write(notebook, arguments.folder / f"{path.stem}.ipynb")
         seconds = time.monotonic() - start
-        print(f"{path.stem}: {problem or 'ok'} ({seconds:.0f} s)", flush=True)
+        result = f"{problem or 'ok'} ({seconds:.0f} s)"
+        if reason and not arguments.convert_only:
+            result = f"skipped: {reason}"
+            skipped += 1
+        print(f"{path.stem}: {result}", flush=True)
         if problem:
             failed.append(path.stem)
-    print(f"{len(paths) - len(failed)} of {len(paths)} notebooks passed.")
+    passed = len(paths) - len(failed) - skipped
+    print(f"{passed} of {len(paths)} notebooks passed, {skipped} skipped.")
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}")
 
