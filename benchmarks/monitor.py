@@ -5,7 +5,7 @@ the detector an AUROC of 95 %. Prints a Markdown table: in how many streams of
 known inputs there was an alarm, and after how many inputs there was one once
 every fifth input was unknown. Needs `keras-halo[tools]`.
 
-    python benchmarks/monitor.py --streams 200 --length 1000000
+    python benchmarks/monitor.py --streams 100 --length 1000000 --calibration 2000
 """
 
 import argparse
@@ -61,6 +61,13 @@ def main():
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--length", type=int, default=100_000)
     parser.add_argument("--false-alarm", type=float, default=0.01)
+    parser.add_argument(
+        "--calibration",
+        type=int,
+        nargs="+",
+        default=[500, 2000, 10_000],
+        help="numbers of calibration scores, default 500 2000 10000",
+    )
     args = parser.parse_args()
     level = args.false_alarm
     print(
@@ -68,7 +75,7 @@ def main():
         f"{args.length:,} | median delay, from the first input | change at a "
         f"random time up to {args.length:,} |\n|---|---|---|---|---|"
     )
-    for calibration in (500, 2000, 10_000):
+    for calibration in args.calibration:
         for kind in KINDS:
             alarms, at_once, later = 0, [], []
             for seed in range(args.streams):
