@@ -5,7 +5,7 @@ the detector an AUROC of 95 %. Prints a Markdown table: in how many streams of
 known inputs there was an alarm, and after how many inputs there was one once
 every fifth input was unknown. Needs `keras-halo[tools]`.
 
-    python benchmarks/monitor.py --streams 100 --length 1000000 --calibration 2000
+    python benchmarks/monitor.py --streams 100 --length 1000000
 """
 
 import argparse
