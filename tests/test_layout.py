@@ -106,7 +106,7 @@ def test_the_mathematics_asks_for_the_backend_in_one_module():
 def test_what_is_run_by_itself_lies_in_scripts():
     tests = pathlib.Path(__file__).parent
     for path in tests.rglob("*.py"):
-        is_script = "__main__" in path.read_text("utf-8")
+        is_script = '__name__ == "__main__"' in path.read_text("utf-8")
         folder = path.relative_to(tests).parts[0]
         # This test and the maker of fixtures aside.
         if path.name not in ("test_layout.py", "make_models.py"):
