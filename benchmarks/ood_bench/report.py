@@ -351,6 +351,11 @@ def _write_csv(path, rows):
     rows = list(rows)
     fields = list(dict.fromkeys(key for row in rows for key in row))
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields)
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({k: _short(v) for k, v in row.items()} for row in rows)
+
+
+def _short(value):
+    """What tables are made of: no figure has more digits to it."""
+    return f"{value:.5g}" if isinstance(value, float) else value
