@@ -31,6 +31,7 @@ import math
 import os
 import pathlib
 import sys
+import textwrap
 import zlib
 
 import keras
@@ -219,7 +220,10 @@ compares the pictures of a batch with its captions, in both directions, and
 the loss has no work to do, so its weight is zero.
 
 InfoNCE has a learned temperature that starts at CLIP's, and the label smoothing
-that HALO has. Without it InfoNCE was worse at both questions, on validation.
+that HALO has: on validation its recall was three points better with it, its
+rejection no worse. For HALO, plain smoothed targets on a mean square of 0.5
+(`distill=False`) rejected captions better there than distilled ones on 0.3.
+Network, optimizer, epochs and batches are alike.
 """
 
 LEARNING_RATE = 2e-3
@@ -439,7 +443,7 @@ for row, ids, title in rows:
     row[0].set_ylabel(title, fontsize=13)
     for ax, index in zip(row, ids, strict=False):
         ax.imshow(pictures[split["new vendor"]][index])
-        found = emoji[best[index]]["name"].replace(" ", "\n", 2)
+        found = textwrap.fill(emoji[best[index]]["name"], 16)
         answer = found if accepted[index] else f"nothing fits\n({found}?)"
         right_answer = accepted[index] == (best[index] == index)
         ax.set_title(
@@ -470,7 +474,29 @@ print("The figure is in emoji_two_towers.png.")
 """
 ## Conclusion
 
-Two lines differ: `HALOSimilarity` in the place of the matrix of cosines, and
-`HALOContrastiveLoss` in the place of InfoNCE. Pieces of words carry little from
-one language to the next beyond names of countries, whatever the loss.
+On JAX the five seeds gave, in %, of InfoNCE the best of its three scores:
+
+|                                          | InfoNCE    | HALO       |
+|------------------------------------------|------------|------------|
+| recall@1, new vendor, pictures           | 11.4 ± 0.9 | 10.7 ± 0.7 |
+| recall@1, new vendor, captions           | 14.9 ± 0.8 | 13.6 ± 0.8 |
+| recall@1, new language, pictures         | 8.5 ± 1.0  | 7.3 ± 1.0  |
+| recall@1, new language, captions         | 6.9 ± 0.7  | 7.2 ± 0.5  |
+| AUROC, new vendor, pictures              | 53.6 ± 2.1 | 52.7 ± 1.9 |
+| AUROC, new vendor, captions              | 63.8 ± 2.4 | 74.6 ± 2.0 |
+| AUROC, new language, pictures            | 52.4 ± 2.2 | 54.4 ± 1.3 |
+| AUROC, new language, captions            | 53.0 ± 2.4 | 54.7 ± 0.9 |
+| AURC, new vendor, captions               | 77.5 ± 1.9 | 80.3 ± 1.3 |
+
+HALO gains in one place: a caption in a known language, of an emoji that is new
+to the model, is told apart 11 points better than by the best score of InfoNCE.
+Elsewhere recall and AUROC of the two are within two points of each other, and in
+recall it is mostly InfoNCE that is ahead. So is its risk in three cases of four:
+most errors are emoji whose match was not found, and HALO orders those no better.
+
+Neither is fit for use on these shifts. With a picture of the new vendor the
+scores say next to nothing about whether its caption is there. Two vendors are
+likely too few to learn what a style is: OpenMoji draws with black outlines, and
+neither of the others does. Pieces of words carry little from one language to
+the next. And where the partner of a seen emoji is taken away, no score notices.
 """
