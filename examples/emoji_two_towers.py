@@ -490,9 +490,10 @@ On JAX the five seeds gave, in %, of InfoNCE the best of its three scores:
 
 HALO gains in one place: a caption in a known language, of an emoji that is new
 to the model, is told apart 11 points better than by the best score of InfoNCE.
-Elsewhere recall and AUROC of the two are within two points of each other, and in
-recall it is mostly InfoNCE that is ahead. So is its risk in three cases of four:
-most errors are emoji whose match was not found, and HALO orders those no better.
+Elsewhere recall and AUROC of the two are within two points of each other, and
+in recall it is mostly InfoNCE that is ahead. So is its risk in three cases of
+four: most errors are emoji whose match was not found, and HALO orders those no
+better.
 
 Neither is fit for use on these shifts. With a picture of the new vendor the
 scores say next to nothing about whether its caption is there. Two vendors are
