@@ -536,7 +536,7 @@ print(f"\n{rule.summary()}")
 
 """
 The scores of the last seed, those of the usual head on the left. The line lets
-95 % of the pictures for calibration pass.
+95 % of the known pictures pass.
 """
 
 figure, axes = plt.subplots(1, 2, figsize=(13, 4.4), layout="constrained")
@@ -572,8 +572,9 @@ resemble those of CIFAR-10 and of which a pickup truck nearly is one, the AUROC
 is close to that of the energy. Accuracy and ECE are level. "nearest" is no
 better than the default anywhere, and much worse on CIFAR-100.
 
-The two heads do not read the same: the usual one has the last block, the other
-one all of them. That is what `add_abstention` does, and part of the gain. Scenes
-and textures come from other collections than CIFAR-10, were made smaller by
-other means, and a network can see that, too.
+The usual head reads the last block, the other one all of them. That is not where
+the gain comes from: with `blocks=classifier.inputs[-1:]` HALO has an AUROC of
+79.8, 90.1 and 93.5 and an accuracy of 76.9. But scenes and textures come from
+other collections than CIFAR-10 and were made smaller by other means, and a
+network can see that, too.
 """
