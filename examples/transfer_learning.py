@@ -572,9 +572,9 @@ resemble those of CIFAR-10 and of which a pickup truck nearly is one, the AUROC
 is close to that of the energy. Accuracy and ECE are level. "nearest" is no
 better than the default anywhere, and much worse on CIFAR-100.
 
-The usual head reads the last block, the other one all of them. That is not where
-the gain comes from: with `blocks=classifier.inputs[-1:]` HALO has an AUROC of
-79.8, 90.1 and 93.5 and an accuracy of 76.9. But scenes and textures come from
-other collections than CIFAR-10 and were made smaller by other means, and a
-network can see that, too.
+The usual head reads the last block, the other one all of them. That is not
+where the gain comes from: with `blocks=classifier.inputs[-1:]` HALO has an
+AUROC of 79.8, 90.1 and 93.5 and an accuracy of 76.9. But scenes and textures
+come from other collections than CIFAR-10 and were made smaller by other means,
+and a network can see that, too.
 """
