@@ -1,5 +1,6 @@
 """Gives a trained classifier the answer "I don't know"."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from keras import ops
 
 from keras_halo.layers.block_features import BlockFeatures
 from keras_halo.losses.halo_loss import HALOLoss
-from keras_halo.ops.class_statistics import check_counts
+from keras_halo.ops.class_statistics import ClassStatistics, check_counts
 from keras_halo.ops.labels import class_indices
 from keras_halo.utils.batches import check_readable, labelled_data
 from keras_halo.utils.checks import (
@@ -22,7 +23,10 @@ from keras_halo.utils.checks import (
 from keras_halo.utils.types import Data
 from keras_halo.workflows.blocks import find_blocks
 from keras_halo.workflows.collecting import check_labels, collect
-from keras_halo.workflows.convert_head import convert_head
+from keras_halo.workflows.convert_head import (
+    convert_head,
+    whitened_centroids,
+)
 from keras_halo.workflows.graph import free_name, input_structure
 from keras_halo.workflows.last_layer import (
     embeddings_before_head,
@@ -40,6 +44,15 @@ _BATCH_SIZE = 128
 # With more features the covariance of the samples is theirs alone: it calls
 # every new input unknown.
 _SAMPLES_A_FEATURE = 3
+
+# Fewer features are not tried, and the part of the samples that is held out to
+# choose among numbers of features.
+_FEWEST_FEATURES = 32
+_HELD_OUT = 0.2
+
+# Inverse temperatures over the number of features: a half for Gaussians that
+# are known exactly.
+_TEMPERATURES = np.geomspace(0.01, 1.0, 15)
 
 # Of the randomized search for principal components.
 _POWER_STEPS = 3
@@ -69,6 +82,9 @@ def add_abstention(
     apart and drop much of what tells that an input is none of them. One pass
     over the data computes these features, `convert_head` makes the head, and a
     few epochs on the features that are kept train it alone.
+
+    Of many features a head is less confident than it is right. `calibrate` sets
+    its temperature by validation data, and changes no answer.
 
     The new model shares all layers with the given one, whose weights,
     `trainable` flags and compile state stay as they are. It emits packed
@@ -102,8 +118,8 @@ def add_abstention(
             zero is left out; every other weight counts as one. Defaults to
             `None`.
         max_features: Integer. More features than that, or than a third of the
-            samples, are reduced to it, by their principal components. Defaults
-            to 1024.
+            samples, are reduced to their principal components; to how many,
+            the likelihood of held-out samples decides. Defaults to 1024.
         verbose: `"auto"`, 0, 1 or 2, as in `model.predict`. Defaults to
             `"auto"`.
         **kwargs: Further arguments of `HALODense`, such as `abstain_rate` and
@@ -191,13 +207,16 @@ def add_abstention(
     reduced, given = rows[:, :width], rows[:, width:]
     check_finite(reduced, "features")
     layers = []
-    max_features = min(max_features, _features_for(len(reduced), num_classes))
-    if reduced.shape[-1] > max_features:
+    limit = _features_for(len(reduced), num_classes)
+    limit = min(max_features, limit, width)
+    kernel, bias = principal_components(reduced, limit)
+    kept = _best_count(reduced @ kernel + bias, labels, num_classes)
+    if kept < width:
         reduction = keras.layers.Dense(
-            max_features, name=free_name(model, "halo_reduction")
+            kept, name=free_name(model, "halo_reduction")
         )
         reduction.build(reduced.shape)
-        reduction.set_weights(principal_components(reduced, max_features))
+        reduction.set_weights([kernel[:, :kept], bias[:kept]])
         reduced = ops.convert_to_numpy(reduction(reduced))
         layers.append(reduction)
     start = keras.Input((reduced.shape[-1],))
@@ -209,9 +228,9 @@ def add_abstention(
         verbose=0,
         **kwargs,
     )
+    embedding, head = head_model.layers[-2:]
     if epochs:
         _train(head_model, reduced, labels, epochs, verbose)
-    embedding, head = head_model.layers[-2:]
     named = keras.layers.Dense(
         embedding.units, name=free_name(model, "halo_embedding")
     )
@@ -251,6 +270,49 @@ def _features_for(num_samples, num_classes):
     return max(min(wanted, num_samples - num_classes), 2)
 
 
+def _best_count(components, labels, num_classes):
+    """How many of the first components tell the classes of new inputs best.
+
+    All of them, a half, a quarter and so on are tried: by the likelihood of
+    held-out samples under the head that `convert_head` makes of the others, at
+    its best temperature. Where the held-out samples are too few to tell, more
+    features are kept.
+    """
+    order = np.random.default_rng(0).permutation(len(labels))
+    held_out, kept = np.split(order, [int(_HELD_OUT * len(order))])
+    counts = [components.shape[-1]]
+    while counts[-1] // 2 >= max(_FEWEST_FEATURES, num_classes):
+        counts.append(counts[-1] // 2)
+    seen = np.bincount(labels[kept], minlength=num_classes)
+    if len(counts) == 1 or not len(held_out) or not seen.all():
+        return counts[0]
+
+    def losses(count):
+        rows = components[:, :count].astype("float64")
+        statistics = ClassStatistics(num_classes, count, pooled=True)
+        statistics.update(rows[kept], labels[kept])
+        transform, center, centroids = whitened_centroids(statistics)
+        new = (rows[held_out] - center) @ transform.T
+        distances = np.square(centroids).mean(axis=-1)
+        distances = distances - 2.0 * new @ centroids.T / count
+        gaps = distances - distances.min(axis=-1, keepdims=True)
+        own = gaps[np.arange(len(new)), labels[held_out]]
+        # Of the temperature `calibrate` takes care: the best one for each.
+        of_temperatures = [
+            np.log(np.exp(-gamma * gaps).sum(axis=-1)) + gamma * own
+            for gamma in count * _TEMPERATURES
+        ]
+        return min(of_temperatures, key=np.mean)
+
+    found = {count: losses(count) for count in counts}
+    best = min(found.values(), key=np.mean)
+    for count, values in found.items():
+        excess = values - best
+        if excess.mean() <= excess.std() / math.sqrt(len(excess)):
+            return count
+    return counts[-1]
+
+
 def principal_components(rows, count):
     """Kernel and bias of the map to the first principal components.
 
@@ -259,7 +321,7 @@ def principal_components(rows, count):
 
     Args:
         rows: Array of shape `(N, F)`.
-        count: Integer, below `F` and at most `N`.
+        count: Integer, at most `F` and at most `N`.
 
     Returns:
         Tuple of arrays of shapes `(F, count)` and `(count,)`, float32.

@@ -201,11 +201,10 @@ def convert_head(
         sample.update,
     )
     check_counts(statistics.counts, 1)
-    transform, center = whitening(statistics, _MIN_SHRINKAGE)
+    transform, center, centroids = whitened_centroids(statistics)
     whitened = keras.layers.Dense(dim, name=free_name(model, "halo_embedding"))
     converted = keras.Model(inputs, head(whitened(embeddings)))
     whitened.set_weights([transform.T, -transform @ center])
-    centroids = (statistics.means - center) @ transform.T
     head.centroids.assign(centroids)
     rows = (sample.rows - center) @ transform.T
     if abstain_rate is not None:
@@ -220,6 +219,29 @@ def convert_head(
     if old_head is not None:
         _compare(old_head.answers(sample.rows), rows, centroids, sample.labels)
     return converted
+
+
+def whitened_centroids(statistics):
+    """The class means where the classes have a covariance of one.
+
+    Args:
+        statistics: `ClassStatistics` of `K` classes, pooled.
+
+    Returns:
+        Tuple of arrays: the map of shape `(D, D)`, the center of shape `(D,)`
+        that is subtracted before, and the centroids of shape `(K, D)`.
+
+    Example:
+
+    >>> from keras_halo.ops.class_statistics import ClassStatistics
+    >>> statistics = ClassStatistics(2, 3, pooled=True)
+    >>> rows = np.random.default_rng(0).normal(size=(50, 3))
+    >>> statistics.update(rows, np.arange(50) % 2)
+    >>> [array.shape for array in whitened_centroids(statistics)]
+    [(3, 3), (3,), (2, 3)]
+    """
+    transform, center = whitening(statistics, _MIN_SHRINKAGE)
+    return transform, center, (statistics.means - center) @ transform.T
 
 
 def _compare(old_answers, rows, centroids, labels):

@@ -8,7 +8,10 @@ from keras import layers
 import keras_halo
 from keras_halo import add_abstention
 from keras_halo.metrics import auroc
-from keras_halo.workflows.add_abstention import principal_components
+from keras_halo.workflows.add_abstention import (
+    _best_count,
+    principal_components,
+)
 from keras_halo.workflows.blocks import find_blocks
 
 
@@ -192,8 +195,24 @@ def test_layers_can_be_named_and_many_features_are_reduced(digits):
     assert again.predict(x[:3], verbose=0).shape == (3, 16)
 
 
+def test_as_many_features_are_kept_as_help_with_new_samples():
+    rng = np.random.default_rng(0)
+    labels = np.arange(600) % 4
+    # Four components tell the classes apart, the others are noise.
+    rows = rng.normal(size=(600, 256))
+    rows[np.arange(600), labels] += 3.0
+    assert _best_count(rows, labels, 4) <= 64
+    # All of them tell a little.
+    centroids = rng.normal(size=(4, 256))
+    rows = rng.normal(size=(6000, 256)) + 0.3 * centroids[np.arange(6000) % 4]
+    assert _best_count(rows, np.arange(6000) % 4, 4) == 256
+    # Too few samples of a class to hold any out.
+    assert _best_count(rows[:4], np.arange(4), 4) == 256
+
+
 def test_more_features_than_samples_are_not_memorized(digits):
-    x, y = digits
+    order = np.random.default_rng(0).permutation(1797)
+    x, y = (values[order] for values in digits)
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -206,8 +225,8 @@ def test_more_features_than_samples_are_not_memorized(digits):
     model.compile(
         keras.optimizers.Adam(3e-3), "sparse_categorical_crossentropy"
     )
-    model.fit(x[:300], y[:300], epochs=20, verbose=0)
-    guarded = add_abstention(model, x[:300], y[:300], verbose=0)
+    model.fit(x[:500], y[:500], epochs=20, verbose=0)
+    guarded = add_abstention(model, x[:500], y[:500], verbose=0)
     given = model.predict(x[1000:], verbose=0).argmax(axis=-1)
     scores = guarded.predict(x[1000:], verbose=0)
     right = scores[:, :10].argmax(axis=-1) == y[1000:]
