@@ -261,6 +261,11 @@ def test_a_guarded_model_decides_alike_outside(export, rule, tmp_path):
     guarded = keras_halo.guard(model, rule)
     guarded(x_new[:1])
     expected = guarded.predict(x_new, verbose=0)
+    if BACKEND == "torch" and export is openvino:
+        # PyTorch's tracer refuses the dictionary.
+        answers = [guarded.output[name] for name in sorted(expected)]
+        guarded = keras.Model(guarded.inputs, answers)
+        guarded(x_new[:1])
     run = export(guarded, tmp_path)
     outputs = run(x_new)
     if isinstance(outputs, dict):
@@ -270,10 +275,14 @@ def test_a_guarded_model_decides_alike_outside(export, rule, tmp_path):
         output = to_numpy(output)
         if name == "label":
             np.testing.assert_array_equal(output, expected[name])
+            continue
+        close = np.isclose(output, expected[name], rtol=1e-4, atol=1e-4)
+        if name == "p_value":
+            # A score may pass an entry of the table: the next step, of 1 %.
+            assert close.mean() > 0.99
+            assert np.abs(output - expected[name]).max() < 0.011
         else:
-            np.testing.assert_allclose(
-                output, expected[name], rtol=1e-4, atol=1e-4, err_msg=name
-            )
+            assert close.all(), name
     rejected = expected["label"] == -1
     assert rejected[:500].mean() < 0.5 < rejected[500:].mean()
 
