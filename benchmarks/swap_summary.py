@@ -23,6 +23,8 @@ DATA = (
     ("shuttle, rare states", "shuttle", "rare"),
     ("spoken digits, 3 held out", "speech", "held out"),
     ("MNIST, 3 held out", "mnist", "held out"),
+    ("CIFAR-10, CIFAR-100", "cifar10", "CIFAR-100"),
+    ("CIFAR-10, textures", "cifar10", "textures"),
     ("CLINC150, 30 held out", "clinc-held-out", "held out"),
     ("CLINC150, out of scope", "clinc", "out of scope"),
 )
@@ -125,7 +127,7 @@ def draw(folder, path):
 
     tables = list(read_all(folder))
     figure, axes = plt.subplots(
-        ncols=3, figsize=(9, 4.4), sharey=True, layout="constrained"
+        ncols=3, figsize=(9, 5.2), sharey=True, layout="constrained"
     )
     for row, (_, unknown, table) in enumerate(tables):
         for place, (method, (color, marker)) in enumerate(DRAWN.items()):
