@@ -104,7 +104,7 @@ guarded.save(f"{folder}/digits.keras")
 ## A card
 
 The card tells those who rely on the model what is known of it: what was
-measured, the guarantee and its limits, and what we say in our own words. What
+measured, the guarantee and its limits, and what we add in our own words. What
 nobody gives, the card calls "not given".
 """
 
