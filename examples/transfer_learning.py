@@ -377,8 +377,8 @@ and reads the pictures itself.
 
 Two numbers were chosen by the accuracy on the pictures for calibration: the
 epochs of the usual head, of 3, 6 and 12, and to how many principal components
-`add_abstention` reduces the 1,472 features at most, of 64 to 1,024. By itself it
-keeps as many of these as make held-out pictures likeliest.
+`add_abstention` reduces the 1,472 features at most, of 64 to 1,024. By itself
+it keeps as many of these as make held-out pictures likeliest.
 
 `add_abstention` warns that the given head is right on more of the given
 pictures than the new one. Here that is because the given head has been trained
