@@ -284,7 +284,8 @@ def test_a_head_on_all_blocks_of_a_trained_network(tmp_path):
     )
     network = keras.Model(inputs, keras_halo.HALODense(5)(embedding))
     network.compile(keras.optimizers.Adam(1e-2), loss=keras_halo.HALOLoss())
-    network.fit(*train, epochs=15, verbose=0)
+    # Until the outcome no longer hangs on how a compiler rounds.
+    network.fit(*train, epochs=30, verbose=0)
     accuracy_before, auroc_before = accuracy_and_auroc(network)
 
     features = BlockFeatures(data_format="channels_last")(
@@ -303,8 +304,7 @@ def test_a_head_on_all_blocks_of_a_trained_network(tmp_path):
         np.testing.assert_array_equal(to_numpy(weight), value)
     accuracy, auroc = accuracy_and_auroc(model)
     assert accuracy > max(0.93, accuracy_before - 0.02)
-    # 0.90 after 0.84, give or take what rounding makes of a training.
-    assert auroc > max(0.85, auroc_before + 0.01)
+    assert auroc > max(0.9, auroc_before)
 
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
