@@ -14,6 +14,8 @@ inputs that the file brings, and on noise.
     python benchmarks/default_swap.py --data clinc150.json.gz
     python benchmarks/default_swap.py --data images.npz --unknown digits.npz
     python benchmarks/default_swap.py --data images.npz --train 20000
+    python benchmarks/default_swap.py --data images.npz --train 99 --epochs 100
+    python benchmarks/default_swap.py --data images.npz --hold-out-classes 5 6 7
 
 `--data digits` are the 1,797 digits of 8 x 8 pixels that scikit-learn brings. A
 file of arrays (`.npz`) holds `x_train`, `y_train`, `x_test` and `y_test`, or
@@ -43,6 +45,7 @@ import baselines
 import keras
 import numpy as np
 from baselines import cross_entropy
+from images import ROTATED, corrupted_images, rotated_images
 from keras import layers
 from networks import convnet, speech_convnet
 
@@ -175,9 +178,22 @@ class Data:
         draw: Integer, which random draw of classes.
         num_train: Integer, how many of the training samples are used, drawn at
             random. `None` for all.
+        held_out_classes: Labels that are held out, too.
+        corrupted: Boolean, whether images that show none of their classes any
+            more are unknown inputs, too.
     """
 
-    def __init__(self, path, more, num_held_out, rarer, draw, num_train):
+    def __init__(
+        self,
+        path,
+        more,
+        num_held_out,
+        rarer,
+        draw,
+        num_train=None,
+        held_out_classes=(),
+        corrupted=False,
+    ):
         is_text = str(path).endswith((".json", ".json.gz"))
         parts, unknown = (read_texts if is_text else read_arrays)(path)
         x, y, x_test, y_test = parts
@@ -190,10 +206,16 @@ class Data:
                 f"{path} has {len(classes)} classes, of which two have to be "
                 f"left. Received: --hold-out {num_held_out}."
             )
+        named = list(held_out_classes)
+        if not np.isin(named, classes).all():
+            raise ValueError(
+                f"{path} has the classes {classes.tolist()}. Received: "
+                f"--hold-out-classes {' '.join(map(str, named))}."
+            )
         rng = np.random.default_rng(draw)
         held_out = np.union1d(
             rng.choice(classes, num_held_out, replace=False),
-            classes[counts < rarer],
+            classes[(counts < rarer) | np.isin(classes, named)],
         )
         classes = np.setdiff1d(classes, held_out)
         for name, file in more.items():
@@ -203,7 +225,8 @@ class Data:
         if len(classes) < 2:
             raise ValueError(
                 f"Two classes of {path} have to be left. Received: --hold-out "
-                f"{num_held_out}, --hold-out-rarer {rarer}."
+                f"{num_held_out}, --hold-out-rarer {rarer}, "
+                f"--hold-out-classes {' '.join(map(str, named))}."
             )
         if num_train is not None:
             if not len(classes) <= num_train <= len(y):
@@ -220,7 +243,7 @@ class Data:
                 "rare": np.concatenate([x[~seen], x_test[~asked]]),
                 **unknown,
             }
-        elif num_held_out:
+        elif len(held_out):
             unknown = {"held out": x_test[~asked], **unknown}
         self.num_classes = len(classes)
         self.kind = "text" if is_text else "table"
@@ -232,6 +255,16 @@ class Data:
         self.x_test = prepare(x_test[asked])
         self.y_test = np.searchsorted(classes, y_test[asked])
         self.unknown = {name: prepare(x) for name, x in unknown.items()}
+        if corrupted:
+            if self.kind != "images":
+                raise ValueError(
+                    "--corrupted is for images. Received: "
+                    f"{path}, which holds data of the kind {self.kind!r}."
+                )
+            self.unknown |= corrupted_images(
+                self.x_test, np.random.default_rng(0)
+            )
+            self.unknown[ROTATED] = rotated_images(self.x_test)
         self._add_noise(np.random.default_rng(1))
 
     def _preparation(self, x):
@@ -315,10 +348,23 @@ def scores_of_packed(packed):
     return {name: keras_halo.ood_score(packed, name) for name in names}
 
 
-def train_and_measure(data, method, seed):
+def largest_class_probability(outputs, num_classes):
+    """Mean over inputs of the probability of the likeliest class.
+
+    For packed scores of all outcomes, abstaining among them.
+    """
+    if outputs.shape[-1] > num_classes:
+        probabilities = keras_halo.decode_predictions(outputs).probabilities
+    else:
+        probabilities = softmax(outputs.astype("float64"))
+    return np.mean(probabilities[:, :num_classes].max(axis=-1))
+
+
+def train_and_measure(data, method, seed, epochs=None):
     """Trains one network; returns a dictionary of figures in percent."""
     keras.utils.set_random_seed(seed)
-    network, epochs = features_of(data)
+    network, usual_epochs = features_of(data)
+    epochs = usual_epochs if epochs is None else epochs
     head, loss = METHODS[method](data.num_classes)
     model = keras.Model(network.input, head(network.output))
     steps = epochs * -(-len(data.x) // 128)
@@ -341,8 +387,18 @@ def train_and_measure(data, method, seed):
         "accuracy": 100.0 * right.mean(),
         "ECE": 100.0
         * metrics.expected_calibration_error(data.y_test, softmax(logits)),
+        "AURC": 100.0
+        * metrics.aurc(~right, -softmax(logits.astype("float64")).max(axis=-1)),
         "seconds": seconds,
     }
+    for name, x in (("known", data.x_test), ("noise", data.unknown["noise"])):
+        for factor in (1, 10, 100, 1000):
+            figures[f"largest class probability, {name} times {factor}"] = (
+                100.0
+                * largest_class_probability(
+                    predict(np.float32(factor) * x), data.num_classes
+                )
+            )
     if is_halo:
         answered = ~keras_halo.decode_predictions(outputs).abstained
         figures["accuracy, abstaining wrong"] = 100.0 * np.mean(
@@ -373,12 +429,14 @@ def run(folder, arguments, data, method, seed, draw):
         "backend": keras.backend.backend(),
         "version": VERSION,
     }
-    if arguments.train is not None:
-        settings["train"] = arguments.train
+    # What is not asked for leaves the names of earlier runs as they were.
+    for option in ("train", "epochs", "hold_out_classes", "corrupted"):
+        if getattr(arguments, option):
+            settings[option] = getattr(arguments, option)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     path = folder / f"{key.hexdigest()[:16]}.json"
     if not path.exists():
-        figures = train_and_measure(data, method, seed)
+        figures = train_and_measure(data, method, seed, arguments.epochs)
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text(
             json.dumps({"settings": settings, "figures": figures}, indent=1)
@@ -499,6 +557,22 @@ def main(arguments=None):
         metavar="N",
         help="train with N samples, drawn at random, instead of all",
     )
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help="in the place of the usual ones"
+    )
+    parser.add_argument(
+        "--hold-out-classes",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="LABEL",
+        help="these classes, in every draw",
+    )
+    parser.add_argument(
+        "--corrupted",
+        action="store_true",
+        help="noise, and test images that show none of their classes any more",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="default 3")
     parser.add_argument(
         "--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS)
@@ -525,6 +599,8 @@ def main(arguments=None):
                 parsed.hold_out_rarer,
                 draw,
                 parsed.train,
+                parsed.hold_out_classes,
+                parsed.corrupted,
             )
         except (OSError, KeyError, ValueError) as error:
             sys.exit(f"default_swap.py: {error}")

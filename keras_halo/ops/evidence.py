@@ -15,9 +15,11 @@ low quantile of the evidence of its own training batches, as batch
 normalization keeps averages: without labels, and without a gradient.
 
 A quantile is kept as `mean + offset * deviation`. The mean and the deviation
-follow the network within some tens of batches wherever they started. The offset
-moves by the difference between the wanted and the observed share of samples
-below, which makes it unbiased whatever the batch size and the distribution.
+follow the network, wherever they started, within about a thousand samples, but
+in no fewer than ten batches and no more than some tens: a training of fifty
+batches must not end with the averages of its first half. The offset moves by
+the difference between the wanted and the observed share of samples below, which
+makes it unbiased whatever the batch size and the distribution.
 """
 
 import collections
@@ -27,8 +29,11 @@ from keras import ops
 
 from keras_halo.ops.tensors import max_of_rows
 
-# The weight of a batch in the running mean and variance.
+# The weight of a batch in the running mean and variance: that of its samples
+# among so many, within bounds.
+WINDOW = 1000.0
 STEP = 0.03
+MAX_STEP = 0.1
 
 # What one batch may add to the share below, so that a sudden change of the
 # evidence does not throw the offset far off.
@@ -175,10 +180,10 @@ def far_scale(state):
 def updated(state, evidence, share, mask=None):
     """Running statistics after one more batch.
 
-    Formula, with `n` samples in the batch and `step = max(1 / (count + 1),
-    0.03)`:
+    Formula, with `n` samples in the batch:
 
     ```python
+    step = max(1 / (count + 1), clip(n / (n + 1000), 0.03, 0.1))
     below = mean_i(evidence_i < mean + offset * sqrt(variance))
     offset += share - min(below, share + max(0.1, 1 / n))
     mean += step * (mean_i(evidence_i) - mean)
@@ -242,7 +247,8 @@ def updated(state, evidence, share, mask=None):
     # The first batch has no quantile to be compared with.
     excess = ops.where(is_first, 0.0, excess)
     offset = ops.clip(state.offset - excess, -MAX_OFFSET, 0.0)
-    step = ops.maximum(1.0 / (count + 1.0), STEP)
+    share_of_window = ops.clip(number / (number + WINDOW), STEP, MAX_STEP)
+    step = ops.maximum(1.0 / (count + 1.0), share_of_window)
     mean = state.mean + step * (average(evidence) - state.mean)
     residual = evidence - mean
     variance = state.variance + step * (

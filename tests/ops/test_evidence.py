@@ -87,6 +87,21 @@ def test_it_settles_within_300_batches_from_any_start(start, count):
     assert 0.001 < np.mean(draw(100_000) < near) < 0.03
 
 
+@pytest.mark.parametrize(("size", "batches"), [(128, 50), (16, 400)])
+def test_it_keeps_up_with_a_network_that_learns(size, batches):
+    rng = np.random.default_rng(4)
+    state = state_at()
+    for i in range(batches):
+        # What a network knows grows until the end, less and less.
+        mean = 12.0 * np.sin(0.5 * np.pi * (i + 1) / batches)
+        draw = functools.partial(rng.normal, mean, 3.0)
+        state = follow(state, draw, 0.01, 1, size)
+    near, _ = quantiles_of(state)
+    # One percent of the evidence lies below 5, four percent below 6.7, and one
+    # in a thousand below 2.7.
+    assert 2.7 < near < 6.7
+
+
 @pytest.mark.parametrize("outlier", [-1e30, -1e12, -1e4, 1e12, 3e38])
 @pytest.mark.parametrize("batches_before", [0, 200])
 def test_one_corrupted_sample_does_not_throw_it_off(outlier, batches_before):
