@@ -63,6 +63,9 @@ VERSION = 3
 
 ABSTAIN = "abstain"
 
+# Made for every kind of data; not part of means over unknown sets.
+NOISE_SETS = ("AUROC noise", "AUROC far noise")
+
 # What needs no file.
 DIGITS = "digits"
 
@@ -445,6 +448,23 @@ def run(folder, arguments, data, method, seed, draw):
     return json.loads(path.read_text())["figures"]
 
 
+def with_mean_of_sets(figures):
+    """Figures and, of each detector, the mean AUROC over the unknown sets.
+
+    Noise that is made for every kind of data does not count.
+    """
+    sets = [n for n in unknown_sets({"": [figures]}) if n not in NOISE_SETS]
+    if len(sets) < 2:
+        return figures
+    detectors = by_detector([figures], sets[0])
+    return figures | {
+        f"AUROC mean of {len(sets)} sets|{detector}": float(
+            np.mean([figures[f"{name}|{detector}"] for name in sets])
+        )
+        for detector in detectors
+    }
+
+
 def cell(values):
     """Mean and standard deviation."""
     if not values:
@@ -607,7 +627,7 @@ def main(arguments=None):
         for seed in range(parsed.seeds):
             for method in parsed.methods:
                 figures = run(folder, parsed, data, method, seed, draw)
-                results[method].append(figures)
+                results[method].append(with_mean_of_sets(figures))
                 print(
                     f"draw {draw}, seed {seed}, {method}: accuracy "
                     f"{figures['accuracy']:.2f}, ECE {figures['ECE']:.2f}",

@@ -28,6 +28,8 @@ DATA = (
     ("CLINC150, 30 held out", "clinc-held-out", "held out"),
     ("CLINC150, out of scope", "clinc", "out of scope"),
 )
+# Of a HALO head: what is shown, and what else packed scores alone give.
+DEFAULT, OTHERS = "abstain", ("gap", "gen", "max_logit", "max_probability")
 CROSS_ENTROPY, HALO, PUBLISHED = "cross-entropy", "HALO", "HALO, published"
 DRAWN = {
     CROSS_ENTROPY: ("tab:gray", "o"),
@@ -56,14 +58,17 @@ def mean_and_spread(text):
     return float(found[1]), None if found[2] is None else float(found[2])
 
 
+def _named_score(part):
+    name = part.rsplit(" ", 1 + 2 * ("±" in part))[0]
+    return name, mean_and_spread(part)
+
+
 def auroc(cells, method, unknown):
     """Name, mean and spread of the score that a method is shown by."""
-    scores = {
-        part.rsplit(" ", 1 + 2 * ("±" in part))[0]: mean_and_spread(part)
-        for part in cells[f"AUROC {unknown}"].split("<br>")
-    }
+    parts = cells[f"AUROC {unknown}"].split("<br>")
+    scores = dict(map(_named_score, parts))
     if method == HALO:
-        return ("abstain", *scores["abstain"])
+        return (DEFAULT, *scores[DEFAULT])
     best = max(scores, key=lambda name: scores[name][0])
     return (best, *scores[best])
 
@@ -115,6 +120,38 @@ def summary(folder):
             ranked("far noise"),
         )
         lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def default_against_best(folder):
+    """Markdown: how much another score of the head would gain, chosen best.
+
+    By the mean over all unknown sets of a file, noise included.
+    """
+    lines = [
+        "| % | default score | best other score | difference |",
+        "|---" * 4 + "|",
+    ]
+    for name in dict.fromkeys(name for _, name, _ in DATA):
+        path = folder / f"swap-{name}-table.md"
+        if not path.exists():
+            continue
+        cells = read_table(path)[HALO]
+        sets = [
+            dict(map(_named_score, cells[row].split("<br>")))
+            for row in cells
+            if row.startswith("AUROC ") and " mean of " not in row
+        ]
+        means = {
+            score: sum(of[score][0] for of in sets) / len(sets)
+            for score in (DEFAULT, *OTHERS)
+        }
+        best = max(OTHERS, key=means.get)
+        gain = means[best] - means[DEFAULT]
+        lines.append(
+            f"| {name}, {len(sets)} sets | {means[DEFAULT]:.2f} | "
+            f"{means[best]:.2f} ({best}) | {gain:+.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -182,7 +219,8 @@ def main(arguments=None):
         "--figure", type=pathlib.Path, help="where the figure is saved"
     )
     parsed = parser.parse_args(arguments)
-    print(summary(parsed.results))
+    print(f"{summary(parsed.results)}\n")
+    print(default_against_best(parsed.results))
     if parsed.figure:
         draw(parsed.results, parsed.figure)
 
