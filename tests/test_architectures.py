@@ -56,7 +56,7 @@ def texts():
     rng = np.random.default_rng(0)
     # The words from 200 on are in no text.
     chances = rng.dirichlet(np.full(198, 0.2), TOPICS + 1)
-    chances = 0.4 * chances[:TOPICS] + 0.6 * chances[TOPICS]
+    chances = 0.5 * chances[:TOPICS] + 0.5 * chances[TOPICS]
     labels = rng.integers(TOPICS, size=8000)
     tokens = np.stack([rng.choice(198, STEPS, p=chances[k]) for k in labels])
     mask = np.arange(STEPS) < rng.integers(8, STEPS + 1, size=(8000, 1))
