@@ -140,7 +140,7 @@ def compare(folder):
         distances = distances / max(1.0, abs(threshold))
         farthest = distances.max(initial=0.0)
         print(
-            f"{one:22}{other:22}{COUNT - len(different):9,} equal, "
+            f"{one:23}{other:23}{COUNT - len(different):9,} equal, "
             f"farthest of the others {farthest:.1e}, scores {largest.max():.1e}"
         )
         enough &= len(different) <= (1.0 - SHARE) * COUNT and farthest <= BAND
