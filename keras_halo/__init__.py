@@ -13,6 +13,7 @@ from keras_halo import (
 from keras_halo.callbacks import OODMonitor
 from keras_halo.layers import HALODense, HALOSimilarity, HALOSoftmax
 from keras_halo.losses import HALOContrastiveLoss, HALOLoss
+from keras_halo.ops.class_statistics import ClassStatistics
 from keras_halo.ops.labels import pair_labels
 from keras_halo.ops.ood_scores import OOD_METHODS, ood_score
 from keras_halo.version import __version__
@@ -20,6 +21,7 @@ from keras_halo.version import __version__
 # From the modules: the docs take a function for the module of its name.
 from keras_halo.workflows.add_abstention import add_abstention
 from keras_halo.workflows.calibrate import CalibrationReport, calibrate
+from keras_halo.workflows.collect_statistics import collect_statistics
 from keras_halo.workflows.convert_head import convert_head
 from keras_halo.workflows.evaluate_ood import evaluate_ood
 from keras_halo.workflows.fit_class_gaussians import fit_class_gaussians
@@ -37,6 +39,7 @@ from keras_halo.workflows.sklearn_classifier import SKLearnClassifier
 __all__ = [
     "OOD_METHODS",
     "CalibrationReport",
+    "ClassStatistics",
     "HALOContrastiveLoss",
     "HALODense",
     "HALOLoss",
@@ -50,6 +53,7 @@ __all__ = [
     "add_abstention",
     "calibrate",
     "callbacks",
+    "collect_statistics",
     "convert_head",
     "decode_predictions",
     "evaluate_ood",

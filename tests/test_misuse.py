@@ -412,6 +412,46 @@ CALLS = {
             "sample_weight": optional(WEIGHTS),
         },
     ),
+    "collect_statistics": (
+        workflows.collect_statistics,
+        {"model": ..., "x": X, "y": Y, "verbose": 0},
+        {
+            "model": MODEL,
+            "x": INPUTS,
+            "y": LABELS,
+            "batch_size": optional(INTEGER),
+            "sample_weight": optional(WEIGHTS),
+            "pooled": BOOLEAN,
+        },
+    ),
+    "ClassStatistics": (
+        keras_halo.ClassStatistics,
+        {"num_classes": K, "dim": D},
+        {"num_classes": INTEGER, "dim": INTEGER, "pooled": BOOLEAN},
+    ),
+    "ClassStatistics.update": (
+        lambda embeddings, labels: keras_halo.ClassStatistics(K, D).update(
+            embeddings, labels
+        ),
+        {"embeddings": X, "labels": Y},
+        {"embeddings": MATRIX, "labels": LABELS},
+    ),
+    "ClassStatistics.merge": (
+        lambda other: keras_halo.ClassStatistics(K, D).merge(other),
+        {"other": keras_halo.ClassStatistics(K, D)},
+        {
+            "other": {
+                **ANYTHING,
+                "none": None,
+                "others": keras_halo.ClassStatistics(K + 1, D),
+            }
+        },
+    ),
+    "ClassStatistics.from_state": (
+        keras_halo.ClassStatistics.from_state,
+        {"state": keras_halo.ClassStatistics(K, D).state()},
+        {"state": {**ANYTHING, "none": None, "dictionary": {"counts": [1]}}},
+    ),
     "convert_head": (
         workflows.convert_head,
         {"model": ..., "x": X, "y": Y},
@@ -818,6 +858,11 @@ CALLS = {
             "seed": without(INTEGER, "too small"),
         },
     ),
+    "merged_status": (
+        rejection.merged_status,
+        None,
+        {"monitors": {**ANYTHING, "none": None, "empty": []}},
+    ),
     "stream_evidence": (
         plots.stream_evidence,
         None,
@@ -862,7 +907,11 @@ CALLS = {
             },
         },
     ),
-    "read_decisions": (rejection.read_decisions, None, {"path": PATH}),
+    "read_decisions": (
+        rejection.read_decisions,
+        None,
+        {"path": {**PATH, "no paths": [], "numbers": [3]}},
+    ),
     "load_monitor": (rejection.load_monitor, None, {"path": PATH}),
     "load_rule": (rejection.load_rule, None, {"path": PATH}),
     "read_certificate": (workflows.read_certificate, None, {"source": PATH}),

@@ -110,11 +110,14 @@ alarm_at: int | None = status.alarm_at
 risk: tuple[float, float] = status.risk
 monitor.save("monitor.json")
 monitor_again: rejection.StreamMonitor = rejection.load_monitor("monitor.json")
+monitor_again.restore(monitor.state)
+together: rejection.MonitorStatus = rejection.merged_status([monitor])
 with rejection.DecisionLog("log.jsonl", rule, sync=True) as log:
     logged: range = log.append(decisions, references=["a.png"])
 records: list[rejection.DecisionRecord] = list(
     rejection.read_decisions("log.jsonl", skip_damaged=True)
 )
+all_records = list(rejection.read_decisions(["a.jsonl", "b.jsonl"]))
 logged_score: float = records[0].score
 replayed: workflows.ReplayReport = keras_halo.replay("log.jsonl", guarded, x)
 replayed_again = workflows.replay("log.jsonl", guarded, x, references=["a.png"])
@@ -226,6 +229,15 @@ ops.packing.check_packed(scores, argument="scores")
 abstaining: keras.Model = keras_halo.add_abstention(model, x, y, verbose=0)
 converted: keras.Model = keras_halo.convert_head(model, x, y, verbose=0)
 fitted: keras.Model = keras_halo.fit_class_gaussians(model, x, y, verbose=0)
+statistics: keras_halo.ClassStatistics = keras_halo.collect_statistics(
+    model, x, y, verbose=0
+)
+state: dict[str, NDArray[Any]] = statistics.state()
+statistics.merge(keras_halo.ClassStatistics.from_state(state))
+new_statistics = keras_halo.ClassStatistics(10, 64, pooled=True)
+new_statistics.update(x, y)
+fitted_on_shards = keras_halo.fit_class_gaussians(model, statistics)
+collected_again = workflows.collect_statistics(model, x, y)
 abstaining_again = workflows.add_abstention(model, x, y)
 converted_again = workflows.convert_head(model, x, y)
 guarded_twice = workflows.guard(model, rule)

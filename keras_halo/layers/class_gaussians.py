@@ -230,7 +230,7 @@ class ClassGaussians(ScoreLayer):
         """
         embeddings = np.asarray(ops.convert_to_numpy(embeddings))
         dim = embeddings.shape[-1] if embeddings.ndim > 1 else 0
-        statistics = ClassStatistics(self.units, dim)
+        statistics = ClassStatistics(self.units, max(dim, 1))
         statistics.update(embeddings, labels)
         self.set_statistics(statistics, skip_missing)
 
@@ -240,8 +240,8 @@ class ClassGaussians(ScoreLayer):
         """Fits the Gaussians to statistics that were collected before.
 
         Args:
-            statistics: `keras_halo.ops.class_statistics.ClassStatistics` of
-                `units` classes, not pooled. Those of parts of the data merge.
+            statistics: `keras_halo.ClassStatistics` of `units` classes, not
+                pooled. Those of parts of the data merge.
             skip_missing: Boolean, whether classes with fewer than two samples
                 go without a Gaussian, as if they were unknown, rather than
                 being refused. Defaults to `False`.

@@ -1,9 +1,13 @@
 """Statistics of training data, class by class, in float64 NumPy."""
 
+from collections.abc import Mapping
+from typing import Any, Self
+
 import numpy as np
-from keras import ops
 
 from keras_halo.ops.labels import class_indices
+from keras_halo.utils.checks import as_boolean, as_integer, number_array
+from keras_halo.utils.types import Array, ArrayLike
 
 # A feature that varies less than this many units in its last place does not
 # vary: layers round more than once.
@@ -32,6 +36,15 @@ class ClassStatistics:
         pooled: Boolean, whether one scatter for all classes together is enough.
             Defaults to `False`.
 
+    Attributes:
+        counts: Integer array of shape `(K,)`, the embeddings of each class.
+        means: Array of shape `(K, D)`, float64.
+        scatter: Array of shape `(K, D, D)`, or `(D, D)` if pooled: sums of
+            outer products of what lies between embeddings and means.
+
+    Raises:
+        ValueError: If an argument is no positive integer, or no boolean.
+
     Example:
 
     >>> statistics = ClassStatistics(2, 2, pooled=True)
@@ -45,8 +58,12 @@ class ClassStatistics:
     [[0.6667, 0.0], [0.0, 0.0]]
     """
 
-    def __init__(self, num_classes, dim, pooled=False):
-        self.pooled = pooled
+    def __init__(
+        self, num_classes: int, dim: int, pooled: bool = False
+    ) -> None:
+        num_classes = as_integer(num_classes, "num_classes", 1)
+        dim = as_integer(dim, "dim", 1)
+        self.pooled = as_boolean(pooled, "pooled")
         self.counts = np.zeros(num_classes, "int64")
         self.means = np.zeros((num_classes, dim))
         shape = (dim, dim) if pooled else (num_classes, dim, dim)
@@ -55,11 +72,11 @@ class ClassStatistics:
         self.resolution = np.zeros(dim)
 
     @property
-    def total(self):
+    def total(self) -> int:
         """Number of embeddings seen."""
         return int(self.counts.sum())
 
-    def update(self, embeddings, labels):
+    def update(self, embeddings: ArrayLike, labels: ArrayLike) -> None:
         """Adds a batch.
 
         Args:
@@ -71,7 +88,7 @@ class ClassStatistics:
             ValueError: If the labels do not fit, or an embedding is not
                 finite. The statistics are left as they were.
         """
-        embeddings = np.asarray(ops.convert_to_numpy(embeddings))
+        embeddings = number_array(embeddings, "embeddings")
         num_classes, dim = self.means.shape
         if embeddings.ndim < 2 or embeddings.shape[-1] != dim:
             raise ValueError(
@@ -130,7 +147,7 @@ class ClassStatistics:
         self.means[present] += apart * (counts / after)[:, None]
         self.counts[present] = after
 
-    def merge(self, other):
+    def merge(self, other: "ClassStatistics") -> None:
         """Adds the statistics of other data.
 
         Args:
@@ -139,6 +156,12 @@ class ClassStatistics:
         Raises:
             ValueError: If the two do not fit. Nothing is changed.
         """
+        if not isinstance(other, ClassStatistics):
+            raise ValueError(
+                "Expected `ClassStatistics`. Received: other="
+                f"{other!r:.100}. `ClassStatistics.from_state(state)` makes "
+                "them of what `state()` returned."
+            )
         mine = (self.means.shape, self.pooled)
         if mine != (other.means.shape, other.pooled):
             raise ValueError(
@@ -152,7 +175,7 @@ class ClassStatistics:
         self._join(present, other.counts[present], other.means[present])
         self.resolution = np.maximum(self.resolution, other.resolution)
 
-    def state(self):
+    def state(self) -> dict[str, Array]:
         """Returns a dictionary of arrays, as `numpy.savez` takes it."""
         return {
             "counts": self.counts.copy(),
@@ -162,7 +185,7 @@ class ClassStatistics:
         }
 
     @classmethod
-    def from_state(cls, state):
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
         """Returns what `state()` was taken of.
 
         Args:
@@ -173,6 +196,12 @@ class ClassStatistics:
                 what no data give.
         """
         names = ("counts", "means", "scatter", "resolution")
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                "Expected the state of class statistics, a dictionary of "
+                f"arrays. Received: state={state!r:.100}. Pass what `state()` "
+                "returned, or what `numpy.load` made of its file."
+            )
         missing = [name for name in names if name not in state]
         if missing:
             raise ValueError(
@@ -180,7 +209,7 @@ class ClassStatistics:
                 f"{sorted(state)}, without {missing}."
             )
         counts, means, scatter, resolution = (
-            np.array(state[name]) for name in names
+            number_array(state[name], name) for name in names
         )
         found = tuple(a.shape for a in (counts, means, scatter, resolution))
         k, dim = means.shape if means.ndim == 2 else (0, 0)
@@ -207,12 +236,12 @@ class ClassStatistics:
         statistics.resolution = resolution.astype("float64")
         return statistics
 
-    def pooled_covariance(self):
+    def pooled_covariance(self) -> Array:
         """Covariance of residuals around class means, of shape `(D, D)`."""
         scatter = self.scatter if self.pooled else self.scatter.sum(axis=0)
         return scatter / max(self.total, 1)
 
-    def scales(self):
+    def scales(self) -> Array | None:
         """Standard deviations of features within classes, of shape `(D,)`.
 
         A feature that does not vary beyond rounding has no scale of its own
@@ -232,7 +261,7 @@ class ClassStatistics:
             return None
         return np.where(varies, deviations, np.median(deviations[varies]))
 
-    def covariance(self, label, scales):
+    def covariance(self, label: int, scales: ArrayLike) -> Array:
         """The covariance of one class, shrunk, of shape `(D, D)`.
 
         Args:

@@ -18,6 +18,7 @@ from keras_halo.rejection.stream_monitor import (
     MonitorStatus,
     StreamMonitor,
     load_monitor,
+    merged_status,
 )
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "StreamMonitor",
     "load_monitor",
     "load_rule",
+    "merged_status",
     "read_decisions",
 ]

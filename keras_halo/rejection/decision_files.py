@@ -6,11 +6,12 @@ first decision in it, and a new one is begun.
 """
 
 import contextlib
+import heapq
 import os
 import pathlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from keras_halo.rejection import storage
 from keras_halo.rejection.decision_record import (
@@ -142,7 +143,8 @@ def _end_record(line, path, which):
 
 
 def read_decisions(
-    path: str | os.PathLike[str], skip_damaged: bool = False
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    skip_damaged: bool = False,
 ) -> Iterator[DecisionRecord]:
     """Reads the decisions of a log, in the order in which they were made.
 
@@ -154,8 +156,12 @@ def read_decisions(
     Files that are full may have been moved away, the oldest first. A gap
     between those that remain is an error.
 
+    Several logs, such as those of the processes that share a model, are read as
+    one, by the time of each decision. Numbers count the decisions of each log.
+
     Args:
-        path: String or path, as it was given to `DecisionLog`.
+        path: String or path, as it was given to `DecisionLog`; or a list of
+            them.
         skip_damaged: Boolean, whether to warn of damaged lines and of gaps,
             and read on. Defaults to `False`.
 
@@ -177,8 +183,16 @@ def read_decisions(
     >>> [r.accepted for r in keras_halo.rejection.read_decisions(path)]
     [True, False]
     """
-    storage.check_path(path)
     skip_damaged = as_boolean(skip_damaged, "skip_damaged")
+    if isinstance(path, (list, tuple)) and path:
+        logs = [_records(_found(log), skip_damaged) for log in path]
+        # Equal times stay in the order of the list.
+        return heapq.merge(*logs, key=lambda record: record.time)
+    return _records(_found(path), skip_damaged)
+
+
+def _found(path):
+    storage.check_path(path)
     # As `DecisionLog` does: a link leads to all files of the log.
     path = pathlib.Path(os.path.realpath(path))
     if not path.is_file() and not (
@@ -188,7 +202,7 @@ def read_decisions(
             f"There is no decision log {path}. Pass the path that "
             "`DecisionLog` was given."
         )
-    return _records(path, skip_damaged)
+    return path
 
 
 def _records(path, skip_damaged):

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from typing import Any, Self
 
 import numpy as np
@@ -200,7 +201,9 @@ class StreamMonitor:
         # itself counted would make ranks that are not uniform. Edges lie in the
         # gaps between scores: one that many inputs share may come out rounded
         # otherwise in the stream, and all of them would change bins.
-        judged = np.random.default_rng(self.seed).permutation(judged)
+        # Sorted before, so that the order in which parts were joined does not
+        # matter.
+        judged = np.random.default_rng(self.seed).permutation(np.sort(judged))
         placing = int(_PLACING * len(judged))
         quantiles = np.linspace(0.0, 1.0, min(placing, _MAX_EDGES))
         edges = np.unique(
@@ -336,15 +339,21 @@ class StreamMonitor:
             "false_alarm": self.false_alarm,
             "delta": self.delta,
             "seed": self.seed,
-            "state": dataclasses.asdict(self._require_fitted()),
+            "state": self.state,
         }
         storage.write(storage.signed(document), path)
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """Dictionary that JSON holds, all that was seen, for `restore`."""
+        return dataclasses.asdict(self._require_fitted())
+
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what a monitor had seen that was saved.
+        """Takes over what a monitor of the same rule and seed had seen.
 
         Args:
-            state: Dictionary, the entry `"state"` of the file.
+            state: Dictionary, the `state` of a monitor, or the entry `"state"`
+                of its file.
         """
         self._state = _State(**state)
 
@@ -375,6 +384,87 @@ class StreamMonitor:
                 "data. Call `monitor.fit(scores)` with scores of known inputs."
             )
         return self._state
+
+
+def merged_status(monitors: Iterable[StreamMonitor]) -> MonitorStatus:
+    """Says what the monitors of several streams have seen together.
+
+    Where a model answers on several machines, each has a stream and a monitor
+    of its own: evidence grows along a stream, and two streams have no common
+    order. Counts add up. The mean of the evidence of all streams is evidence
+    again. There is an alarm where any of the streams has one, whose probability
+    is at most the sum of `false_alarm` over the monitors, however the streams
+    depend on each other: for one percent in all, each of 8 monitors gets
+    `false_alarm=0.01 / 8`. Of which stream it is, `monitor.status` tells.
+
+    Args:
+        monitors: List of fitted `StreamMonitor` of one rule and one `delta`.
+
+    Returns:
+        `MonitorStatus`. `alarm_at` counts the inputs of the stream whose alarm
+        came first in it; `unknown_share` is the mean over the last inputs of
+        each stream; `risk` is the interval of all labelled inputs together.
+
+    Raises:
+        ValueError: If these are no fitted monitors, or of several rules or
+            values of `delta`.
+
+    Example:
+
+    >>> rng = np.random.default_rng(0)
+    >>> known = rng.normal(size=500)
+    >>> rule = keras_halo.rejection.CoverageRule(method=None).fit(known)
+    >>> monitors = [
+    ...     keras_halo.rejection.StreamMonitor(rule, 0.005).fit(known)
+    ...     for _ in range(2)
+    ... ]
+    >>> for monitor in monitors:
+    ...     status = monitor.update(rng.normal(size=100))
+    >>> status = keras_halo.rejection.merged_status(monitors)
+    >>> status.inputs, status.alarm
+    (200, False)
+    """
+    monitors = list(monitors) if isinstance(monitors, Iterable) else []
+    if not monitors or not all(isinstance(m, StreamMonitor) for m in monitors):
+        raise ValueError(
+            "`monitors` must be a list of `StreamMonitor`, at least one. "
+            f"Received: monitors={monitors!r:.100}. `load_monitor(path)` "
+            "loads one that was saved."
+        )
+    rules = {monitor.rule.certificate()["checksum"] for monitor in monitors}
+    deltas = {monitor.delta for monitor in monitors}
+    if len(rules) > 1 or len(deltas) > 1:
+        raise ValueError(
+            "Expected the monitors of one rule with one `delta`. Received: "
+            f"{len(rules)} rules and delta={sorted(deltas)}. Merge those of "
+            "each rule apart."
+        )
+    states = [monitor.state for monitor in monitors]
+    statuses = [monitor.status for monitor in monitors]
+    labelled = sum(state["labelled"] for state in states)
+    errors = sum(state["errors"] for state in states)
+    # The sum of fair games is one, too.
+    evidence = np.array([state["evidence"] for state in states])
+    evidence = np.logaddexp.reduce(evidence) - math.log(len(evidence))
+    weights = [-math.expm1(-s.inputs / _MEMORY) for s in statuses]
+    shares = [status.unknown_share for status in statuses]
+    weight = sum(weights)
+    alarms = [s.alarm_at for s in statuses if s.alarm]
+    return MonitorStatus(
+        inputs=sum(status.inputs for status in statuses),
+        rejected=sum(status.rejected for status in statuses),
+        evidence=float(evidence / math.log(10.0)),
+        alarm=bool(alarms),
+        alarm_at=min(alarms, default=None),
+        unknown_share=(
+            math.fsum(w * s for w, s in zip(weights, shares, strict=True))
+            / weight
+            if weight
+            else 0.0
+        ),
+        labelled=labelled,
+        risk=martingale.risk_interval(errors, labelled, monitors[0].delta),
+    )
 
 
 def load_monitor(path: str | os.PathLike[str]) -> StreamMonitor:

@@ -2,6 +2,7 @@
 
 from keras_halo.workflows.add_abstention import add_abstention
 from keras_halo.workflows.calibrate import CalibrationReport, calibrate
+from keras_halo.workflows.collect_statistics import collect_statistics
 from keras_halo.workflows.convert_head import convert_head
 from keras_halo.workflows.evaluate_ood import evaluate_ood
 from keras_halo.workflows.fit_class_gaussians import fit_class_gaussians
@@ -36,6 +37,7 @@ __all__ = [
     "UnknownResult",
     "add_abstention",
     "calibrate",
+    "collect_statistics",
     "convert_head",
     "decode_predictions",
     "evaluate_ood",

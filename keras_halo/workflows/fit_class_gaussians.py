@@ -13,7 +13,7 @@ from keras_halo.workflows.graph import find_head, head_tensors, input_structure
 
 def fit_class_gaussians(
     model: keras.Model,
-    x: Data,
+    x: Data | ClassStatistics,
     y: Any = None,
     batch_size: int | None = None,
     verbose: str | int = "auto",
@@ -52,7 +52,8 @@ def fit_class_gaussians(
             a dataset of batches `(x, y)` or `(x, y, sample_weight)`: a
             `tf.data.Dataset`, a `torch.utils.data.DataLoader`, a
             `keras.utils.PyDataset` or a generator. Data that is augmented
-            should not be: the extent of a class is measured.
+            should not be: the extent of a class is measured. Or, without `y`,
+            the statistics of all data, of `keras_halo.collect_statistics`.
         y: Labels, integers of shape `(N, ...)` or `(N, ..., 1)`, or one-hot
             of shape `(N, ..., K)`.
         batch_size: Integer, as in `model.predict`. Defaults to 32.
@@ -95,6 +96,11 @@ def fit_class_gaussians(
     layer = ClassGaussians(units, name="class_gaussians")
     # Built before the pass, so that what cannot work fails at once.
     ood = layer(embeddings, scores)
+    if isinstance(x, ClassStatistics):
+        _check_alone(y, sample_weight)
+        layer.set_statistics(x, skip_missing)
+        inputs = input_structure(model)
+        return keras.Model(inputs, {"scores": scores, "ood": ood})
     data = labelled_data(x, y, sample_weight)
     least = 0 if skip_missing else 2
     check_labels(data, model, units, len(scores.shape) - 1, least, OR_SKIP)
@@ -110,3 +116,13 @@ def fit_class_gaussians(
     )
     layer.set_statistics(statistics, skip_missing)
     return keras.Model(inputs, {"scores": scores, "ood": ood})
+
+
+def _check_alone(y, sample_weight):
+    for name, value in (("y", y), ("sample_weight", sample_weight)):
+        if value is not None:
+            raise ValueError(
+                f"`{name}` belongs to inputs. Received: {name} beside "
+                "statistics, which were collected with labels and weights. "
+                "Leave it out."
+            )

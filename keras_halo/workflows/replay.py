@@ -1,7 +1,7 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -106,7 +106,7 @@ class ReplayReport:
 
 
 def replay(
-    log: str | os.PathLike[str],
+    log: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     guarded: keras.Model,
     x: Any,
     references: Iterable[int | str] | None = None,
@@ -123,7 +123,8 @@ def replay(
     how near.
 
     Args:
-        log: String or path, as it was given to `DecisionLog`.
+        log: String or path, as it was given to `DecisionLog`; or a list of
+            them, the logs of several processes.
         guarded: Model of `keras_halo.guard` whose decisions were logged.
         x: Array of the inputs, or a list or dictionary of arrays.
         references: What the log calls the inputs, in the order of `x`. Defaults
@@ -197,7 +198,7 @@ def replay(
                 )
     if not count:
         raise ValueError(
-            f"Expected a log of decisions. Received: {os.fspath(log)}, which "
+            f"Expected a log of decisions. Received: {log}, which "
             "holds none. Pass the path that `DecisionLog` was given."
         )
     return ReplayReport(
