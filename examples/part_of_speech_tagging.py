@@ -427,8 +427,8 @@ kinds as cross-entropy does, at the same share of tagged known words. Accuracy
 is level. But this is not where HALO is ahead: read by its energy, cross-entropy
 rejects more, and its probabilities are a little better calibrated.
 
-Symbols are hard for both. A network that has never seen `$` or `:)` takes them
-for punctuation, which they look like, and is sure of it.
+Symbols are hard for both. Many of them look like punctuation, such as the
+hyphen between two numbers, and more than a third of them are taken for it.
 
 What carries over to any sequence is the form: `ignore_class` for what has no
 label, a mask for padding, and one answer, score and rejection for every word.
