@@ -40,10 +40,10 @@ def play_figures():
     """What `train.py` measured of the two models on the page, as a table."""
     models = json.loads((PLAY / "models" / "models.json").read_text())
     rows = {
-        "digits named rightly, no limit": "test_accuracy",
-        "digits refused": "test_refused",
-        "wrong among digits not refused": "test_wrong_of_accepted",
-        "scribbles refused": "scribbles_refused",
+        "digits 0 to 7: best digit is right": "accuracy",
+        "digits 0 to 7: “I don’t know”": "known_refused",
+        "digits 8 and 9: “I don’t know”": "unknown_refused",
+        "scribbles: “I don’t know”": "scribbles_refused",
         "scribbles called a digit with more than 90 %": "scribbles_confident",
     }
     lines = [

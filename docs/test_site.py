@@ -51,8 +51,8 @@ DIGITS = {
         ]
     ],
     4: [
-        [(0.36, 0.15), (0.3, 0.52), (0.7, 0.52)],
-        [(0.62, 0.18), (0.6, 0.86)],
+        [(0.55, 0.1), (0.25, 0.6), (0.75, 0.6)],
+        [(0.58, 0.4), (0.55, 0.9)],
     ],
     5: [
         [(0.66, 0.17), (0.38, 0.17), (0.36, 0.45)],
@@ -60,13 +60,17 @@ DIGITS = {
     ],
     6: [
         [
-            (0.6, 0.13),
-            (0.46, 0.3),
-            (0.37, 0.52),
-            *arc(0.5, 0.66, 0.15, 0.17, 170, 540),
+            (0.5, 0.12),
+            (0.4, 0.3),
+            (0.35, 0.55),
+            *arc(0.5, 0.68, 0.15, 0.15, 170, 540),
         ]
     ],
-    7: [[(0.3, 0.2), (0.7, 0.2), (0.44, 0.85)]],
+    # Crossed, as in the data.
+    7: [
+        [(0.3, 0.2), (0.7, 0.2), (0.44, 0.85)],
+        [(0.38, 0.52), (0.7, 0.52)],
+    ],
     8: [
         [
             *arc(0.5, 0.32, 0.14, 0.15, -90, 270),
@@ -92,13 +96,13 @@ SCRIBBLES = {
         arc(0.64, 0.38, 0.04, 0.04, 0, 360),
         arc(0.5, 0.58, 0.2, 0.14, 200, 340),
     ],
-    "star": [
+    "spiral": [
         [
             (
-                0.5 + 0.4 * np.sin(np.pi * 0.8 * tip),
-                0.5 - 0.4 * np.cos(np.pi * 0.8 * tip),
+                0.5 + 0.016 * step * np.cos(0.6 * step),
+                0.5 - 0.016 * step * np.sin(0.6 * step),
             )
-            for tip in range(6)
+            for step in range(28)
         ]
     ],
 }
@@ -244,11 +248,19 @@ def answer(browser, name="halo"):
     return section.find_element(By.CLASS_NAME, "play-answer").text
 
 
-@pytest.mark.parametrize("digit", DIGITS)
+@pytest.mark.parametrize("digit", range(8))
 def test_drawn_digit_is_named(play, digit):
     draw(play, DIGITS[digit])
     assert label(play) == str(digit)
     assert answer(play) == f"This is a {digit}"
+
+
+@pytest.mark.parametrize("digit", [8, 9])
+def test_digit_that_was_never_trained_is_refused(play, digit):
+    draw(play, DIGITS[digit])
+    assert label(play) == "-1"
+    assert answer(play) == "I don’t know"
+    assert answer(play, "cross-entropy").startswith("This is a ")
 
 
 @pytest.mark.parametrize("name", SCRIBBLES)
@@ -266,17 +278,65 @@ def test_empty_box_is_refused(play):
         assert answer(play, name) == "…"
 
 
-def test_bars_sum_to_one_and_the_map_moves(play):
-    picture = "return document.getElementById('play-map').toDataURL()"
-    empty = play.execute_script(picture)
-    draw(play, DIGITS[3])
-    widths = play.execute_script(
-        "return [...document.querySelectorAll('#play-halo .play-fill')]"
-        ".map((bar) => parseFloat(bar.style.width))"
+def bars(browser, name):
+    """Labels of the bars, and their widths in percent."""
+    return browser.execute_script(
+        "return [...document.querySelectorAll(`#play-${arguments[0]} "
+        ".play-bar`)].map((bar) => "
+        "[bar.querySelector('.play-label').textContent, "
+        "parseFloat(bar.querySelector('.play-fill').style.width)])",
+        name,
     )
-    assert len(widths) == 11
-    assert sum(widths) == pytest.approx(100, abs=0.1)
-    assert play.execute_script(picture) != empty
+
+
+@pytest.mark.parametrize("drawing", [DIGITS[3], DIGITS[9], SCRIBBLES["face"]])
+def test_the_longest_bar_is_the_answer(play, drawing):
+    draw(play, drawing)
+    for name, count in (("halo", 9), ("cross-entropy", 8)):
+        shown = bars(play, name)
+        assert len(shown) == count
+        assert sum(width for _, width in shown) == pytest.approx(100, abs=0.1)
+        longest = max(shown, key=lambda bar: bar[1])[0]
+        assert answer(play, name).endswith(longest)
+
+
+def test_the_dot_moves_and_stays_inside_the_ring(play):
+    picture = "return document.getElementById('play-map').toDataURL()"
+    seen = {play.execute_script(picture)}
+    for drawing in (*DIGITS.values(), *SCRIBBLES.values()):
+        clear(play)
+        draw(play, drawing)
+        reach = play.find_element(By.ID, "play-map").get_attribute("data-reach")
+        assert 0 <= float(reach) <= 1
+        seen.add(play.execute_script(picture))
+    assert len(seen) > 10
+
+
+def test_every_sample_is_answered_as_its_name_says(play):
+    buttons = play.find_elements(By.CSS_SELECTOR, "#play-samples button")
+    assert len(buttons) == 6
+    for button in buttons:
+        clear(play)
+        play.execute_script("arguments[0].click()", button)
+        wait_for(play, "answered")
+        name = button.get_attribute("title")
+        digit = name.removeprefix("a ")
+        assert label(play) == (digit if digit.isdecimal() else "-1"), name
+
+
+@pytest.mark.parametrize("width", [360, PHONE])
+def test_the_answers_stand_beside_the_pad_on_a_phone(play, width):
+    resize(play, width)
+    boxes = play.execute_script(
+        "return ['#play-pad', '#play-halo .play-answer', "
+        "'#play-cross-entropy .play-answer'].map((name) => "
+        "{ const box = document.querySelector(name).getBoundingClientRect();"
+        " return [box.left, box.right, box.top, box.bottom] })"
+    )
+    pad, *answers = boxes
+    for left, right, top, bottom in answers:
+        assert left >= pad[1] and right <= width
+        assert top >= pad[2] and bottom <= pad[3]
 
 
 def test_a_finger_draws_on_a_phone(play):
@@ -330,6 +390,17 @@ def test_functions_are_not_shown_as_the_modules_they_live_in(page):
     text = (SITE / page / "index.html").read_text(encoding="utf-8")
     modules = text.count("doc-symbol-heading doc-symbol-module")
     assert modules == (4 if page == "api/mathematics" else 0)
+
+
+def test_most_of_what_is_unknown_is_refused_as_the_page_says():
+    models = json.loads((SITE / "play/models/models.json").read_text())
+    text = (SITE / "play/index.html").read_text(encoding="utf-8")
+    assert models["halo"]["unknown_refused"] > 0.9
+    assert models["halo"]["scribbles_refused"] > 0.75
+    assert models["halo"]["known_refused"] < 0.1
+    for model in ("halo", "cross-entropy"):
+        for name in ("accuracy", "known_refused", "scribbles_confident"):
+            assert f"<td>{100 * models[model][name]:.1f}</td>" in text
 
 
 @pytest.mark.parametrize("model", ["halo", "cross-entropy"])

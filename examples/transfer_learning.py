@@ -80,6 +80,11 @@ parser.add_argument(
     "--weights",
     help=f"{WEIGHTS}; default: that of the installed package {PACKAGE}",
 )
+parser.add_argument(
+    "--save-backbone",
+    metavar="FILE",
+    help="save the pretrained network as a .keras file, and stop",
+)
 # A notebook is started with arguments of its own.
 arguments, _ = parser.parse_known_args()
 
@@ -302,6 +307,9 @@ def build_backbone(size, tensors):
 tensors = read_state_dict(weights_file)
 backbone = build_backbone(PIXELS, tensors)
 backbone.trainable = False
+if arguments.save_backbone:
+    backbone.save(arguments.save_backbone)
+    sys.exit()
 
 """
 Where PyTorch and the original network are installed (`pip install

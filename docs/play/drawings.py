@@ -1,19 +1,24 @@
-"""Drawings as MNIST shows them: strokes to images, and scribbles.
+"""Drawings as the digits of scikit-learn show them, and scribbles.
 
 `play.js` prepares what a visitor draws in the same way: the drawing is scaled
-into a box of 20 x 20 pixels, drawn with a pen of fixed width, and its centre of
-mass is put in the middle of 28 x 28.
+into a box of 6 x 8 pixels, stretched a little where it is narrow or flat, and
+drawn with a pen of fixed width in the middle of 8 x 8.
 """
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE = 28
-BOX = 20
-# Pen width in pixels of the 28 x 28 image, about that of MNIST.
-PEN = 2.2
+SIZE = 8
+# What most digits of scikit-learn fill: all rows, and six columns.
+BOX = np.array([6.0, 8.0])
+# Pen width in pixels, about that of these digits.
+PEN = 1.5
+# By how much one axis may be scaled more than the other.
+STRETCH = 1.3
+# Below this share of the box, a side is not blown up.
+SMALLEST = 0.08
 # Drawn larger and averaged, which smooths the edges.
-_FINE = 8
+_FINE = 16
 
 
 def to_image(strokes):
@@ -21,45 +26,28 @@ def to_image(strokes):
 
     Args:
         strokes: List of arrays of shape `(points, 2)`, x to the right and y
-            downwards, in any unit.
+            downwards, in shares of the box that they are drawn in.
 
     Returns:
-        Array of shape `(28, 28)`, values in [0, 1].
+        Array of shape `(8, 8)`, values in [0, 1].
     """
+    strokes = [np.asarray(stroke, "float64") for stroke in strokes]
     points = np.concatenate(strokes)
     low, high = points.min(axis=0), points.max(axis=0)
-    scale = (BOX - PEN) / max((high - low).max(), 1e-6)
+    scale = (BOX - PEN) / np.maximum(high - low, SMALLEST)
+    scale = np.minimum(scale, STRETCH * scale.min())
     canvas = Image.new("L", (SIZE * _FINE, SIZE * _FINE))
     pen = ImageDraw.Draw(canvas)
     radius = PEN * _FINE / 2
     for stroke in strokes:
         stroke = (stroke - (low + high) / 2) * scale + SIZE / 2
         stroke = [tuple(point) for point in stroke * _FINE]
-        pen.line(stroke, fill=255, width=round(2 * radius), joint="curve")
+        if len(stroke) > 1:
+            pen.line(stroke, fill=255, width=round(2 * radius), joint="curve")
         for x, y in (stroke[0], stroke[-1]):
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), 255)
     image = np.asarray(canvas, "float32") / 255.0
-    image = image.reshape(SIZE, _FINE, SIZE, _FINE).mean(axis=(1, 3))
-    return centered(image)
-
-
-def centered(image):
-    """Shifts an image so that its centre of mass is in the middle."""
-    mass = image.sum()
-    if mass == 0:
-        return image
-    rows, columns = np.indices(image.shape) + 0.5
-    down = round(float(SIZE / 2 - (rows * image).sum() / mass))
-    right = round(float(SIZE / 2 - (columns * image).sum() / mass))
-    shifted = np.zeros_like(image)
-    source = image[
-        max(-down, 0) : SIZE - max(down, 0),
-        max(-right, 0) : SIZE - max(right, 0),
-    ]
-    top, left = max(down, 0), max(right, 0)
-    height, width = source.shape
-    shifted[top : top + height, left : left + width] = source
-    return shifted
+    return image.reshape(SIZE, _FINE, SIZE, _FINE).mean(axis=(1, 3))
 
 
 def scribble(rng):
@@ -97,5 +85,5 @@ def scribble(rng):
 
 
 def scribbles(count, rng):
-    """Images of random scribbles, an array of shape `(count, 28, 28)`."""
+    """Images of random scribbles, an array of shape `(count, 8, 8)`."""
     return np.stack([to_image(scribble(rng)) for _ in range(count)])

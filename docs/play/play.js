@@ -1,13 +1,13 @@
 // The page to play with: from strokes to the answers of two networks.
 import * as ort from "./runtime/ort.wasm.min.mjs";
 
-const SIZE = 28;
-const BOX = 20;
 // As in drawings.py, which prepares made drawings in the same way.
-const PEN = 2.2;
-const FINE = 8;
-// Below this share of the pad a drawing is a dot, and is not blown up.
+const SIZE = 8;
+const BOX = [6, 8];
+const PEN = 1.5;
+const STRETCH = 1.3;
 const SMALLEST = 0.08;
+const FINE = 16;
 
 const here = new URL(".", import.meta.url);
 const root = document.getElementById("play");
@@ -48,8 +48,12 @@ function trace(context, points) {
 
 function rendered() {
   const [low, high] = bounds();
-  const extent = Math.max(high[0] - low[0], high[1] - low[1], SMALLEST);
-  const scale = ((BOX - PEN) / extent) * FINE;
+  const fits = [0, 1].map(
+    (axis) => (BOX[axis] - PEN) / Math.max(high[axis] - low[axis], SMALLEST),
+  );
+  const scale = fits.map(
+    (fit) => Math.min(fit, STRETCH * Math.min(...fits)) * FINE,
+  );
   const canvas = new OffscreenCanvas(SIZE * FINE, SIZE * FINE);
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.lineCap = context.lineJoin = "round";
@@ -60,7 +64,7 @@ function rendered() {
       stroke.map((point) =>
         [0, 1].map(
           (axis) =>
-            (point[axis] - (low[axis] + high[axis]) / 2) * scale +
+            (point[axis] - (low[axis] + high[axis]) / 2) * scale[axis] +
             (SIZE * FINE) / 2,
         ),
       ),
@@ -79,29 +83,6 @@ function rendered() {
   return image;
 }
 
-function centered(image) {
-  let mass = 0;
-  let down = 0;
-  let right = 0;
-  image.forEach((value, index) => {
-    mass += value;
-    down += value * (Math.floor(index / SIZE) + 0.5);
-    right += value * ((index % SIZE) + 0.5);
-  });
-  down = Math.round(SIZE / 2 - down / mass);
-  right = Math.round(SIZE / 2 - right / mass);
-  const shifted = new Float32Array(SIZE * SIZE);
-  for (let row = 0; row < SIZE; row++) {
-    for (let column = 0; column < SIZE; column++) {
-      const [from, side] = [row - down, column - right];
-      if (from >= 0 && from < SIZE && side >= 0 && side < SIZE) {
-        shifted[row * SIZE + column] = image[from * SIZE + side];
-      }
-    }
-  }
-  return shifted;
-}
-
 // ---- what is shown
 
 function percent(share) {
@@ -112,7 +93,7 @@ function percent(share) {
 
 function makeBars(name) {
   const bars = document.querySelector(`#play-${name} .play-bars`);
-  const labels = [..."0123456789"];
+  const labels = Array.from({ length: description.classes }, (_, k) => `${k}`);
   if (name === "halo") labels.push("I don’t know");
   bars.replaceChildren(
     ...labels.map((label) => {
@@ -128,55 +109,31 @@ function makeBars(name) {
   );
 }
 
-function show(name, outputs) {
+// The answer is the longest bar; -1 for "I don't know".
+function show(name, shares) {
   const section = document.getElementById(`play-${name}`);
   const answer = section.querySelector(".play-answer");
-  const strange = section.querySelector(".play-strange");
   const rows = section.querySelectorAll(".play-bar");
-  if (!outputs) {
-    answer.textContent = "…";
-    strange.textContent = "";
-    section.dataset.label = "";
-    rows.forEach((row) => {
-      row.querySelector(".play-fill").style.width = "0";
-      row.querySelector(".play-share").textContent = "";
-      row.classList.remove("play-best");
-    });
-    return;
-  }
-  const shares = outputs.probabilities.data;
-  const label = Number(outputs.label.data[0]);
-  const score = outputs.score.data[0];
-  const limit = description[name].threshold;
-  const best = shares.indexOf(Math.max(...shares));
+  const best = shares ? shares.indexOf(Math.max(...shares)) : -1;
   rows.forEach((row, index) => {
-    row.querySelector(".play-fill").style.width = `${100 * shares[index]}%`;
-    row.querySelector(".play-share").textContent = percent(shares[index]);
+    row.querySelector(".play-fill").style.width =
+      shares ? `${100 * shares[index]}%` : "0";
+    row.querySelector(".play-share").textContent =
+      shares ? percent(shares[index]) : "";
     row.classList.toggle("play-best", index === best);
   });
-  section.dataset.label = String(label);
-  answer.textContent = label < 0 ? "I don’t know" : `This is a ${label}`;
-  answer.classList.toggle("play-refused", label < 0);
-  const what = name === "halo" ? "How strange" : "How unsure";
-  const digits = name === "halo" ? 1 : 3;
-  strange.textContent =
-    `${what}: ${score.toFixed(digits)}, ` +
-    `limit ${limit.toFixed(digits)}: ` +
-    (label < 0 ? "above it." : "within it.");
+  const refused = best === description?.classes;
+  answer.classList.toggle("play-refused", refused);
+  section.dataset.label = shares ? String(refused ? -1 : best) : "";
+  answer.textContent = !shares
+    ? "…"
+    : refused
+      ? "I don’t know"
+      : `This is a ${best}`;
 }
 
 function drawPad() {
-  const context = pad.getContext("2d");
-  context.clearRect(0, 0, pad.width, pad.height);
-  context.strokeStyle = getComputedStyle(pad).color;
-  context.lineCap = context.lineJoin = "round";
-  context.lineWidth = pad.width / 18;
-  for (const stroke of strokes) {
-    trace(
-      context,
-      stroke.map(([x, y]) => [x * pad.width, y * pad.height]),
-    );
-  }
+  drawStrokes(pad, strokes);
 }
 
 function drawSeen(image) {
@@ -202,11 +159,28 @@ function star(context, x, y, radius) {
   context.closePath();
 }
 
+// Where digit k stands: on a ring, 0 at the top, onwards as on a clock.
+function onRing(k) {
+  const angle = (2 * Math.PI * k) / description.classes;
+  return [Math.sin(angle), Math.cos(angle)];
+}
+
+// The mean of these places, weighted by the bars; "I don't know" is the middle.
+function placeOf(shares) {
+  const sum = [0, 0];
+  for (let k = 0; k < description.classes; k++) {
+    const [x, y] = onRing(k);
+    sum[0] += shares[k] * x;
+    sum[1] += shares[k] * y;
+  }
+  return sum;
+}
+
 function drawMap() {
   if (!description) return;
   const context = map.getContext("2d");
   const half = map.width / 2;
-  const unit = half * 0.66;
+  const unit = half * 0.86;
   const at = ([x, y]) => [half + x * unit, half - y * unit];
   const color = getComputedStyle(map).color;
   context.clearRect(0, 0, map.width, map.height);
@@ -218,26 +192,26 @@ function drawMap() {
   context.arc(half, half, unit, 0, 2 * Math.PI);
   context.stroke();
   context.globalAlpha = 1;
-  star(context, half, half, 20);
+  star(context, half, half, 26);
   context.fillStyle = "#f2b705";
   context.fill();
   context.stroke();
-  context.font = "bold 30px sans-serif";
+  context.font = "bold 34px sans-serif";
   context.textAlign = "center";
   context.textBaseline = "middle";
-  description.ring.forEach((centroid, digit) => {
-    const [x, y] = at(centroid);
+  for (let digit = 0; digit < description.classes; digit++) {
+    const [x, y] = at(onRing(digit));
     context.beginPath();
-    context.arc(x, y, 26, 0, 2 * Math.PI);
+    context.arc(x, y, 32, 0, 2 * Math.PI);
+    context.fillStyle = getComputedStyle(root).backgroundColor;
+    context.fill();
     context.stroke();
     context.fillStyle = color;
     context.fillText(String(digit), x, y + 2);
-  });
+  }
+  map.dataset.reach = place ? String(Math.hypot(...place)) : "";
   if (!place) return;
-  // Beyond the edge the dot is kept at it.
-  const reach = Math.hypot(...place);
-  const inside = Math.min(1, 1.4 / Math.max(reach, 1e-6));
-  const [x, y] = at(place.map((value) => value * inside));
+  const [x, y] = at(place);
   context.beginPath();
   context.arc(x, y, 15, 0, 2 * Math.PI);
   context.fillStyle = "#e8590c";
@@ -281,14 +255,15 @@ async function answer() {
     return;
   }
   root.dataset.state = "thinking";
-  const image = centered(rendered());
+  const image = rendered();
   drawSeen(image);
   const input = new ort.Tensor("float32", image, [1, SIZE, SIZE, 1]);
   for (const name of names) {
     const session = models[name];
     const outputs = await session.run({ [session.inputNames[0]]: input });
-    show(name, outputs);
-    if (outputs.map) place = [...outputs.map.data];
+    const shares = [...outputs[session.outputNames[0]].data];
+    show(name, shares);
+    if (name === "halo") place = placeOf(shares);
   }
   drawMap();
   say("answered", "Go on drawing, or clear the box.");
@@ -341,9 +316,90 @@ document.getElementById("play-clear").addEventListener("click", () => {
   ask();
 });
 
+// ---- drawings to start with
+
+// Points of an ellipse, angles in degrees, 0 to the right, 90 upwards.
+function arc(x, y, width, height, start, end) {
+  return Array.from({ length: 25 }, (_, step) => {
+    const angle = ((start + ((end - start) * step) / 24) * Math.PI) / 180;
+    return [x + width * Math.cos(angle), y - height * Math.sin(angle)];
+  });
+}
+
+const SAMPLES = {
+  "a 2": [[...arc(0.5, 0.33, 0.2, 0.17, 170, -40), [0.3, 0.83], [0.73, 0.83]]],
+  "a 3": [
+    [
+      ...arc(0.48, 0.33, 0.17, 0.16, 150, -90),
+      ...arc(0.48, 0.66, 0.2, 0.17, 90, -150),
+    ],
+  ],
+  "an 8, never trained": [
+    [
+      ...arc(0.5, 0.32, 0.14, 0.15, -90, 270),
+      ...arc(0.5, 0.66, 0.17, 0.19, 90, -270),
+    ],
+  ],
+  "a 9, never trained": [
+    [...arc(0.5, 0.34, 0.15, 0.17, 0, 360), [0.64, 0.5], [0.58, 0.86]],
+  ],
+  "a house": [
+    [[0.2, 0.45], [0.2, 0.85], [0.8, 0.85], [0.8, 0.45], [0.2, 0.45]],
+    [[0.2, 0.45], [0.5, 0.12], [0.8, 0.45]],
+    [[0.42, 0.85], [0.42, 0.6], [0.58, 0.6], [0.58, 0.85]],
+  ],
+  "a face": [
+    arc(0.5, 0.5, 0.4, 0.4, 0, 360),
+    arc(0.36, 0.38, 0.04, 0.04, 0, 360),
+    arc(0.64, 0.38, 0.04, 0.04, 0, 360),
+    arc(0.5, 0.58, 0.2, 0.14, 200, 340),
+  ],
+};
+
+function drawStrokes(canvas, drawn) {
+  const context = canvas.getContext("2d");
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  context.strokeStyle = getComputedStyle(canvas).color;
+  context.lineCap = context.lineJoin = "round";
+  context.lineWidth = canvas.width / 18;
+  for (const stroke of drawn) {
+    trace(
+      context,
+      stroke.map(([x, y]) => [x * canvas.width, y * canvas.height]),
+    );
+  }
+}
+
+const samples = document.getElementById("play-samples");
+samples.append(
+  ...Object.entries(SAMPLES).map(([name, drawn]) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.title = name;
+    button.setAttribute("aria-label", `Draw ${name}`);
+    const canvas = document.createElement("canvas");
+    canvas.width = canvas.height = 96;
+    button.append(canvas);
+    button.addEventListener("click", () => {
+      strokes = drawn.map((stroke) => [...stroke]);
+      drawing = null;
+      drawPad();
+      ask();
+    });
+    return button;
+  }),
+);
+
+function drawSamples() {
+  Object.values(SAMPLES).forEach((drawn, number) =>
+    drawStrokes(samples.children[number].firstChild, drawn),
+  );
+}
+
 // The colours follow the scheme of the page.
 new MutationObserver(() => {
   drawPad();
+  drawSamples();
   drawMap();
 }).observe(document.body, { attributeFilter: ["data-md-color-scheme"] });
 
@@ -356,8 +412,8 @@ async function start() {
     if (!answer.ok) throw new Error(`${name}: ${answer.status}`);
     return answer;
   };
-  names.forEach(makeBars);
   description = await (await load("models.json")).json();
+  names.forEach(makeBars);
   drawMap();
   const sessions = {};
   for (const name of names) {
@@ -372,6 +428,7 @@ async function start() {
 }
 
 drawPad();
+drawSamples();
 drawSeen(null);
 start().catch((error) => {
   say("failed", `The networks could not be loaded: ${error.message}`);
