@@ -1,5 +1,7 @@
 """Same seeds for every test, no windows, and a count of the cases run."""
 
+import functools
+import gc
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -16,6 +18,37 @@ def seeded():
     yield
     keras.config.set_dtype_policy("float32")
     keras.config.set_floatx("float32")
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector what was imported: it stays anyway."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def with_built_optimizer(method):
+    """A method that trains a model, with an optimizer that has its variables.
+
+    TensorFlow traces a training step twice where the optimizer makes them
+    within, which is most of the time of a short training. Scripts that tests
+    run by themselves train as they are.
+    """
+
+    @functools.wraps(method)
+    def train(self, *args, **kwargs):
+        optimizer = getattr(self, "optimizer", None)
+        if self.built and optimizer is not None and not optimizer.built:
+            optimizer.build(self.trainable_variables)
+        return method(self, *args, **kwargs)
+
+    return train
+
+
+if keras.backend.backend() == "tensorflow":
+    for name in ("fit", "train_on_batch"):
+        trained = with_built_optimizer(getattr(keras.Model, name))
+        setattr(keras.Model, name, trained)
 
 
 def pytest_terminal_summary(terminalreporter):

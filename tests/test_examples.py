@@ -23,9 +23,12 @@ PATHS = [
     if NAMED.search(path.read_text("utf-8"))
 ]
 
-pytestmark = pytest.mark.skipif(
-    not EXAMPLES.exists(), reason="the examples are not here"
-)
+pytestmark = [
+    pytest.mark.any_backend,
+    pytest.mark.skipif(
+        not EXAMPLES.exists(), reason="the examples are not here"
+    ),
+]
 
 
 def run_examples(*arguments, **environment):

@@ -45,9 +45,7 @@ def train(policy):
         ]
     )
     keras.config.set_dtype_policy("float32")
-    model.compile(
-        keras.optimizers.Adam(5e-3), loss=HALOLoss(), metrics=["accuracy"]
-    )
+    model.compile(keras.optimizers.Adam(5e-3), loss=HALOLoss())
     x, y, _ = digits()
     model.fit(x, y, batch_size=64, epochs=30, verbose=0)
     return model
@@ -87,8 +85,13 @@ def with_decisions(model):
 
 
 @pytest.fixture(scope="module")
-def deployed():
-    return with_decisions(train("float32"))
+def trained():
+    return train("float32")
+
+
+@pytest.fixture(scope="module")
+def deployed(trained):
+    return with_decisions(trained)
 
 
 def assert_same(outputs, expected, what, rtol=1e-4):
@@ -182,12 +185,11 @@ def p_values_of(scores, certificate):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("export", FORMATS, ids=lambda f: f.__name__)
-def test_a_guarded_model_decides_alike_outside(export, rule, tmp_path):
-    model = train("float32")
+def test_a_guarded_model_decides_alike_outside(export, rule, trained, tmp_path):
     x, y, x_new = digits()
-    rule = RULES[rule]().fit(model.predict(x, verbose=0), y)
+    rule = RULES[rule]().fit(trained.predict(x, verbose=0), y)
     certificate = rule.certificate()
-    guarded = keras_halo.guard(model, rule)
+    guarded = keras_halo.guard(trained, rule)
     guarded(x_new[:1])
     expected = guarded.predict(x_new, verbose=0)
     if BACKEND == "torch" and export is openvino:
@@ -249,8 +251,10 @@ def test_a_mixed_precision_model_keeps_its_float32_head(
     assert decoded.embedding_dim == 128
 
 
-def test_quantizing_the_backbone_leaves_the_head_alone(tmp_path):
-    model = train("float32")
+def test_quantizing_the_backbone_leaves_the_head_alone(trained, tmp_path):
+    # A copy, so that the other tests find the model as it was trained.
+    model = keras.models.clone_model(trained)
+    model.set_weights(trained.get_weights())
     _, _, x = digits()
     head = model.layers[-1]
     weights = [to_numpy(weight) for weight in head.weights]

@@ -1,6 +1,7 @@
 """The layout of the package: few parts, and imports that go downwards."""
 
 import ast
+import configparser
 import pathlib
 import sys
 
@@ -12,6 +13,8 @@ import keras_halo
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "scripts"))
 
 import import_graph
+
+pytestmark = pytest.mark.any_backend
 
 ROOT = pathlib.Path(keras_halo.__file__).parent
 
@@ -111,6 +114,26 @@ def test_what_is_run_by_itself_lies_in_scripts():
         # This test and the maker of fixtures aside.
         if path.name not in ("test_layout.py", "make_models.py"):
             assert not is_script or folder == "scripts", path
+
+
+TOX = pathlib.Path(__file__).parents[1] / "tox.ini"
+
+
+@pytest.mark.skipif(not TOX.exists(), reason="tox.ini is not here")
+def test_tests_that_some_backends_leave_out_run_on_another():
+    settings = configparser.RawConfigParser()
+    settings.read(TOX, "utf-8")
+    assert "torch" in settings["tox"]["env_list"].replace(",", " ").split()
+    lines = settings["testenv"]["commands"].splitlines()
+    runs = [line.partition(": pytest ") for line in lines if "pytest" in line]
+    all_of_it = "{[testenv]parallel} {posargs}"
+    (leaving,) = [where for where, _, how in runs if "not any_backend" in how]
+    (keeping,) = [where for where, _, how in runs if how == all_of_it]
+    assert "!torch" in leaving.split("-")
+    assert "torch" in keeping[1 : keeping.index("}")].split(",")
+    assert ("properties", "{[testenv]parallel} -m any_backend") in [
+        (where, how) for where, _, how in runs
+    ]
 
 
 def test_a_graph_with_a_cycle_is_found(tmp_path):

@@ -8,6 +8,8 @@ import pytest
 
 import keras_halo
 
+pytestmark = pytest.mark.any_backend
+
 CLIENT = pathlib.Path(__file__).with_name("typed_client.py")
 
 MODULES = [

@@ -23,7 +23,9 @@ POLICIES = {
 class HALODenseLayerTest(testing.TestCase):
     def test_keras_layer_checks(self):
         for policy, dtype in POLICIES.items():
-            for input_shape in ((4, 6), (2, 3, 6)):
+            # What a policy changes does not depend on the number of axes.
+            shapes = [(4, 6), (2, 3, 6)] if policy == "float32" else [(4, 6)]
+            for input_shape in shapes:
                 with self.subTest(policy=policy, input_shape=input_shape):
                     with float64():
                         self.run_layer_test(

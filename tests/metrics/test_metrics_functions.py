@@ -103,6 +103,7 @@ def squared_up(known, unknown):
     return labels, scores
 
 
+@pytest.mark.any_backend
 def test_auroc_is_that_of_scikit_learn_and_of_a_naive_loop():
     oracle = pytest.importorskip("sklearn.metrics")
     for seed in range(NUM_CASES):
@@ -116,6 +117,7 @@ def test_auroc_is_that_of_scikit_learn_and_of_a_naive_loop():
             ), seed
 
 
+@pytest.mark.any_backend
 def test_aupr_is_average_precision_of_scikit_learn():
     oracle = pytest.importorskip("sklearn.metrics")
     for seed in range(NUM_CASES):
@@ -132,6 +134,7 @@ def test_aupr_is_average_precision_of_scikit_learn():
         ), seed
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("positive", ["known", "unknown"])
 def test_fpr_is_that_of_a_naive_loop(positive):
     pytest.importorskip("sklearn")
@@ -144,6 +147,7 @@ def test_fpr_is_that_of_a_naive_loop(positive):
         ), seed
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("positive", ["known", "unknown"])
 def test_fpr_is_read_off_the_roc_curve_of_scikit_learn(positive):
     oracle = pytest.importorskip("sklearn.metrics")
@@ -160,6 +164,7 @@ def test_fpr_is_read_off_the_roc_curve_of_scikit_learn(positive):
         ) == pytest.approx(fpr[tpr >= 0.95].min(), abs=1e-12), seed
 
 
+@pytest.mark.any_backend
 def test_the_two_conventions_of_fpr_at_95_by_hand():
     pytest.importorskip("sklearn")
     known = np.arange(100.0)
@@ -170,12 +175,14 @@ def test_the_two_conventions_of_fpr_at_95_by_hand():
     assert metrics.fpr_at_recall(known, unknown, positive="unknown") == 0.01
 
 
+@pytest.mark.any_backend
 def test_tied_scores_pass_the_threshold_together():
     pytest.importorskip("sklearn")
     # Half of the known must be accepted: the tie lets in all at once.
     assert metrics.fpr_at_recall([1, 1, 1, 1], [1, 1, 2, 2], 0.5) == 0.5
 
 
+@pytest.mark.any_backend
 def test_scores_of_thousands_stay_apart():
     pytest.importorskip("sklearn")
     known, unknown = [5000.0, 5001.0], [5002.0, 5003.0]
@@ -184,6 +191,7 @@ def test_scores_of_thousands_stay_apart():
     assert metrics.fpr_at_recall(known, unknown) == 0.0
 
 
+@pytest.mark.any_backend
 @given(seed=st.integers(0, 10**6))
 def test_ranking_depends_on_neither_scale_nor_order(seed):
     pytest.importorskip("sklearn")
@@ -195,6 +203,7 @@ def test_ranking_depends_on_neither_scale_nor_order(seed):
         assert result == metric(rng.permutation(known), unknown[::-1])
 
 
+@pytest.mark.any_backend
 def test_swapping_the_sides_mirrors_the_ranking():
     pytest.importorskip("sklearn")
     for seed in range(50):
@@ -207,6 +216,7 @@ def test_swapping_the_sides_mirrors_the_ranking():
         )
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "metric", [metrics.auroc, metrics.aupr, metrics.fpr_at_recall]
 )
@@ -226,6 +236,7 @@ def test_ranking_refuses(metric, known, unknown, message):
         metric(known, unknown)
 
 
+@pytest.mark.any_backend
 def test_ranking_refuses_arguments():
     with pytest.raises(ValueError, match="`positive` must be one of"):
         metrics.aupr([0.0], [1.0], positive="ood")
@@ -234,6 +245,7 @@ def test_ranking_refuses_arguments():
             metrics.fpr_at_recall([0.0], [1.0], recall=recall)
 
 
+@pytest.mark.any_backend
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(ImportError, match=r'pip install "keras-halo\[tools\]'):
@@ -294,6 +306,7 @@ def spread_over_ties(errors, uncertainty):
     return spread
 
 
+@pytest.mark.any_backend
 def test_risk_coverage_curve_is_that_of_a_naive_loop():
     for seed in range(NUM_CASES):
         errors, uncertainty = errors_and_uncertainty(seed)
@@ -305,6 +318,7 @@ def test_risk_coverage_curve_is_that_of_a_naive_loop():
         assert curve.threshold.tolist() == sorted(set(uncertainty.tolist()))
 
 
+@pytest.mark.any_backend
 def test_aurc_is_that_of_a_naive_loop():
     for seed in range(NUM_CASES):
         errors, uncertainty = errors_and_uncertainty(seed)
@@ -314,6 +328,7 @@ def test_aurc_is_that_of_a_naive_loop():
         ), seed
 
 
+@pytest.mark.any_backend
 def test_aurc_with_ties_is_the_mean_over_the_orders_of_tied_samples():
     for seed in range(NUM_CASES):
         errors, uncertainty = errors_and_uncertainty(seed, max_size=4)
@@ -327,6 +342,7 @@ def test_aurc_with_ties_is_the_mean_over_the_orders_of_tied_samples():
         ), seed
 
 
+@pytest.mark.any_backend
 def test_augrc_is_that_of_a_naive_loop():
     for seed in range(NUM_CASES):
         errors, uncertainty = errors_and_uncertainty(seed)
@@ -335,6 +351,7 @@ def test_augrc_is_that_of_a_naive_loop():
         ), seed
 
 
+@pytest.mark.any_backend
 def test_augrc_of_wrong_answers_follows_from_auroc_and_accuracy():
     pytest.importorskip("sklearn")
     for seed in range(NUM_CASES):
@@ -348,6 +365,7 @@ def test_augrc_of_wrong_answers_follows_from_auroc_and_accuracy():
         ), seed
 
 
+@pytest.mark.any_backend
 @given(seed=st.integers(0, 10**6))
 def test_selective_metrics_do_not_depend_on_the_order_of_samples(seed):
     rng = np.random.default_rng(seed)
@@ -366,6 +384,7 @@ def naive_at(errors, uncertainty):
     return np.arange(1, len(order) + 1) / len(order), risks
 
 
+@pytest.mark.any_backend
 def test_risk_and_coverage_at_a_point_are_those_of_a_naive_loop():
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -387,6 +406,7 @@ def test_risk_and_coverage_at_a_point_are_those_of_a_naive_loop():
     assert metrics.coverage_at_risk([0, 1], [5.0, 5.0], 0.2) == 0.0
 
 
+@pytest.mark.any_backend
 def test_unknown_inputs_are_errors_where_they_are_accepted():
     rng = np.random.default_rng(0)
     errors, uncertainty = rng.random(80) < 0.2, rng.normal(size=80)
@@ -408,6 +428,7 @@ def test_unknown_inputs_are_errors_where_they_are_accepted():
     assert curve.risk[-1] == pytest.approx((errors.sum() + 40) / 120)
 
 
+@pytest.mark.any_backend
 def test_all_right_and_all_wrong_have_defined_areas():
     uncertainty = [0.3, 0.1, 0.2]
     assert metrics.aurc([0, 0, 0], uncertainty) == 0.0
@@ -418,6 +439,7 @@ def test_all_right_and_all_wrong_have_defined_areas():
     assert metrics.aurc([0, 1], [7.0, 7.0]) == 0.5
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "metric", [metrics.risk_coverage_curve, metrics.aurc, metrics.augrc]
 )
@@ -456,6 +478,7 @@ def naive_ece(labels, probabilities, num_bins):
     return sum(abs(gap) for gap in gaps) / len(labels)
 
 
+@pytest.mark.any_backend
 def test_ece_is_that_of_a_naive_loop():
     for seed in range(NUM_CASES):
         num_bins = [15, 1, 10, 7][(seed // 4) % 4]
@@ -467,6 +490,7 @@ def test_ece_is_that_of_a_naive_loop():
         ), seed
 
 
+@pytest.mark.any_backend
 def test_classwise_error_is_that_of_a_naive_loop():
     for seed in range(NUM_CASES):
         num_bins = [15, 1, 10, 7][(seed // 4) % 4]
@@ -508,6 +532,7 @@ def naive_smooth_error(labels, probabilities):
     return low
 
 
+@pytest.mark.any_backend
 def test_smooth_error_is_that_of_its_definition():
     for seed in range(6):
         labels, probabilities = random_probabilities(4 * seed, 3, 30)
@@ -522,6 +547,7 @@ def test_smooth_error_is_that_of_its_definition():
         ) == pytest.approx(found, abs=5e-4)
 
 
+@pytest.mark.any_backend
 def test_smooth_error_of_the_extremes():
     wrong, right = [1, 1], [0, 0]
     for p in ([[1.0, 0.0]] * 2, [[0.5, 0.5]] * 2):
@@ -532,6 +558,7 @@ def test_smooth_error_of_the_extremes():
             assert found == pytest.approx(gap, abs=1e-4)
 
 
+@pytest.mark.any_backend
 @pytest.mark.filterwarnings("ignore")
 def test_ece_is_that_of_netcal():
     oracle = pytest.importorskip(
@@ -548,6 +575,7 @@ def test_ece_is_that_of_netcal():
         ), seed
 
 
+@pytest.mark.any_backend
 def test_confidence_zero_and_one_belong_to_the_outer_bins():
     # The mass of abstaining was cut off: these rows need not sum to one.
     probabilities = [[1.0, 0.0], [0.0, 0.0], [0.5, 0.5], [0.2, 0.1]]
@@ -560,6 +588,7 @@ def test_confidence_zero_and_one_belong_to_the_outer_bins():
     assert bins.edges.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.any_backend
 def test_one_hot_labels_are_integers_and_soft_ones_count_by_their_mass():
     labels, probabilities = random_probabilities(0, 3, 50)
     one_hot = np.eye(3)[labels]
@@ -584,6 +613,7 @@ def test_one_hot_labels_are_integers_and_soft_ones_count_by_their_mass():
         )
 
 
+@pytest.mark.any_backend
 def test_brier_and_likelihood_are_those_of_a_naive_loop():
     for seed in range(NUM_CASES):
         labels, probabilities = random_probabilities(seed, 2 + seed % 3, 20)
@@ -599,6 +629,7 @@ def test_brier_and_likelihood_are_those_of_a_naive_loop():
         ) == pytest.approx(nll / 20), seed
 
 
+@pytest.mark.any_backend
 def test_brier_and_likelihood_are_those_of_scikit_learn():
     oracle = pytest.importorskip("sklearn.metrics")
     labels, probabilities = random_probabilities(4, 3, 200)
@@ -612,6 +643,7 @@ def test_brier_and_likelihood_are_those_of_scikit_learn():
     )
 
 
+@pytest.mark.any_backend
 def test_all_wrong_gives_defined_numbers():
     labels, probabilities = [1, 1], [[1.0, 0.0], [1.0, 0.0]]
     assert metrics.negative_log_likelihood(
@@ -621,6 +653,7 @@ def test_all_wrong_gives_defined_numbers():
     assert metrics.expected_calibration_error(labels, probabilities, 2) == 1.0
 
 
+@pytest.mark.any_backend
 def test_renormalize_conditions_on_an_answer():
     rng = np.random.default_rng(0)
     everything = rng.dirichlet(np.ones(4), 20)
@@ -638,6 +671,7 @@ def test_renormalize_conditions_on_an_answer():
 GOOD = [[0.9, 0.1], [0.2, 0.8]]
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "metric",
     [
@@ -672,6 +706,7 @@ def test_calibration_refuses(metric, labels, probabilities, message):
         metric(labels, probabilities)
 
 
+@pytest.mark.any_backend
 def test_fewer_samples_than_bins_are_refused():
     for metric in (
         metrics.expected_calibration_error,
@@ -686,6 +721,7 @@ def test_fewer_samples_than_bins_are_refused():
             metrics.reliability_bins([0, 1], GOOD, num_bins)
 
 
+@pytest.mark.any_backend
 def test_so_many_classes_that_their_square_fits_no_memory():
     num_classes = 300_000
     p = np.full((2, num_classes), 0.5 / (num_classes - 1))
@@ -698,6 +734,7 @@ def test_so_many_classes_that_their_square_fits_no_memory():
     )
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize(

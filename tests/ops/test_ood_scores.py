@@ -316,11 +316,20 @@ def in_a_new_process(model, x, folder):
 
 
 def test_layers_in_a_functional_model_survive_a_new_process(tmp_path):
+    rng = np.random.default_rng(8)
     inputs = keras.Input((6,))
     scores = keras_halo.HALODense(4)(keras.layers.Dense(8)(inputs))
+    # With what was fitted after the training.
+    fitted = keras_halo.fit_class_gaussians(
+        keras.Model(inputs, scores),
+        rng.normal(size=(64, 6)).astype("float32"),
+        np.arange(64) % 4,
+        verbose=0,
+    )
+    scores = fitted.output["scores"]
     outputs = {method: OODScore(method)(scores) for method in OOD_METHODS}
-    model = keras.Model(inputs, {"scores": scores, **outputs})
-    x = np.random.default_rng(8).normal(size=(5, 6)).astype("float32")
+    model = keras.Model(fitted.inputs, {**fitted.output, **outputs})
+    x = rng.normal(size=(5, 6)).astype("float32")
     before = model.predict(x, verbose=0)
     for method in OOD_METHODS:
         np.testing.assert_allclose(

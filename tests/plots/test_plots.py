@@ -14,6 +14,8 @@ plt = pytest.importorskip("matplotlib.pyplot", reason="needs matplotlib")
 from keras_halo import metrics, plots  # noqa: E402
 from keras_halo.plots import drawing  # noqa: E402
 
+pytestmark = pytest.mark.any_backend
+
 STYLES = ["default", "dark_background"]
 
 

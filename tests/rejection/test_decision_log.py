@@ -91,6 +91,7 @@ def test_decisions_of_a_rule_and_positions_are_logged(guarded, tmp_path):
     assert records[63].reference == "text 7"
 
 
+@pytest.mark.any_backend
 def test_scores_that_are_not_finite_come_back(rule, tmp_path):
     path = tmp_path / "log.jsonl"
     with DecisionLog(path, rule) as log:
@@ -110,6 +111,7 @@ def test_scores_that_are_not_finite_come_back(rule, tmp_path):
     assert path.read_bytes().count(b"\n") == 6
 
 
+@pytest.mark.any_backend
 def test_full_files_are_kept_in_order(rule, tmp_path):
     path = tmp_path / "log.jsonl"
     scores = np.random.default_rng(0).normal(50.0, 40.0, size=60)
@@ -140,6 +142,7 @@ def test_full_files_are_kept_in_order(rule, tmp_path):
         assert log.append(rule.predict([1.0]))[0] == last + 1
 
 
+@pytest.mark.any_backend
 def test_a_log_is_read_while_it_is_written(rule, tmp_path):
     path = tmp_path / "log.jsonl"
     with DecisionLog(path, rule, max_bytes=1000) as log:
@@ -152,6 +155,7 @@ def test_a_log_is_read_while_it_is_written(rule, tmp_path):
     assert seen == list(range(1, len(seen) + 1)) and len(seen) >= 10
 
 
+@pytest.mark.any_backend
 def test_threads_share_a_log(rule, tmp_path):
     path = tmp_path / "log.jsonl"
     found = {}
@@ -177,6 +181,7 @@ def test_threads_share_a_log(rule, tmp_path):
             assert [records[n - 1].reference for n in pair] == [name, name]
 
 
+@pytest.mark.any_backend
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
 def test_a_process_that_was_killed_leaves_whole_lines(rule, tmp_path):
     path = tmp_path / "log.jsonl"
@@ -205,6 +210,7 @@ def test_a_process_that_was_killed_leaves_whole_lines(rule, tmp_path):
     assert torn.startswith(path.read_bytes()[: torn.rindex(b"\n") + 1])
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("cut", [1, 5, 100, 200])
 def test_half_a_line_is_never_continued(cut, rule, tmp_path):
     path = tmp_path / "log.jsonl"
@@ -223,6 +229,7 @@ def test_half_a_line_is_never_continued(cut, rule, tmp_path):
         assert path.read_bytes() == b"" and numbers(path) == []
 
 
+@pytest.mark.any_backend
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
 def test_a_full_disk_leaves_the_log_usable(rule, tmp_path):
     """The system takes some bytes, and refuses the rest."""
@@ -246,6 +253,7 @@ def test_a_full_disk_leaves_the_log_usable(rule, tmp_path):
     assert [r.score for r in read_decisions(path)] == [1.0, 4.0]
 
 
+@pytest.mark.any_backend
 def test_a_log_is_read_in_constant_memory(rule, tmp_path):
     path = tmp_path / "log.jsonl"
     with DecisionLog(path, rule, max_bytes=10**6) as log:
@@ -292,6 +300,7 @@ def test_another_rule_is_refused(rule, guarded, tmp_path):
         log.append({**answers, "score": answers["score"] * (1 + 1e-6)})
 
 
+@pytest.mark.any_backend
 def test_damage_is_named_by_its_line(rule, tmp_path):
     path = tmp_path / "log.jsonl"
     with DecisionLog(path, rule) as log:
@@ -334,6 +343,7 @@ def test_damage_is_named_by_its_line(rule, tmp_path):
     assert copy.read_bytes() == path.read_bytes() == whole
 
 
+@pytest.mark.any_backend
 def test_a_file_that_is_no_log_stays_as_it_is(rule, tmp_path):
     for content in (b"notes of a user", b"a,b\n1,2\n", b'{"format": 1}'):
         path = tmp_path / "notes.txt"
@@ -351,6 +361,7 @@ def test_a_file_that_is_no_log_stays_as_it_is(rule, tmp_path):
         read_decisions(path, skip_damaged="yes")
 
 
+@pytest.mark.any_backend
 def test_one_holder_at_a_time(rule, tmp_path):
     path = tmp_path / "log.jsonl"
     with DecisionLog(path, rule) as log:

@@ -62,6 +62,7 @@ def rule(request):
     return fit(GroupwiseRule(RULES[request.param]), *known_data())
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("distinct", [None, 30], ids=["continuous", "ties"])
 def test_every_group_keeps_its_coverage_where_one_threshold_does_not(distinct):
     # Of group g the quantile of a score s is s ** power[g].
@@ -114,6 +115,7 @@ def test_it_decides_as_a_rule_that_was_fitted_on_each_class_alone(name):
     np.testing.assert_array_equal(decisions.accepted, decisions.labels >= 0)
 
 
+@pytest.mark.any_backend
 @settings(max_examples=40, deadline=None)
 @given(
     groups=st.lists(st.sampled_from("abc"), min_size=60, max_size=90),
@@ -178,6 +180,7 @@ def test_saved_and_loaded_it_is_the_same(rule, tmp_path):
     assert len(document["groups"]) == len(document["threshold"]) == 3
 
 
+@pytest.mark.any_backend
 def test_names_of_groups_are_saved(tmp_path):
     scores = np.arange(80.0)
     groups = np.array(["day", "night"])[np.arange(80) % 2]
@@ -330,6 +333,7 @@ def test_summary_tells_every_group_and_what_is_not_guaranteed(rule):
         assert int(counts[1]) == accepted
 
 
+@pytest.mark.any_backend
 def test_many_groups_are_summed_up():
     groups = np.repeat(np.arange(50), 10)
     rule = GroupwiseRule(CoverageRule(0.5, None), by="group")
@@ -353,6 +357,7 @@ def test_too_little_data_of_a_group_is_refused_with_the_number_needed():
         GroupwiseRule(CoverageRule(0.5)).fit(scores[labels == 0])
 
 
+@pytest.mark.any_backend
 def test_a_group_that_cannot_keep_its_guarantee_is_named():
     rng = np.random.default_rng(0)
     groups = np.array(["good", "bad"])[np.arange(600) % 2]

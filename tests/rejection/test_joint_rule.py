@@ -71,6 +71,7 @@ LIMITS = {
 }
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("name", "limit"),
     [
@@ -130,6 +131,7 @@ def test_all_guarantees_hold_together_as_often_as_stated(name, limit):
         assert np.mean(np.array(accepted) > 0) > 0.05
 
 
+@pytest.mark.any_backend
 def test_the_simulation_notices_a_threshold_that_was_not_tested():
     truth = Truth(*POPULATIONS["errors grow"])
     limits = np.array(truth(0.8))
@@ -183,6 +185,7 @@ def naive(scores, errors, outliers, wanted):
     return best
 
 
+@pytest.mark.any_backend
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(30, 90),
@@ -207,6 +210,7 @@ def test_the_threshold_is_that_of_the_procedure_written_out(
         assert failed
 
 
+@pytest.mark.any_backend
 def test_no_level_is_lost_to_a_second_requirement():
     rng = np.random.default_rng(0)
     scores = rng.random(1000)
@@ -218,6 +222,7 @@ def test_no_level_is_lost_to_a_second_requirement():
     assert both.threshold == alone.threshold
 
 
+@pytest.mark.any_backend
 def test_no_outlier_beside_the_threshold_slips_in():
     scores = np.arange(100.0)
     errors = np.zeros(100, bool)
@@ -308,6 +313,7 @@ def figures(text, what):
     return float(found[1]), float(found[2])
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("fault", ["risk", "false-positive rate", "both"])
 @pytest.mark.parametrize("coverage", [0.8, None])
 def test_a_refusal_names_what_fails_with_figures_that_make_sense(
@@ -346,6 +352,7 @@ def test_a_refusal_names_what_fails_with_figures_that_make_sense(
         rule.predict([1.0])
 
 
+@pytest.mark.any_backend
 def test_a_refusal_says_what_would_do_without_the_coverage():
     scores = np.arange(1000.0)
     errors = (scores >= 600) & (np.arange(1000) % 3 == 0)
@@ -356,6 +363,7 @@ def test_a_refusal_says_what_would_do_without_the_coverage():
     assert "More samples alone would not help" in text
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("lacks", ["samples", "outliers"])
 def test_about_as_many_samples_as_a_refusal_names_would_do(lacks):
     def data(n, m):
@@ -379,6 +387,7 @@ def test_about_as_many_samples_as_a_refusal_names_would_do(lacks):
     assert rule.predict(scores).coverage >= 0.8
 
 
+@pytest.mark.any_backend
 def test_a_refusal_for_ties_says_so():
     # In the order in which ties are broken, so that some of them would pass.
     order = np.argsort(np.random.default_rng(0).permutation(300))
@@ -392,6 +401,7 @@ def test_a_refusal_for_ties_says_so():
     ).predict([7, 8]).accepted.tolist() == [True, False]
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("arguments", "needed", "outliers"),
     [

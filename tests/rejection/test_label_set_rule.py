@@ -43,6 +43,7 @@ def rule(request):
     return RULES[request.param].fit(*known_data())
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("distinct", [None, 40], ids=["continuous", "ties"])
 def test_sets_hold_the_label_as_often_as_stated(distinct):
     # Calibration data and the others are drawn from one pool, in which every
@@ -71,6 +72,7 @@ def test_sets_hold_the_label_as_often_as_stated(distinct):
         assert one[0] <= 0.8 + 1.0 / 501 + error[0, 0]
 
 
+@pytest.mark.any_backend
 def test_with_confidence_few_calibration_sets_fall_short():
     scores, labels = known_data(1000)
     rng = np.random.default_rng(2)

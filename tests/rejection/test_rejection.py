@@ -113,6 +113,7 @@ def selective_risks(name, choose):
     return np.array(risks), np.array(coverages)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("name", POPULATIONS)
 def test_selective_risk_exceeds_the_promise_as_rarely_as_promised(name):
     risks, coverages = selective_risks(
@@ -123,6 +124,7 @@ def test_selective_risk_exceeds_the_promise_as_rarely_as_promised(name):
     assert exceeded <= DELTA + sampling_error(DELTA, DRAWS)
 
 
+@pytest.mark.any_backend
 def test_the_simulation_notices_a_threshold_without_guarantee():
     def largest_with_low_empirical_risk(scores, errors):
         totals = np.cumsum(errors[np.argsort(scores)])
@@ -135,6 +137,7 @@ def test_the_simulation_notices_a_threshold_without_guarantee():
     assert np.mean(risks > 0.05) > 0.3
 
 
+@pytest.mark.any_backend
 def test_selective_risk_keeps_more_than_the_published_binary_search():
     from scipy import stats
 
@@ -161,6 +164,7 @@ def test_selective_risk_keeps_more_than_the_published_binary_search():
     assert ours.mean() > published.mean() + 0.01
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("n", [50, 333])
 def test_coverage_is_kept_on_average_and_with_confidence(n):
     rng = np.random.default_rng(1)
@@ -182,6 +186,7 @@ def test_coverage_is_kept_on_average_and_with_confidence(n):
     assert np.mean(np.array(thresholds[0.1]) < 0.9) <= limit
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("delta", [None, 0.1])
 def test_false_positive_rate_is_kept(delta):
     rng = np.random.default_rng(2)
@@ -199,6 +204,7 @@ def test_false_positive_rate_is_kept(delta):
         assert exceeded <= delta + sampling_error(delta, DRAWS)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("alpha", [0.05, 0.2])
 def test_conformal_false_alarms_are_as_rare_as_asked(alpha):
     rng = np.random.default_rng(3)
@@ -211,6 +217,7 @@ def test_conformal_false_alarms_are_as_rare_as_asked(alpha):
     assert abs(np.mean(alarms) - alpha) <= deviation
 
 
+@pytest.mark.any_backend
 def test_false_discoveries_stay_under_their_level():
     rng = np.random.default_rng(4)
     proportions, found, plain = [], [], []
@@ -271,6 +278,7 @@ def naive_accepted_at_risk(scores, errors, risk, delta):
     return best
 
 
+@pytest.mark.any_backend
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(12, 120),
@@ -289,6 +297,7 @@ def test_selective_risk_equals_the_procedure_written_out(
     assert bounds.accepted_at_risk(scores, errors, risk, 0.1) == expected
 
 
+@pytest.mark.any_backend
 @settings(max_examples=100, deadline=None)
 @given(
     n=st.integers(1, 300),
@@ -315,6 +324,7 @@ def test_ranks_are_the_smallest_that_keep_the_guarantee(n, coverage, delta):
         assert coverage**n > delta - 1e-9
 
 
+@pytest.mark.any_backend
 def test_risk_bound_is_where_so_few_errors_become_unlikely():
     for errors, n in [(0, 59), (3, 100), (20, 20)]:
         bound = float(bounds.risk_bound(errors, n, 0.05))
@@ -324,6 +334,7 @@ def test_risk_bound_is_where_so_few_errors_become_unlikely():
             assert binomial_cdf(errors, n, bound) == pytest.approx(0.05)
 
 
+@pytest.mark.any_backend
 @settings(max_examples=50, deadline=None)
 @given(
     calibration=st.lists(st.integers(0, 9), min_size=9, max_size=40),
@@ -353,6 +364,7 @@ def test_conformal_p_values_and_decisions_written_out(calibration, scores):
     assert decisions.accepted[decisions.scores <= rule.threshold].all()
 
 
+@pytest.mark.any_backend
 @settings(max_examples=50, deadline=None)
 @given(
     scores=st.lists(
@@ -378,6 +390,7 @@ def test_order_of_calibration_samples_does_not_matter(scores):
 # Ties, constants, shapes ----------------------------------------------------
 
 
+@pytest.mark.any_backend
 def test_constant_scores_are_accepted_together_or_refused_together():
     constant = np.full(200, 3.0)
     assert (
@@ -395,6 +408,7 @@ def test_constant_scores_are_accepted_together_or_refused_together():
         rule.fit(constant, errors=many)
 
 
+@pytest.mark.any_backend
 @settings(max_examples=50, deadline=None)
 @given(
     scores=st.lists(
@@ -423,6 +437,7 @@ def test_p_values_stay_where_rounding_moves_ties(scores, fdr):
         np.testing.assert_array_equal(rule.predict(moved).accepted, accepted)
 
 
+@pytest.mark.any_backend
 def test_order_of_equal_scores_does_not_hide_their_errors():
     # Correct samples first: without shuffling, 100 of the ties would pass.
     scores = np.zeros(1000)
@@ -621,6 +636,7 @@ def test_too_few_samples_are_refused_with_the_number_needed(
     assert fit_on(needed).predict([-1.0]).accepted.all()
 
 
+@pytest.mark.any_backend
 def test_a_risk_out_of_reach_is_refused_with_the_bound_reached():
     scores = np.arange(500.0)
     errors = np.arange(500) % 4 == 0
@@ -639,6 +655,7 @@ def refusal(rule, scores, errors):
     return str(refused.value)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("risk", [0.02, 0.1])
 @pytest.mark.parametrize("n", [240, 1000, 4000])
 @pytest.mark.parametrize("shape", ["even", "late", "early"])
@@ -671,6 +688,7 @@ def test_figures_of_a_refusal_are_those_of_its_own_test(shape, n, risk):
     assert binomial.cdf(wrong, count, risk) > level
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(("n", "every"), [(200, 25), (300, 32), (400, 36)])
 def test_about_as_many_samples_as_a_refusal_names_would_do(n, every):
     def fit_on(count):
@@ -686,6 +704,7 @@ def test_about_as_many_samples_as_a_refusal_names_would_do(n, every):
     refusal(*fit_on(int(max(n, 0.5 * needed))))
 
 
+@pytest.mark.any_backend
 def test_a_refusal_for_ties_says_so():
     # Some of them pass before all of them fail.
     errors = np.random.default_rng(46).random(200) < 0.03
@@ -698,6 +717,7 @@ def test_a_refusal_for_ties_says_so():
 SHARES = [0.01, 0.02, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.98, 0.99, 0.999]
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("share", SHARES)
 def test_as_few_samples_as_are_named_do_in_spite_of_rounding(share):
     for delta in SHARES:
@@ -727,6 +747,7 @@ def check_least_samples(share, delta):
             type(rule)(**rule.get_config()).fit(scores[:-1])
 
 
+@pytest.mark.any_backend
 def test_near_certainty_is_not_called_certain():
     rule = CoverageRule(0.9, None, delta=1e-9)
     assert "99.9999999 % confidence" in rule.guarantee
@@ -785,6 +806,7 @@ def test_bad_scores_are_refused_and_change_nothing(what, new_rule, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("bad", [3.0, ["a"] * 30, [1j] * 30])
 def test_bad_plain_scores_are_refused(bad):
     for rule in (CoverageRule(0.9, None), ConformalRule(0.1, None)):
@@ -839,6 +861,7 @@ def test_packed_scores_are_not_taken_for_plain_ones():
         rule.predict(scores)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, np.nan, "0.5", None, True])
 @pytest.mark.parametrize(
     "make",
@@ -856,6 +879,7 @@ def test_parameters_out_of_range_are_refused(make, value):
         make(value)
 
 
+@pytest.mark.any_backend
 def test_other_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="`method` must be one of"):
         CoverageRule(method="distance")
@@ -900,6 +924,7 @@ def test_known_scores_of_another_model_are_refused():
         FalsePositiveRateRule(0.1).fit(outliers, known_data(gamma=5.0)[0])
 
 
+@pytest.mark.any_backend
 def test_a_fitted_promise_cannot_be_reworded():
     rule = CoverageRule(0.9, None)
     rule.coverage = 0.8
@@ -908,6 +933,7 @@ def test_a_fitted_promise_cannot_be_reworded():
         rule.coverage = 0.99
 
 
+@pytest.mark.any_backend
 def test_missing_scipy_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     rule = SelectiveRiskRule(0.1, method=None)
@@ -954,6 +980,7 @@ def test_save_and_load_give_the_same_rule(new_rule, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["rule.json"]
 
 
+@pytest.mark.any_backend
 def test_a_new_process_decides_the_same(tmp_path):
     fresh, _ = known_data(seed=1, spread=1.5)
     np.save(tmp_path / "fresh.npy", fresh)
@@ -988,6 +1015,7 @@ def saved(tmp_path):
     return path
 
 
+@pytest.mark.any_backend
 def test_a_change_of_any_byte_is_noticed(saved):
     content = saved.read_bytes()
     document = json.loads(content)
@@ -1004,6 +1032,7 @@ def test_a_change_of_any_byte_is_noticed(saved):
             assert json.loads(bytes(changed)) == document
 
 
+@pytest.mark.any_backend
 def test_truncated_and_empty_files_are_refused(saved):
     content = saved.read_bytes()
     # Without the last byte, a line break, it is still whole.
@@ -1013,6 +1042,7 @@ def test_truncated_and_empty_files_are_refused(saved):
             load_rule(saved)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "content",
     [
@@ -1050,6 +1080,7 @@ def forge(path, **changes):
     path.write_text(json.dumps({**document, "checksum": f"sha256:{digest}"}))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "changes",
     [
@@ -1101,6 +1132,7 @@ def test_forged_files_are_refused_as_they_are_loaded(saved, changes):
         load_rule(saved)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("place", ["threshold", "config", "scores", "more"])
 @pytest.mark.parametrize("depth", [300, 900, 3000, 100_000])
 def test_files_that_are_nested_deeply_are_refused(place, depth, saved):
@@ -1112,6 +1144,7 @@ def test_files_that_are_nested_deeply_are_refused(place, depth, saved):
         load_rule(saved)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("digits", [400, 5000])
 def test_files_with_endless_integers_are_refused(digits, saved):
     text = saved.read_text()
@@ -1122,6 +1155,7 @@ def test_files_with_endless_integers_are_refused(digits, saved):
             load_rule(saved)
 
 
+@pytest.mark.any_backend
 def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
     content = saved.read_bytes()
     rule = CoverageRule(0.9).fit(known_data()[0])
@@ -1153,6 +1187,7 @@ class OwnRule(RejectionRule):
         return f"Keeps {self.share:.0%} of the calibration data."
 
 
+@pytest.mark.any_backend
 def test_a_rule_of_ones_own_saves_and_loads(tmp_path):
     scores = np.random.default_rng(0).normal(size=200)
     rule = OwnRule(0.3, method=None).fit(scores)
@@ -1165,6 +1200,7 @@ def test_a_rule_of_ones_own_saves_and_loads(tmp_path):
     )
 
 
+@pytest.mark.any_backend
 def test_a_rule_that_could_not_be_loaded_is_not_saved(tmp_path):
     class Unregistered(OwnRule):
         pass
@@ -1175,6 +1211,7 @@ def test_a_rule_that_could_not_be_loaded_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.any_backend
 def test_a_file_of_an_unknown_rule_is_refused(tmp_path):
     path = tmp_path / "rule.json"
     OwnRule(method=None).fit(np.arange(9.0)).save(path)
@@ -1195,6 +1232,7 @@ TIED = {
 }
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("level", [-25.0, -1e-3, 0.0, 3.0, 1e4])
 @pytest.mark.parametrize("name", TIED)
 def test_inputs_that_share_a_score_stay_together_however_it_is_rounded(
@@ -1223,6 +1261,7 @@ def test_inputs_that_share_a_score_stay_together_however_it_is_rounded(
     assert 750 <= rule.predict(scores).accepted.sum() <= 753
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("level", [-25.0, 0.0, 3.0])
 def test_outliers_that_share_a_score_are_rejected_together(level):
     rng = np.random.default_rng(0)
@@ -1240,6 +1279,7 @@ def test_outliers_that_share_a_score_are_rejected_together(level):
     assert rule.predict(outliers).accepted.sum() == 30
 
 
+@pytest.mark.any_backend
 def test_neighbours_in_float64_keep_their_sides():
     low = 1.0
     high = np.nextafter(low, np.inf)
@@ -1255,6 +1295,7 @@ def _fitted_rule(level=0.9):
     return CoverageRule(level, method=None).fit(np.arange(100.0))
 
 
+@pytest.mark.any_backend
 def test_threads_that_save_to_one_file_leave_it_whole(tmp_path):
     path = tmp_path / "rule.json"
     rules = [_fitted_rule(level) for level in (0.5, 0.6, 0.7, 0.8)]
@@ -1270,6 +1311,7 @@ def test_threads_that_save_to_one_file_leave_it_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["rule.json"]
 
 
+@pytest.mark.any_backend
 def test_saving_keeps_links_permissions_and_long_names(tmp_path):
     path = tmp_path / ("r" * 250 + ".json")
     _fitted_rule(0.5).save(path)
@@ -1282,6 +1324,7 @@ def test_saving_keeps_links_permissions_and_long_names(tmp_path):
     assert load_rule(path).coverage == 0.9
 
 
+@pytest.mark.any_backend
 def test_a_path_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing does not exist"):
         _fitted_rule().save(tmp_path / "missing" / "rule.json")
@@ -1289,6 +1332,7 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path):
         _fitted_rule().save(tmp_path)
 
 
+@pytest.mark.any_backend
 def test_a_byte_order_mark_is_read_over_and_a_repeated_key_refused(tmp_path):
     path = tmp_path / "rule.json"
     _fitted_rule().save(path)
@@ -1333,6 +1377,7 @@ def test_no_rows_are_decided_and_not_learned_from(new_rule):
     assert decisions.accepted.shape == decisions.labels.shape == (0,)
 
 
+@pytest.mark.any_backend
 def test_plain_scores_that_are_nan_are_rejected():
     rule = CoverageRule(0.9, None).fit(np.arange(30.0))
     with pytest.warns(UserWarning, match="1 of 2 rows"):
@@ -1341,6 +1386,7 @@ def test_plain_scores_that_are_nan_are_rejected():
     assert rule.predict([]).accepted.shape == (0,)
 
 
+@pytest.mark.any_backend
 def test_scores_of_a_small_scale_keep_their_order():
     rng = np.random.default_rng(0)
     outliers = 1e-6 * (1.0 + rng.random(19))
@@ -1403,6 +1449,7 @@ def test_nothing_but_nan_is_rejected(count, new_rule):
     assert decisions.labels.tolist() == [-1] * count
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("share", [0.5, 0.01])
 def test_an_error_rate_next_to_the_risk_has_an_end(share):
     rate = np.nextafter(0.05, 0)

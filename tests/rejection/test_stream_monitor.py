@@ -33,6 +33,7 @@ def stream(rng, known, unknown, share=0.2):
 # Mathematics ----------------------------------------------------------------
 
 
+@pytest.mark.any_backend
 def test_every_bet_is_fair():
     # On the scale of the normal quantiles, where bets are smooth.
     z = np.linspace(-7.5, 7.5, 15_001)
@@ -45,6 +46,7 @@ def test_every_bet_is_fair():
     assert (ends > math.log(0.25)).all()
 
 
+@pytest.mark.any_backend
 @settings(max_examples=30, deadline=None)
 @given(
     p=st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=60),
@@ -69,6 +71,7 @@ def test_wealth_is_that_of_a_naive_loop(p, cut):
     np.testing.assert_allclose(np.exp(state), wealth)
 
 
+@pytest.mark.any_backend
 def test_evidence_stays_finite_over_long_streams():
     rng = np.random.default_rng(0)
     state = np.full(martingale.NUM_BETS, -np.inf)
@@ -81,6 +84,7 @@ def test_evidence_stays_finite_over_long_streams():
     assert np.isfinite(evidence).all() and evidence[-1] > 1e5
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("bins", [1, 3, 40])
 def test_smoothed_ranks_are_uniform_and_independent(bins):
     rng = np.random.default_rng(bins)
@@ -100,6 +104,7 @@ def test_smoothed_ranks_are_uniform_and_independent(bins):
     assert abs(neighbours[0, 1]) < 4.0 / math.sqrt(ranks.size)
 
 
+@pytest.mark.any_backend
 def test_the_risk_interval_holds_at_all_times():
     rng = np.random.default_rng(0)
     misses = 0
@@ -124,6 +129,7 @@ def test_the_risk_interval_holds_at_all_times():
 # Streams --------------------------------------------------------------------
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("kind", ["continuous", "ties"])
 def test_alarms_without_a_change_are_as_rare_as_stated(kind):
     alarms = 0
@@ -139,6 +145,7 @@ def test_alarms_without_a_change_are_as_rare_as_stated(kind):
     assert monitor.update(scores[200:] + 5.0).alarm
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("known, limit", [(0, 40), (2000, 100)])
 def test_unknown_inputs_are_noticed_soon(known, limit):
     delays, shares = [], []
@@ -152,6 +159,7 @@ def test_unknown_inputs_are_noticed_soon(known, limit):
     assert 0.1 < np.mean(shares) < 0.3
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("sizes", [[1], [7, 0, 64], [1000]])
 def test_batches_make_no_difference(sizes):
     rng = np.random.default_rng(3)
@@ -172,6 +180,7 @@ def test_batches_make_no_difference(sizes):
     assert (status.inputs, status.rejected) == (300, expected.rejected)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("ulps", [-2, 2])
 def test_rounding_of_scores_that_many_inputs_share_is_no_change(ulps):
     rng = np.random.default_rng(0)
@@ -214,6 +223,7 @@ def test_packed_scores_with_labels_and_nan():
     assert monitor.status == status
 
 
+@pytest.mark.any_backend
 def test_a_monitor_that_was_saved_goes_on(tmp_path):
     rng = np.random.default_rng(0)
     known, scores = rng.normal(size=500), stream(rng, 100, 200)
@@ -239,6 +249,7 @@ def test_a_monitor_that_was_saved_goes_on(tmp_path):
         load_monitor(path)
 
 
+@pytest.mark.any_backend
 def test_what_is_refused_leaves_the_monitor_as_it_was():
     rng = np.random.default_rng(0)
     monitor = monitored(rng.normal(size=100))
@@ -260,6 +271,7 @@ def test_what_is_refused_leaves_the_monitor_as_it_was():
         StreamMonitor(monitor.rule).update([1.0])
 
 
+@pytest.mark.any_backend
 def test_the_picture_shows_evidence_threshold_and_alarm():
     pytest.importorskip("matplotlib")
     rng = np.random.default_rng(0)

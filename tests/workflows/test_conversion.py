@@ -30,7 +30,7 @@ def _network(*head, loss="sparse_categorical_crossentropy"):
             *head,
         ]
     )
-    model.compile(keras.optimizers.Adam(5e-3), loss, metrics=["accuracy"])
+    model.compile(keras.optimizers.Adam(5e-3), loss)
     return model
 
 

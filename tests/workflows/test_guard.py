@@ -226,6 +226,7 @@ def test_a_file_that_is_no_guarded_model_is_refused(trained, tmp_path):
         keras_halo.read_certificate(3)
 
 
+@pytest.mark.any_backend
 @settings(max_examples=60, deadline=None)
 @given(
     scores=st.lists(
