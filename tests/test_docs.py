@@ -59,6 +59,22 @@ def test_short_example_of_the_readme_runs():
     assert names["predictions"].labels.shape == (5,)
 
 
+def test_a_binary_example_of_keras_prints_two_probabilities():
+    model = keras.Sequential([keras.Input((8,)), keras_halo.HALODense(2)])
+    names = {
+        "keras": keras,
+        "keras_halo": keras_halo,
+        "model": model,
+        "img_array": np.ones((1, 8), "float32"),
+    }
+    run(DOCS / "keras-examples.md", names)
+    model.compile("sgd", keras_halo.HALOLoss(), metrics=names["metrics"])
+    # As the page says: labels of one unit stay as they are, floats or not.
+    for y in (np.array([0, 1]), np.array([[0.0], [1.0]])):
+        assert np.isfinite(model.train_on_batch(np.eye(2, 8), y)[0])
+    assert 0 < names["cat"] + names["dog"] <= 1
+
+
 def a_classifier():
     return keras.Sequential(
         [
