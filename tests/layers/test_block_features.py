@@ -287,7 +287,7 @@ def test_a_head_on_all_blocks_of_a_trained_network(tmp_path):
     network = keras.Model(inputs, keras_halo.HALODense(5)(embedding))
     network.compile(keras.optimizers.Adam(1e-2), loss=keras_halo.HALOLoss())
     # Until the outcome no longer hangs on how a compiler rounds.
-    network.fit(*train, epochs=30, verbose=0)
+    network.fit(*train, batch_size=100, epochs=30, verbose=0)
     accuracy_before, auroc_before = accuracy_and_auroc(network)
 
     features = BlockFeatures(data_format="channels_last")(
@@ -301,7 +301,7 @@ def test_a_head_on_all_blocks_of_a_trained_network(tmp_path):
     )
     loss = keras_halo.HALOLoss(label_smoothing=0.003, distill=False)
     model.compile(keras.optimizers.Adam(5e-3), loss=loss, metrics=["accuracy"])
-    model.fit(*train, epochs=5, verbose=0)
+    model.fit(*train, batch_size=100, epochs=5, verbose=0)
     for weight, value in zip(network.weights, before, strict=True):
         np.testing.assert_array_equal(to_numpy(weight), value)
     accuracy, auroc = accuracy_and_auroc(model)

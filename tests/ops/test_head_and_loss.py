@@ -121,6 +121,36 @@ def test_head_and_its_gradients_are_those_of_the_formulas(shape, dtype):
         )
 
 
+def far_by_the_formula(x, centroids, gamma, bias, far_bias, far_scale):
+    norm = geometry.mean_square(x)
+    logits = plain_scores(x, centroids, gamma, bias)[..., :3]
+    top = ops.take_along_axis(
+        logits, ops.argmax(logits, axis=-1, keepdims=True), axis=-1
+    )
+    near = ops.exp(ops.ones_like(norm) * bias)
+    far = ops.exp(
+        (1 - far_scale) * top + far_scale * (0.5 * gamma * norm + far_bias)
+    )
+    return plain_scores(x, centroids, gamma, ops.log(near + far))
+
+
+def fused_far_scores(x, centroids, gamma, bias, far_bias, far_scale):
+    scores = head.packed_scores(x, centroids, gamma, bias)
+    return head.with_far_background(scores, far_bias, far_scale)
+
+
+@functools.cache
+def weighed(function):
+    """The sum of what a function returns, as JAX has to compile it once."""
+
+    def total(x, centroids, gamma, bias, factors, *constants):
+        return ops.sum(
+            function(x, centroids, gamma, bias, *constants) * factors
+        )
+
+    return total
+
+
 @pytest.mark.parametrize("far_scale", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("far_bias", [-4.0, -1.0, 2.0])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -128,41 +158,20 @@ def test_a_far_background_and_its_gradients_are_those_of_the_formulas(
     far_bias, far_scale, dtype
 ):
     rtol = 1e-11 if dtype == "float64" else 2e-5
-
-    def by_the_formula(x, centroids, gamma, bias):
-        norm = geometry.mean_square(x)
-        logits = plain_scores(x, centroids, gamma, bias)[..., :3]
-        top = ops.take_along_axis(
-            logits, ops.argmax(logits, axis=-1, keepdims=True), axis=-1
-        )
-        near = ops.exp(ops.ones_like(norm) * bias)
-        far = ops.exp(
-            (1 - far_scale) * top + far_scale * (0.5 * gamma * norm + far_bias)
-        )
-        return plain_scores(x, centroids, gamma, ops.log(near + far))
-
-    def fused_scores(x, centroids, gamma, bias):
-        far = [
-            ops.cast(ops.convert_to_tensor(value), x.dtype)
-            for value in (far_bias, far_scale)
-        ]
-        scores = head.packed_scores(x, centroids, gamma, bias)
-        return head.with_far_background(scores, *far)
-
     with precision(dtype):
         inputs = arrays((5, 3, 4), dtype)
         factors = weights((5, 3), dtype)
         # Where the background begins, and the layout, are constants.
         factors[:, -2:] = 0.0
-        factors = ops.convert_to_tensor(factors)
+        far = [np.asarray(value, dtype) for value in (far_bias, far_scale)]
         results = [
             value_and_gradients(
-                lambda *a, f=function: ops.sum(f(*a) * factors), *inputs
+                weighed(function), *inputs, constants=[factors, *far]
             )
-            for function in (fused_scores, by_the_formula)
+            for function in (fused_far_scores, far_by_the_formula)
         ]
         parts = packing.unpack(
-            fused_scores(*map(ops.convert_to_tensor, inputs))
+            fused_far_scores(*map(ops.convert_to_tensor, (*inputs, *far)))
         )
     (value, gradients), (expected, plain) = results
     np.testing.assert_allclose(value, expected, rtol=rtol, atol=10 * rtol)
@@ -192,27 +201,28 @@ def test_the_loss_of_a_far_background_keeps_to_the_published_margin(
     y_true = labels if form == "integers" else np.eye(num_classes)[labels]
     margin = geometry.abstain_bias(dim, num_classes, smoothing)
 
-    def loss(bias, far_bias=None):
-        def total(x):
-            scores = head.packed_scores(
-                x,
-                ops.convert_to_tensor(centroids),
-                ops.convert_to_tensor(gamma),
-                ops.convert_to_tensor(np.float32(bias)),
-            )
-            if far_bias is not None:
-                far = ops.convert_to_tensor(np.float32(far_bias))
-                scale = ops.convert_to_tensor(np.float32(1.5))
-                scores = head.with_far_background(scores, far, scale)
-            losses = halo_loss(
-                ops.convert_to_tensor(y_true),
-                scores,
-                label_smoothing=smoothing,
-                block_size=block_size,
-            )
-            return ops.sum(losses)
+    def total(x, bias, far_bias=None):
+        scores = head.packed_scores(
+            x,
+            ops.convert_to_tensor(centroids),
+            ops.convert_to_tensor(gamma),
+            bias,
+        )
+        if far_bias is not None:
+            scale = ops.convert_to_tensor(np.float32(1.5))
+            scores = head.with_far_background(scores, far_bias, scale)
+        losses = halo_loss(
+            ops.convert_to_tensor(y_true),
+            scores,
+            label_smoothing=smoothing,
+            block_size=block_size,
+        )
+        return ops.sum(losses)
 
-        return value_and_gradients(total, x)
+    def loss(*biases):
+        # As constants, so that JAX compiles one function for all of them.
+        constants = [np.float32(bias) for bias in biases]
+        return value_and_gradients(total, x, constants=constants)
 
     expected, (slope,) = loss(margin)
     # Whatever the head decides by, the loss is the same, and so is its slope.
@@ -320,33 +330,37 @@ def test_a_large_mean_of_the_centroids_costs_what_is_said(shift):
     assert error < 8.0 * eps * GAMMA * (1.0 + shift) ** 2
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 5, 100])
-@pytest.mark.parametrize("smoothing, distill, radial_weight", LOSSES[-4:])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_blocks_of_classes_change_nothing(
-    block_size, smoothing, distill, radial_weight, dtype
-):
-    rtol = 1e-12 if dtype == "float64" else 1e-5
+@functools.cache
+def losses_and_gradient(dtype, block_size, *arguments):
+    """Losses of labels of which two are out of range, and their gradient."""
     shape = (12, 7, 3)
-    # Two labels out of range among them.
-    labels = (np.arange(shape[0]) % 9).reshape(3, 4)
+    labels = ops.convert_to_tensor((np.arange(shape[0]) % 9).reshape(3, 4))
+
+    def total(scores, factors):
+        losses = integer_label_losses(labels, scores, *arguments, block_size)
+        return ops.sum(losses * factors)
+
     with precision(dtype):
         scores = to_numpy(
             plain_scores(*map(ops.convert_to_tensor, arrays(shape, dtype)))
         ).reshape(3, 4, -1)
-        tensor = ops.convert_to_tensor(labels)
-        arguments = (smoothing, distill, radial_weight)
-        results = []
-        for function in (
-            lambda s: integer_label_losses(tensor, s, *arguments),
-            lambda s: integer_label_losses(tensor, s, *arguments, block_size),
-        ):
-            losses = to_numpy(function(ops.convert_to_tensor(scores)))
-            _, (gradient,) = value_and_gradients(
-                lambda s, f=function: ops.sum(f(s)), scores
-            )
-            results.append((losses, gradient))
-    (expected, plain), (losses, gradient) = results
+        # The gradient of the factors is the losses.
+        _, (gradient, losses) = value_and_gradients(
+            total, scores, np.ones((3, 4), dtype)
+        )
+    return losses, gradient
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 5, 100])
+@pytest.mark.parametrize("smoothing, distill, radial_weight", LOSSES[-4:])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_blocks_of_classes_change_nothing(
+    smoothing, distill, radial_weight, block_size, dtype
+):
+    rtol = 1e-12 if dtype == "float64" else 1e-5
+    arguments = (smoothing, distill, radial_weight)
+    expected, plain = losses_and_gradient(dtype, None, *arguments)
+    losses, gradient = losses_and_gradient(dtype, block_size, *arguments)
     assert np.isnan(losses).sum() == 2
     np.testing.assert_allclose(losses, expected, rtol=rtol)
     for columns in (slice(0, -3), slice(-3, None)):
