@@ -66,16 +66,17 @@ def find_blocks(model, features):
     >>> [block.shape for block in find_blocks(model, features)]
     [(None, 8, 8, 4), (None, 2, 2, 6)]
     """
-    found = []
+    found, taken = [], set()
     for operation, node in _in_order(features):
         if _is_graph(operation):
             inner = find_blocks(operation, operation.outputs[0])
             if inner:
-                taps = keras.Model(
-                    input_structure(operation),
-                    inner,
-                    name=free_name(model, "blocks"),
-                )
+                # A network may hold several models, and call one twice.
+                name = free_name(model, f"blocks_{len(taken)}")
+                while name in taken:
+                    name += "_"
+                taken.add(name)
+                taps = keras.Model(input_structure(operation), inner, name=name)
                 tensors = taps(*node.arguments.args)
                 found.extend((None, tensor) for tensor in _listed(tensors))
             continue
