@@ -241,8 +241,6 @@ def head_of_table():
 
 
 @pytest.mark.filterwarnings("ignore:.*preprocesses:UserWarning")
-# Keras says so of models inside of models; predictions are compared below.
-@pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_any_architecture_learns_to_abstain(name, tmp_path):
     this = ARCHITECTURES[name]
