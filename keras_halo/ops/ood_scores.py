@@ -308,7 +308,9 @@ def label_scores(logits, ood):
     if isinstance(logits, np.ndarray):
         best = np.max(logits, axis=-1, keepdims=True, initial=-np.inf)
     else:
-        best = tensors.best_of_rows(logits)
+        # No position: of these Keras makes operations on bits, which runtimes
+        # of ONNX do not know.
+        best = tensors.max_of_rows(logits)
     return ood[..., None] + (best - logits)
 
 

@@ -198,10 +198,10 @@ def max_of_rows(matrix: Tensor) -> Tensor:
     ```
 
     Args:
-        matrix: Tensor of shape `(N, K)`.
+        matrix: Tensor of shape `(..., K)`.
 
     Returns:
-        Tensor of shape `(N, 1)`.
+        Tensor of shape `(..., 1)`.
 
     Example:
 
@@ -210,7 +210,7 @@ def max_of_rows(matrix: Tensor) -> Tensor:
     """
     if matrix.shape[0] == 0:
         # Keras refuses this maximum on PyTorch.
-        return matrix[:, :1]
+        return matrix[..., :1]
     return ops.max(matrix, axis=-1, keepdims=True)
 
 

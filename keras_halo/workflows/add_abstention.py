@@ -99,7 +99,7 @@ def add_abstention(
         model: A trained functional or sequential model with one output that
             ends in a classifier, as `convert_head` takes it, with one answer a
             sample. A model inside of it, such as a pretrained one, is looked
-            into.
+            into where nothing that comes after it is read.
         x: Training inputs, whatever `model.predict` takes; or, without `y`, a
             dataset of batches `(x, y)` or `(x, y, sample_weight)`. A few
             hundred samples a class are enough. Data that is augmented should

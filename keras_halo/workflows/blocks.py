@@ -66,15 +66,30 @@ def find_blocks(model, features):
     >>> [block.shape for block in find_blocks(model, features)]
     [(None, 8, 8, 4), (None, 2, 2, 6)]
     """
-    found = []
+    closed = []
+    while True:
+        ends, opened = _found(model, features, closed)
+        # In a file, a layer cannot be part of two models: what is read inside
+        # of a model cannot be, where its output is needed as well.
+        read = [operation for end in ends for operation, _ in _in_order(end)]
+        shared = [o for o in opened if any(o is other for other in read)]
+        if not shared:
+            return ends
+        closed += shared
+
+
+def _found(model, features, closed):
+    """Ends of blocks, and the models inside that were looked into."""
+    found, opened = [], []
     for operation, node in _in_order(features):
-        if _is_graph(operation):
+        if _is_graph(operation) and not any(operation is o for o in closed):
             inner = find_blocks(operation, operation.outputs[0])
             if inner:
+                opened.append(operation)
                 taps = keras.Model(
                     input_structure(operation),
                     inner,
-                    name=free_name(model, "blocks"),
+                    name=free_name(model, f"blocks_{len(opened)}"),
                 )
                 tensors = taps(*node.arguments.args)
                 found.extend((None, tensor) for tensor in _listed(tensors))
@@ -84,7 +99,7 @@ def find_blocks(model, features):
     # Flattened maps know where something is, which averages do not.
     if not (_is_average(features) or any(features is end for end in ends)):
         ends.append(features)
-    return ends
+    return ends, opened
 
 
 def _is_average(tensor):

@@ -171,6 +171,29 @@ def test_blocks_of_keras_applications_are_their_stages(build):
     assert sum(block.shape[-1] for block in found) < 6000
 
 
+def test_models_inside_of_one_are_read_and_saved(digits, tmp_path):
+    x, y = digits
+    inputs = keras.Input((8, 8, 1))
+    tensor = inputs
+    for channels in (4, 6, 8):
+        stage = keras.Sequential(
+            [
+                keras.Input((*tensor.shape[1:],)),
+                layers.Conv2D(channels, 3, activation="relu"),
+            ]
+        )
+        tensor = stage(tensor)
+    outputs = layers.Dense(10)(layers.GlobalAveragePooling2D()(tensor))
+    model = keras.Model(inputs, outputs)
+    guarded = add_abstention(model, x[:200], y[:200], epochs=0, verbose=0)
+    scores = guarded.predict(x[:50], verbose=0)
+    guarded.save(tmp_path / "guarded.keras")
+    loaded = keras.saving.load_model(tmp_path / "guarded.keras")
+    np.testing.assert_allclose(
+        loaded.predict(x[:50], verbose=0), scores, rtol=1e-5, atol=1e-5
+    )
+
+
 def test_layers_can_be_named_and_many_features_are_reduced(digits):
     x, y = digits
     keras.utils.set_random_seed(0)
