@@ -109,7 +109,13 @@ def describe(kind, quickstart, data, scribbles, path):
     for name, images in shown.items():
         ours = model.predict(images, verbose=0)
         np.testing.assert_allclose(ours, p[name], atol=5e-3)
-        assert np.mean(ours.argmax(-1) == p[name].argmax(-1)) > 0.998
+        # Nearly every answer is clear, and the file gives the same.
+        best = np.sort(ours, axis=-1)
+        clear = best[:, -1] - best[:, -2] > 0.01
+        assert clear.mean() > 0.98
+        assert np.array_equal(
+            ours.argmax(-1)[clear], p[name].argmax(-1)[clear]
+        )
     # The column after the classes is "I don't know".
     refused = {name: np.mean(q.argmax(-1) == classes) for name, q in p.items()}
     figures = {
