@@ -10,7 +10,7 @@ from keras_halo.rejection import DecisionLog, StreamMonitor
 
 RULES = {
     "coverage": rejection.CoverageRule(0.9),
-    "joint": rejection.JointRule(risk=0.05, coverage=0.5),
+    "joint": rejection.JointRule(risk=0.04, coverage=0.5),
     "by class": rejection.GroupwiseRule(rejection.CoverageRule(0.9)),
     "sets": rejection.LabelSetRule(0.9),
     "sets by class": rejection.LabelSetRule(0.9, class_conditional=True),
