@@ -113,9 +113,7 @@ def describe(kind, quickstart, data, scribbles, path):
         best = np.sort(ours, axis=-1)
         clear = best[:, -1] - best[:, -2] > 0.01
         assert clear.mean() > 0.98
-        assert np.array_equal(
-            ours.argmax(-1)[clear], p[name].argmax(-1)[clear]
-        )
+        assert np.array_equal(ours.argmax(-1)[clear], p[name].argmax(-1)[clear])
     # The column after the classes is "I don't know".
     refused = {name: np.mean(q.argmax(-1) == classes) for name, q in p.items()}
     figures = {
