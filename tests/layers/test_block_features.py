@@ -64,8 +64,6 @@ class BlockFeaturesLayerTest(testing.TestCase):
                 (True, 4 + 9 + 5 + 3),
                 (False, 4 + 3 + 5 + 3),
             ):
-                if not places and policy != "float32":
-                    continue
                 with self.subTest(policy=policy, places=places), float64():
                     self.run_layer_test(
                         BlockFeatures,

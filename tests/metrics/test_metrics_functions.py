@@ -7,14 +7,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from cases import THOROUGH
 from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
 
 from keras_halo import metrics
 
-NUM_CASES = 1000 if THOROUGH else 250
+NUM_CASES = 1000
 
 # What a score may look like: each makes `size` numbers out of a generator.
 SCORES = {
