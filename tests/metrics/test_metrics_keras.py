@@ -20,6 +20,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
 NUM_CLASSES = 3
 CENTROIDS = np.array([[2.0, 0, 0, 0], [0, 2.0, 0, 0], [-2.0, -2.0, 0, 0]])
 
+# There are things that metrics of the lowest Keras cannot do on PyTorch.
+IS_LOWEST_ON_TORCH = (
+    keras.backend.backend() == "torch" and keras.__version__.startswith("3.10.")
+)
+
 OWN_METRICS = [
     metrics.ExpectedCalibrationError,
     metrics.AbstentionRate,
@@ -636,7 +641,15 @@ def test_the_form_of_labels_can_be_stated():
     [
         lambda: keras.metrics.F1Score(average="macro"),
         keras.metrics.SparseCategoricalAccuracy,
-        lambda: keras.metrics.MeanIoU(NUM_CLASSES),
+        pytest.param(
+            lambda: keras.metrics.MeanIoU(NUM_CLASSES),
+            marks=pytest.mark.xfail(
+                IS_LOWEST_ON_TORCH,
+                reason="counts no label that is out of range",
+                raises=IndexError,
+                strict=True,
+            ),
+        ),
     ],
 )
 def test_wrapped_metrics_honour_masks_ignored_labels_and_batches(make):
@@ -742,13 +755,17 @@ def make_model():
 
 
 def make_metrics():
+    # `fit` cannot try out the function that it counts by at even ones.
+    uneven = [0.15, 0.3, 0.6, 0.8]
+    thresholds = uneven if IS_LOWEST_ON_TORCH else None
+    area = keras.metrics.AUC(thresholds=thresholds, name="auc")
     return [
         metrics.ExpectedCalibrationError(num_bins=5),
         metrics.AbstentionRate(),
         Coverage(),
         metrics.SelectiveAccuracy(),
         metrics.ProbabilityMetric(keras.metrics.F1Score(average="macro")),
-        metrics.ProbabilityMetric(keras.metrics.AUC(name="auc"), class_id=1),
+        metrics.ProbabilityMetric(area, class_id=1),
     ]
 
 
