@@ -67,7 +67,9 @@ def kept_for_a_while(make):
 if keras.backend.backend() == "jax":
     from jax._src.interpreters import mlir
 
-    mlir.make_ir_context = kept_for_a_while(mlir.make_ir_context)
+    # Private: a JAX without it is slower and nothing else.
+    if hasattr(mlir, "make_ir_context"):
+        mlir.make_ir_context = kept_for_a_while(mlir.make_ir_context)
 
 if keras.backend.backend() == "tensorflow":
     for name in ("fit", "train_on_batch"):

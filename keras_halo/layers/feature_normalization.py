@@ -11,7 +11,7 @@ from keras_halo.utils.types import Shape, Tensor
 
 @keras.saving.register_keras_serializable(package="keras_halo")
 class FeatureNormalization(PreciseLayer):
-    """Divides features by their mean magnitude, as `HALODense` does.
+    """Bounds the length of features, as `HALODense` does.
 
     Stands before an embedding that has been taken out of a head, where
     embeddings are needed by themselves.
@@ -31,9 +31,9 @@ class FeatureNormalization(PreciseLayer):
     Example:
 
     >>> layer = keras_halo.layers.FeatureNormalization()
-    >>> x = layer(np.array([[2.0, 0.0]], "float32"))
+    >>> x = layer(np.array([[200.0, 0.0]], "float32"))
     >>> round(float(x[0, 0]), 4)
-    1.1284
+    1.1256
     """
 
     def __init__(self, **kwargs: Any) -> None:

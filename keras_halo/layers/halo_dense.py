@@ -70,9 +70,8 @@ class HALODense(TemperatureLayer):
     Formula:
 
     ```python
-    features = inputs / (
-        sqrt(pi) * mean(abs(inputs), axis=-1) * sqrt(max(n / 256, 1))
-    )
+    magnitude = mean(abs(inputs), axis=-1) + 1 / 4
+    features = inputs / (sqrt(pi) * magnitude * sqrt(max(n / 256, 1)))
     x = dot(features, kernel) + bias
     c = centroids - mean(centroids, axis=0)
     s = gamma * (2 * dot(x, transpose(c)) / D - mean(c ** 2, axis=-1))
@@ -92,10 +91,11 @@ class HALODense(TemperatureLayer):
         abstain_rate: Float in `[0, 0.5)`, the share of training samples on
             which the head abstains. `None` keeps the fixed margin of the
             published method, without a far background. Defaults to `0.01`.
-        normalize: Boolean, whether the input is divided by its mean magnitude
-            before it is embedded, which dropout leaves as it is on average.
-            Without an embedding of its own the head never normalizes. Defaults
-            to `True`.
+        normalize: Boolean, whether the length of the input is bounded before it
+            is embedded: long feature vectors get one mean magnitude, which
+            dropout leaves as it is on average; those of a mean magnitude far
+            below 1 / 4 stay short. Without an embedding of its own the head
+            never normalizes. Defaults to `True`.
         label_smoothing: Float in `[0, 1)`, from which a head with
             `abstain_rate=None` takes its margin: give `HALOLoss` the same.
             Other heads refuse it, there it is the loss that smooths. Defaults

@@ -35,8 +35,9 @@ RADIUS_FLOOR = 1e-3
 MIN_TEMPERATURE = 1e-6
 
 
-# Features of a smaller mean magnitude have no direction worth a name.
-MIN_MAGNITUDE = 1e-6
+# Features of a mean magnitude far below this stay short. Made as long as others,
+# what little they hold would be mostly noise, and a network would memorize it.
+SMALL_MAGNITUDE = 0.25
 
 # More rectified Gaussian features than these are made shorter, so that no step
 # of SGD is too long for the layer behind them.
@@ -123,48 +124,44 @@ def default_embedding_dim(num_classes: int) -> int:
 
 
 def normalized_features(features: Tensor) -> Tensor:
-    """Features of one mean magnitude.
+    """Features that are long or short, but no longer than a bound.
 
-    Not of one root mean square: dropout raises that, and the features of
-    training would be scaled otherwise than those of a prediction. The mean
-    magnitude stays the same on average. The factor gives up to 256 rectified
+    Long features get one mean magnitude, so that the embedding depends on their
+    direction alone. Features of a mean magnitude far below `1 / 4` are scaled
+    by a constant and stay short: their embedding is near the origin, where a
+    head abstains.
+
+    Magnitudes are means of absolute values rather than root mean squares,
+    which dropout raises: the features of training would be scaled otherwise
+    than those of a prediction. The factor gives up to 256 long rectified
     Gaussian features a root mean square of one. More of them get a length of
     16 together: what a gradient step does to the layer behind grows with the
     squared length of its input, and at a usual learning rate of SGD training
     would diverge.
 
-    The gradient is that of the formula, times `min(2 * mean(abs(features)),
-    1)`: that of small features would grow with their inverse.
-
     Formula:
 
     ```python
-    features / (sqrt(pi) * mean(abs(features), axis=-1) * sqrt(max(n / 256, 1)))
+    magnitude = mean(abs(features), axis=-1) + 1 / 4
+    features / (sqrt(pi) * magnitude * sqrt(max(n / 256, 1)))
     ```
 
     Args:
         features: Tensor of shape `(..., n)`.
 
     Returns:
-        Tensor of shape `(..., n)`; zero, with a gradient of zero, where the
-        mean magnitude is below `1e-6`.
+        Tensor of shape `(..., n)`.
 
     Example:
 
-    >>> x = normalized_features(ops.array([[2.0, 0.0]]))
-    >>> round(float(x[0, 0]), 4)
-    1.1284
+    >>> x = normalized_features(ops.array([[200.0, 0.0], [0.5, 0.0]]))
+    >>> ops.convert_to_numpy(x).round(3).tolist()
+    [[1.126, 0.0], [0.564, 0.0]]
     """
+    num_features = features.shape[-1]
     total = ops.sum(ops.abs(features), axis=-1, keepdims=True)
-    mean = total / features.shape[-1]
-    enough = mean > MIN_MAGNITUDE
-    # The branch that is not taken divides by one, so that no gradient is NaN.
-    scale = 1.0 / (math.sqrt(math.pi) * length_factor(features.shape[-1]))
-    scale = scale / ops.where(enough, mean, 1.0)
-    normalized = features * ops.where(enough, scale, 0.0)
-    constant = ops.stop_gradient(normalized)
-    damping = ops.stop_gradient(ops.where(mean < 0.5, 2.0 * mean, 1.0))
-    return constant + damping * (normalized - constant)
+    factor = math.sqrt(math.pi) * length_factor(num_features)
+    return features / (factor * (total / num_features + SMALL_MAGNITUDE))
 
 
 def length_factor(num_features: int) -> float:

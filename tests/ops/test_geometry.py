@@ -271,16 +271,33 @@ def test_normalized_features_have_a_bounded_length(num_features):
     normalized = to_numpy(
         geometry.normalized_features(ops.convert_to_tensor(x))
     )
-    factor = max(num_features / 256, 1.0) ** 0.5
-    expected = x / np.abs(x).mean(-1, keepdims=True) / np.sqrt(np.pi) / factor
+    factor = (np.pi * max(num_features / 256, 1.0)) ** 0.5
+    expected = x / (np.abs(x).mean(-1, keepdims=True) + 0.25) / factor
     np.testing.assert_allclose(normalized, expected, rtol=1e-5)
+    x *= 1e4
+    normalized = to_numpy(
+        geometry.normalized_features(ops.convert_to_tensor(x))
+    )
+    np.testing.assert_allclose(
+        np.abs(normalized).mean(-1), 1.0 / factor, rtol=1e-3
+    )
     if num_features >= 256:
         squared = np.square(normalized).sum(axis=-1).mean()
         assert squared == pytest.approx(256.0, rel=0.1)
 
 
-@pytest.mark.parametrize("magnitude", [1e-4, 0.1, 0.5, 3.0])
-def test_gradients_of_small_features_are_bounded(magnitude):
+def test_short_features_stay_short():
+    x = np.random.default_rng(0).normal(size=(5, 8)).astype("float32")
+    short, shorter = (
+        to_numpy(geometry.normalized_features(ops.convert_to_tensor(f * x)))
+        for f in (1e-4, 1e-5)
+    )
+    np.testing.assert_allclose(short, 10.0 * shorter, rtol=1e-3)
+    np.testing.assert_allclose(short, 4e-4 * x / np.sqrt(np.pi), rtol=1e-3)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-4, 0.1, 0.5, 3.0, 1e12])
+def test_gradients_of_features_are_bounded(magnitude):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 7))
     x *= magnitude / np.abs(x).mean(axis=-1, keepdims=True)
@@ -293,8 +310,10 @@ def test_gradients_of_small_features_are_bounded(magnitude):
     with float64():
         _, (gradient,) = value_and_gradients(total, x)
     # By the quotient rule, row by row.
-    mean = np.abs(x).mean(axis=-1, keepdims=True)
+    mean = np.abs(x).mean(axis=-1, keepdims=True) + 0.25
     along = (factors * x).sum(axis=-1, keepdims=True)
     slope = (factors - along * np.sign(x) / (7 * mean)) / mean / np.sqrt(np.pi)
-    expected = slope * min(2.0 * magnitude, 1.0)
-    np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-9, atol=1e-12)
+    # Four: one over the magnitude up to which features stay short.
+    bound = np.abs(factors) + np.abs(factors).max(axis=-1, keepdims=True)
+    assert np.all(np.abs(gradient) <= 4.0 * bound / np.sqrt(np.pi))
