@@ -33,7 +33,7 @@ class FeatureNormalization(PreciseLayer):
     >>> layer = keras_halo.layers.FeatureNormalization()
     >>> x = layer(np.array([[200.0, 0.0]], "float32"))
     >>> round(float(x[0, 0]), 4)
-    1.1256
+    1.1273
     """
 
     def __init__(self, **kwargs: Any) -> None:

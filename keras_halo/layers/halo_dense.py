@@ -70,7 +70,7 @@ class HALODense(TemperatureLayer):
     Formula:
 
     ```python
-    magnitude = mean(abs(inputs), axis=-1) + 1 / 4
+    magnitude = mean(abs(inputs), axis=-1) + 0.1
     features = inputs / (sqrt(pi) * magnitude * sqrt(max(n / 256, 1)))
     x = dot(features, kernel) + bias
     c = centroids - mean(centroids, axis=0)
@@ -94,7 +94,7 @@ class HALODense(TemperatureLayer):
         normalize: Boolean, whether the length of the input is bounded before it
             is embedded: long feature vectors get one mean magnitude, which
             dropout leaves as it is on average; those of a mean magnitude far
-            below 1 / 4 stay short. Without an embedding of its own the head
+            below 0.1 stay short. Without an embedding of its own the head
             never normalizes. Defaults to `True`.
         label_smoothing: Float in `[0, 1)`, from which a head with
             `abstain_rate=None` takes its margin: give `HALOLoss` the same.

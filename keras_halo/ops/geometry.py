@@ -35,9 +35,9 @@ RADIUS_FLOOR = 1e-3
 MIN_TEMPERATURE = 1e-6
 
 
-# Features of a mean magnitude far below this stay short. Made as long as others,
-# what little they hold would be mostly noise, and a network would memorize it.
-SMALL_MAGNITUDE = 0.25
+# Features of a mean magnitude far below this stay short. Made as long as
+# others, what they hold would be mostly noise, which a network would memorize.
+SMALL_MAGNITUDE = 0.1
 
 # More rectified Gaussian features than these are made shorter, so that no step
 # of SGD is too long for the layer behind them.
@@ -127,7 +127,7 @@ def normalized_features(features: Tensor) -> Tensor:
     """Features that are long or short, but no longer than a bound.
 
     Long features get one mean magnitude, so that the embedding depends on their
-    direction alone. Features of a mean magnitude far below `1 / 4` are scaled
+    direction alone. Features of a mean magnitude far below `0.1` are scaled
     by a constant and stay short: their embedding is near the origin, where a
     head abstains.
 
@@ -142,7 +142,7 @@ def normalized_features(features: Tensor) -> Tensor:
     Formula:
 
     ```python
-    magnitude = mean(abs(features), axis=-1) + 1 / 4
+    magnitude = mean(abs(features), axis=-1) + 0.1
     features / (sqrt(pi) * magnitude * sqrt(max(n / 256, 1)))
     ```
 
@@ -154,9 +154,9 @@ def normalized_features(features: Tensor) -> Tensor:
 
     Example:
 
-    >>> x = normalized_features(ops.array([[200.0, 0.0], [0.5, 0.0]]))
+    >>> x = normalized_features(ops.array([[200.0, 0.0], [0.2, 0.0]]))
     >>> ops.convert_to_numpy(x).round(3).tolist()
-    [[1.126, 0.0], [0.564, 0.0]]
+    [[1.127, 0.0], [0.564, 0.0]]
     """
     num_features = features.shape[-1]
     total = ops.sum(ops.abs(features), axis=-1, keepdims=True)

@@ -283,7 +283,7 @@ def test_the_head_embeds_normalizes_and_measures_by_the_book(normalize):
     layer.far_scale.assign(1.5)
     features = x
     if normalize:
-        magnitude = np.abs(x).mean(-1, keepdims=True) + 0.25
+        magnitude = np.abs(x).mean(-1, keepdims=True) + 0.1
         features = x / (np.sqrt(np.pi) * magnitude)
     embedded = features @ to_numpy(layer.kernel)
     embedded += np.linspace(-1.0, 1.0, 8)

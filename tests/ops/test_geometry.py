@@ -272,7 +272,7 @@ def test_normalized_features_have_a_bounded_length(num_features):
         geometry.normalized_features(ops.convert_to_tensor(x))
     )
     factor = (np.pi * max(num_features / 256, 1.0)) ** 0.5
-    expected = x / (np.abs(x).mean(-1, keepdims=True) + 0.25) / factor
+    expected = x / (np.abs(x).mean(-1, keepdims=True) + 0.1) / factor
     np.testing.assert_allclose(normalized, expected, rtol=1e-5)
     x *= 1e4
     normalized = to_numpy(
@@ -292,8 +292,8 @@ def test_short_features_stay_short():
         to_numpy(geometry.normalized_features(ops.convert_to_tensor(f * x)))
         for f in (1e-4, 1e-5)
     )
-    np.testing.assert_allclose(short, 10.0 * shorter, rtol=1e-3)
-    np.testing.assert_allclose(short, 4e-4 * x / np.sqrt(np.pi), rtol=1e-3)
+    np.testing.assert_allclose(short, 10.0 * shorter, rtol=2e-3)
+    np.testing.assert_allclose(short, 1e-3 * x / np.sqrt(np.pi), rtol=2e-3)
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-4, 0.1, 0.5, 3.0, 1e12])
@@ -310,10 +310,10 @@ def test_gradients_of_features_are_bounded(magnitude):
     with float64():
         _, (gradient,) = value_and_gradients(total, x)
     # By the quotient rule, row by row.
-    mean = np.abs(x).mean(axis=-1, keepdims=True) + 0.25
+    mean = np.abs(x).mean(axis=-1, keepdims=True) + 0.1
     along = (factors * x).sum(axis=-1, keepdims=True)
     slope = (factors - along * np.sign(x) / (7 * mean)) / mean / np.sqrt(np.pi)
     np.testing.assert_allclose(gradient, slope, rtol=1e-9, atol=1e-12)
-    # Four: one over the magnitude up to which features stay short.
+    # Ten: one over the magnitude up to which features stay short.
     bound = np.abs(factors) + np.abs(factors).max(axis=-1, keepdims=True)
-    assert np.all(np.abs(gradient) <= 4.0 * bound / np.sqrt(np.pi))
+    assert np.all(np.abs(gradient) <= 10.0 * bound / np.sqrt(np.pi))
