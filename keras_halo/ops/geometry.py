@@ -155,8 +155,9 @@ def normalized_features(features: Tensor) -> Tensor:
     Example:
 
     >>> x = normalized_features(ops.array([[200.0, 0.0], [0.2, 0.0]]))
-    >>> ops.convert_to_numpy(x).round(3).tolist()
-    [[1.127, 0.0], [0.564, 0.0]]
+    >>> ops.convert_to_numpy(x).round(3)
+    array([[1.127, 0.   ],
+           [0.564, 0.   ]], dtype=float32)
     """
     num_features = features.shape[-1]
     total = ops.sum(ops.abs(features), axis=-1, keepdims=True)
