@@ -111,7 +111,8 @@ def assert_equal_to_rounding(found, expected):
         for pair in zip(found, expected, strict=True):
             assert_equal_to_rounding(*pair)
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-6, nan_ok=True)
+        # A score is a difference of logits, rounded as they are.
+        assert found == pytest.approx(expected, rel=1e-6, abs=2e-6, nan_ok=True)
     else:
         assert found == expected
 
