@@ -162,13 +162,14 @@ class ProbabilityMetric(keras.Metric):
             y_true, y_pred, sample_weight, self.ignore_class, self.dtype
         )
         probabilities = class_probabilities(samples.logits, self.renormalize)
+        labels = _valid_where_uncounted(samples)
         if self.class_id is None:
-            labels = self._encode(samples.labels, probabilities.shape[-1])
+            labels = self._encode(labels, probabilities.shape[-1])
             if getattr(self.metric, "sparse_y_pred", False):
                 probabilities = ops.argmax(probabilities, axis=-1)
         else:
             labels, probabilities = _one_against_rest(
-                samples.labels, probabilities, self.class_id
+                labels, probabilities, self.class_id
             )
         weights = samples.weights
         if weights is None:
@@ -221,6 +222,17 @@ _NOT_OF_CLASSES = (
     keras.metrics.Mean,
     keras.metrics.Sum,
 )
+
+
+def _valid_where_uncounted(samples):
+    """Labels, the first class where a sample has no weight.
+
+    The number of what is ignored, such as 255, need not be that of a class, and
+    metrics that count in a table fail on it, whatever its weight.
+    """
+    if samples.weights is None or are_distributions(samples.labels):
+        return samples.labels
+    return ops.where(ops.equal(samples.weights, 0), 0, samples.labels)
 
 
 def _one_against_rest(labels, probabilities, class_id):
