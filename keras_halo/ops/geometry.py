@@ -124,7 +124,7 @@ def default_embedding_dim(num_classes: int) -> int:
 
 
 def normalized_features(features: Tensor) -> Tensor:
-    """Features that are long or short, but no longer than a bound.
+    """Features of a bounded length.
 
     Long features get one mean magnitude, so that the embedding depends on their
     direction alone. Features of a mean magnitude far below `0.1` are scaled
