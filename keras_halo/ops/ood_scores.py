@@ -253,6 +253,13 @@ def _gap(scores):
     return gap / -(parts.temperature * norm)
 
 
+def _logit_gap(scores):
+    logits = packing.unpack(scores).logits
+    # The difference of the best class to itself is zero and adds nothing.
+    below = tensors.best_of_rows(logits) - logits
+    return ops.sum(below, axis=-1, keepdims=True) / (1 - logits.shape[-1])
+
+
 def _gen(scores):
     log_p = ops.log_softmax(packing.unpack(scores).logits, axis=-1)
     # log(1 - p), whose floor is that of float32 at p = 1.
@@ -271,6 +278,7 @@ _FORMULAS = {
     "gap": _gap,
     "gen": _gen,
     "max_logit": _max_logit,
+    "logit_gap": _logit_gap,
     "joint": _joint,
     "radius": _radius,
     "energy": _energy,
@@ -351,6 +359,7 @@ def ood_score(scores: Scores, method: str = "abstain") -> Array:
     gap              -(max_k s_k - mean_k s_k) / (gamma * |x|)
     gen              sum_k (p_k * (1 - p_k)) ** 0.1,  p = softmax([s_1 ... s_K])
     max_logit        -max_k s_k
+    logit_gap        mean_{k != best} s_k - max_k s_k
     joint            -log(1 - P(abstain)) + D * min_k R(r_k^2)
     radius           -log(2 * min(F, 1 - F)),  F = chi2_D.cdf(D * min_k r_k^2)
     energy           -log(sum_k exp(-gamma * r_k^2))
@@ -374,6 +383,11 @@ def ood_score(scores: Scores, method: str = "abstain") -> Array:
     - `"gen"`: the generalized entropy of the class probabilities. Sees inputs
       between classes. Misses what lies far out.
     - `"max_logit"`: the evidence for the best class. Misses what lies far out.
+    - `"logit_gap"`: how far the best class is ahead of the average of the
+      others, all of them (the authors also propose the nearest few). Centroids
+      are centred, so that the mean of all logits is a constant of a head:
+      inputs rank as by `"max_logit"`, and what that misses is missed. Its zero
+      is a tie of all classes, whatever the head.
     - `"joint"`: rejects what lies near the origin and what lies at an atypical
       distance from every centroid, by the distance that the theory expects.
       New inputs lie nearer than that and are charged for it, the more the
@@ -394,6 +408,11 @@ def ood_score(scores: Scores, method: str = "abstain") -> Array:
       Misses what lies far out, as `"abstain"` does.
     - `"nearest"`: the distance to the nearest centroid. Misses what falls
       short: embeddings that shrink towards the origin or onto a centroid.
+
+    The detector NCI (Liu and Qin, 2025) is not among them: it needs the length
+    of each centroid and the sum of the absolute features, which packed scores
+    do not hold. Where all centroids are equally long, its angle, without that
+    sum, ranks as `"gap"` does.
 
     Args:
         scores: Packed scores of shape `(..., K + 6)`, as `HALODense` emits
@@ -436,6 +455,10 @@ def ood_score(scores: Scores, method: str = "abstain") -> Array:
       Softmax-Based Out-of-Distribution Detection, 2023.
     - Litian Liu, Yao Qin, Fast Decision Boundary based Out-of-Distribution
       Detector, 2024. (The gap.)
+    - Litian Liu, Yao Qin, Detecting Out-of-Distribution through the Lens of
+      Neural Collapse, 2025. (NCI.)
+    - Jiachen Liang et al., Revisiting Logit Distributions for Reliable
+      Out-of-Distribution Detection, 2025. (LogitGap.)
     """
     check_method(method, allow_fitted=True)
     output = read_model_output(scores)

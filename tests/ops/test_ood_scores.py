@@ -52,6 +52,7 @@ def naive_scores(embedding, centroids, gamma, bias):
 def naive_baselines(logits, probabilities, length):
     return {
         "max_logit": -logits.max(),
+        "logit_gap": np.mean(np.sort(logits)[:-1]) - logits.max(),
         "gap": -(logits.max() - logits.mean()) / length,
         "gen": sum((p * (1 - p)) ** 0.1 for p in probabilities),
     }
@@ -228,6 +229,25 @@ def test_the_stated_blind_spots_are_there():
     assert on_score < near_score
     near_score, on_score = ood_score(on_centroid, "radius")
     assert on_score > near_score
+
+
+def test_the_logit_gap_ranks_as_the_largest_logit():
+    rng = np.random.default_rng(10)
+    x, centroids = 3 * rng.normal(size=(50, 6)), rng.normal(size=(4, 6))
+    with float64():
+        scores = packed(x, centroids, gamma=2.5, dtype="float64")
+        gap = ood_score(scores, "logit_gap")
+        largest = ood_score(scores, "max_logit")
+    # Centred centroids make the mean of the logits the same for every input.
+    mean = -2.5 * centroids.var(axis=0).mean()
+    np.testing.assert_allclose(gap, (largest + mean) * 4 / 3, atol=1e-10)
+    assert largest.std() > 1
+
+
+def test_the_logit_gap_of_a_tie_is_zero():
+    scores = packed(np.zeros((1, 4)), 3 * np.eye(4))
+    assert ood_score(scores, "logit_gap") == 0.0
+    assert ood_score(scores, "max_logit") > 1.0
 
 
 def test_abstain_is_the_probability_that_decode_predictions_gives():
