@@ -45,10 +45,8 @@ _LOG_RHO = (-1 / 3, 5 / 36, -67 / 810, 371 / 6480, -293 / 6804)
 
 _MIN_SQUARED_NORM = 1e-12
 
-# The exponent that the authors of the generalized entropy recommend, and what
-# keeps the slope of a power that small finite at zero.
+# The exponent that the authors of the generalized entropy recommend.
 _GEN_POWER = 0.1
-_SMALLEST_REST = 1e-30
 
 # Within this distance of the mean the Taylor series is the more exact one.
 _NEAR_MEAN = 0.05
@@ -261,9 +259,19 @@ def _logit_gap(scores):
 
 
 def _gen(scores):
-    log_p = ops.log_softmax(packing.unpack(scores).logits, axis=-1)
-    # log(1 - p), whose floor is that of float32 at p = 1.
-    log_rest = ops.log(ops.relu(-ops.expm1(log_p)) + _SMALLEST_REST)
+    logits = packing.unpack(scores).logits
+    is_best = tensors.is_best_of_rows(logits)
+    others = _logsumexp(ops.where(is_best, -math.inf, logits))
+    lead = tensors.best_of_rows(logits) - others
+    # Not as 1 - p, which is nothing but rounding where p is nearly one.
+    log_best = -ops.log1p(ops.exp(-lead))
+    log_p = ops.where(is_best, log_best, logits - others + (log_best - lead))
+    log_rest = ops.where(
+        is_best,
+        log_best - lead,
+        # A harmless value in the branch that is not taken.
+        ops.log1p(-ops.exp(ops.where(is_best, -1.0, log_p))),
+    )
     return ops.sum(
         ops.exp(_GEN_POWER * (log_p + log_rest)), axis=-1, keepdims=True
     )

@@ -54,7 +54,11 @@ def naive_baselines(logits, probabilities, length):
         "max_logit": -logits.max(),
         "logit_gap": np.mean(np.sort(logits)[:-1]) - logits.max(),
         "gap": -(logits.max() - logits.mean()) / length,
-        "gen": sum((p * (1 - p)) ** 0.1 for p in probabilities),
+        # Not 1 - p, of which nothing is left where p is nearly one.
+        "gen": sum(
+            (p * np.delete(probabilities, k).sum()) ** 0.1
+            for k, p in enumerate(probabilities)
+        ),
     }
 
 
@@ -202,6 +206,19 @@ def test_scores_keep_resolution_where_probabilities_saturate():
     confident[:, :5] = [[30, 0, 0, 0, 0], [40, 0, 0, 0, 0]]
     doubt = ood_score(confident, "max_probability")
     np.testing.assert_allclose(doubt, 4 * np.exp([-30.0, -40.0]), rtol=1e-3)
+
+
+def test_the_generalized_entropy_of_sure_inputs_is_exact():
+    scores = np.repeat(packed(np.ones((1, 4)), np.eye(4)), 4, axis=0)
+    lead = np.array([8.0, 16.0, 40.0, 200.0])
+    scores[:, :4] = [[top, 0.0, -1.0, 0.0] for top in lead]
+    # Where the others are next to nothing, each adds what it is itself, and
+    # the best class what they are together.
+    parts = np.exp([0.0, -1.0, 0.0])
+    expected = np.exp(-0.1 * lead) * (sum(parts**0.1) + sum(parts) ** 0.1)
+    found = ood_score(scores, "gen")
+    np.testing.assert_allclose(found[1:], expected[1:], rtol=2e-6)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-3)
 
 
 def test_far_and_central_inputs_are_outliers_of_the_joint_score():
