@@ -1,22 +1,31 @@
-"""Parity with numbers of the published method, computed in float64."""
+"""Parity with numbers that were computed without the package.
+
+`golden.json` has those of the published method, in float64. Those of the head
+with its far background, of the loss and of every score are in
+`golden_current.json`: `data/make_golden.py` writes it, with sixty digits.
+"""
 
 import contextlib
 import functools
 import json
 import pathlib
+import subprocess
+import sys
 
+import keras
 import numpy as np
 import pytest
 from helpers import float64, jit, to_numpy, value_and_gradients
 from keras import ops
 
 from keras_halo.losses import halo_loss
-from keras_halo.ops import geometry, packing
+from keras_halo.ops import geometry, head, packing
+from keras_halo.ops.ood_scores import OOD_METHODS, ood_score
 from keras_halo.ops.targets import distilled_targets, smoothed_targets
 
-CASES = json.loads(
-    (pathlib.Path(__file__).parent / "data" / "golden.json").read_text()
-)["cases"]
+DATA = pathlib.Path(__file__).parent / "data"
+
+CASES = json.loads((DATA / "golden.json").read_text())["cases"]
 NAMES = [
     f"K{case['num_classes']}-D{case['embedding_dim']}"
     f"-{'distilled' if case['distill'] else 'plain'}"
@@ -204,3 +213,264 @@ def test_gradients_of_the_mean_loss(case, name, dtype):
     ):
         expected = case[f"mean_loss_grad_{weight}"]
         _assert_close(gradient, expected, PRECISIONS[dtype]["gradients"])
+
+
+CURRENT = {
+    "K{num_classes}-D{embedding_dim}".format(**case): case
+    for case in json.loads((DATA / "golden_current.json").read_text())["cases"]
+}
+
+
+@pytest.fixture(params=list(CURRENT))
+def current(request):
+    return request.param
+
+
+def _current_scores(case, x, centroids, raw_gamma):
+    """Packed scores without and with a far background."""
+    gamma = geometry.to_temperature(raw_gamma)
+    bias, far_bias, far_scale = (
+        ops.convert_to_tensor(np.asarray(case[key], _dtype(x)))
+        for key in ("bias", "far_bias", "far_scale")
+    )
+    near = head.packed_scores(x, centroids, gamma, bias)
+    return near, head.with_far_background(near, far_bias, far_scale)
+
+
+def _dtype(x):
+    return keras.backend.standardize_dtype(x.dtype)
+
+
+def _current_loss(case, labels, scores):
+    return halo_loss(labels, scores, case["label_smoothing"], case["distill"])
+
+
+def _current_quantities(case, x, centroids, raw_gamma, labels, integers):
+    near, far = _current_scores(case, x, centroids, raw_gamma)
+    parts = packing.unpack(far)
+    # The first of the inputs have labels.
+    known = far[: len(case["labels"])]
+    smoothing = case["label_smoothing"]
+    if case["distill"]:
+        of_known = packing.unpack(known)
+        targets = distilled_targets(
+            labels,
+            of_known.logits,
+            of_known.squared_norm,
+            of_known.temperature,
+            smoothing,
+        )
+    else:
+        targets = smoothed_targets(labels, smoothing)
+    # As rows of one array, so that each score is compiled once.
+    both = ops.concatenate([near, far], axis=0)
+    return {
+        "logits": parts.logits,
+        "squared_norm": parts.squared_norm[:, 0],
+        "gamma": parts.temperature[0, 0],
+        "far_radius": parts.far_radius[0, 0],
+        "squared_radii": geometry.squared_radii(
+            parts.logits, parts.squared_norm, parts.temperature
+        ),
+        "targets": targets,
+        "loss": _current_loss(case, labels, known),
+        "loss of integers": _current_loss(case, integers, known),
+        "abstain_logit": packing.unpack(both).abstain_logit[:, 0],
+        **{method: ood_score(both, method) for method in OOD_METHODS},
+    }
+
+
+@functools.cache
+def _computed_now(name, dtype):
+    """What the package says of one case, and gradients, compiled once."""
+    case = CURRENT[name]
+    x, centroids, raw_gamma, labels = (
+        np.asarray(array, dtype)
+        for array in (
+            case["embeddings"] + case["extremes"],
+            case["centroids"],
+            case["raw_gamma"],
+            case["labels"],
+        )
+    )
+    integers = labels.argmax(axis=-1).astype("int32")
+
+    def mean_loss(*weights):
+        _, scores = _current_scores(case, *weights)
+        losses = _current_loss(case, ops.convert_to_tensor(labels), scores)
+        return ops.sum(losses) / len(labels)
+
+    with float64() if dtype == "float64" else contextlib.nullcontext():
+        quantities = functools.partial(_current_quantities, case)
+        # Where single operations are compiled anyway.
+        if keras.backend.backend() == "jax":
+            quantities = jit(quantities)
+        values = quantities(
+            *map(
+                ops.convert_to_tensor,
+                (x, centroids, raw_gamma, labels, integers),
+            )
+        )
+        values = {key: to_numpy(value) for key, value in values.items()}
+        _, gradients = value_and_gradients(
+            mean_loss, x[: len(labels)], centroids, raw_gamma
+        )
+    assert all(value.dtype == dtype for value in values.values())
+    return values, gradients
+
+
+def _rounding(case, dtype):
+    """What rounding may add to a squared radius, for every input.
+
+    It is the difference of terms of the size of `|x|^2`, of which one is
+    divided by a temperature that is kept to a share of one, not of itself.
+    """
+    size = 1.0 + np.array(case["squared_norm"])
+    return 4 * np.finfo(dtype).eps * size * (1.0 + 1.0 / case["gamma"])
+
+
+def _radial_slope(case):
+    """A bound of the slopes of `R` and of the radial tail, times `D`."""
+    nearest = np.min(case["squared_radii"], axis=-1)
+    return case["embedding_dim"] * (
+        0.5 + 0.5 / np.maximum(nearest, geometry.RADIUS_FLOOR)
+    )
+
+
+@pytest.mark.parametrize("name", ["gamma", "far_radius", "training_bias"])
+def test_current_constants(current, dtype, name):
+    case = CURRENT[current]
+    if name == "training_bias":
+        found = geometry.abstain_bias(
+            case["embedding_dim"], case["num_classes"], case["label_smoothing"]
+        )
+    else:
+        found = _computed_now(current, dtype)[0][name]
+    _assert_close(found, case[name], PRECISIONS[dtype]["values"])
+
+
+@pytest.mark.parametrize(
+    "quantity",
+    [
+        "logits",
+        "squared_norm",
+        "squared_radii",
+        "targets",
+    ],
+)
+def test_current_outputs(current, dtype, quantity):
+    case = CURRENT[current]
+    allowance = 0.0
+    if quantity == "squared_radii":
+        allowance = _rounding(case, dtype)[:, None]
+    _assert_close(
+        _computed_now(current, dtype)[0][quantity],
+        case[quantity],
+        PRECISIONS[dtype]["values"],
+        allowance,
+    )
+
+
+def _by_background(case, key):
+    """What is known of the scores without, and then with a far background."""
+    return [*case[f"near_{key}"], *case[f"far_{key}"]]
+
+
+def test_current_abstain_logits(current, dtype):
+    _assert_close(
+        _computed_now(current, dtype)[0]["abstain_logit"],
+        _by_background(CURRENT[current], "abstain_logit"),
+        PRECISIONS[dtype]["values"],
+    )
+
+
+def test_current_loss(current, dtype):
+    case = CURRENT[current]
+    values, _ = _computed_now(current, dtype)
+    labels = np.array(case["labels"])
+    allowance = (_rounding(case, dtype) * _radial_slope(case))[: len(labels)]
+    tolerance = PRECISIONS[dtype]["values"]
+    _assert_close(values["loss"], case["loss"], tolerance, allowance)
+    if labels.max(axis=-1).min() == 1.0:
+        _assert_close(
+            values["loss of integers"], case["loss"], tolerance, allowance
+        )
+
+
+def test_current_gradients(current, dtype):
+    case = CURRENT[current]
+    _, gradients = _computed_now(current, dtype)
+    for gradient, weight in zip(
+        gradients, ("embeddings", "centroids", "raw_gamma"), strict=True
+    ):
+        expected = case[f"gradient_of_{weight}"]
+        _assert_close(gradient, expected, PRECISIONS[dtype]["gradients"])
+
+
+# A closed form stands for the logarithm of `erfc`, to seven digits; PyTorch's
+# softplus jumps by 2e-9 at 20.
+EXACT_TO = {"radius": 1e-6, "joint": 3e-9, "max_probability": 3e-9}
+
+
+@pytest.mark.parametrize("background", ["near", "far"])
+@pytest.mark.parametrize("method", OOD_METHODS)
+def test_current_scores(current, dtype, method, background):
+    case = CURRENT[current]
+    near, far = np.split(_computed_now(current, dtype)[0][method], 2)
+    found = near if background == "near" else far
+    assert np.isfinite(found).all()
+    expected = case[f"{background}_scores"][method]
+    # At the origin the gap has no direction to be the gap of.
+    known = np.full(len(expected), True)
+    if method == "gap":
+        known = np.array(case["squared_norm"]) > 0
+    expected = np.array(expected, "float64")[known]
+    rounding = _rounding(case, dtype)[known]
+    allowance = rounding * case["gamma"]
+    if method in ("joint", "radius"):
+        allowance += rounding * _radial_slope(case)[known]
+    elif method == "gap":
+        # Of a short embedding. What is added to its square bounds the slope.
+        squared_norm = np.array(case["squared_norm"])[known]
+        allowance += np.abs(expected) * (rounding + 1e-12) / squared_norm
+    _assert_close(
+        found[known],
+        expected,
+        max(PRECISIONS[dtype]["values"], EXACT_TO.get(method, 0.0)),
+        allowance,
+    )
+
+
+@pytest.mark.any_backend
+def test_current_numbers_cover_every_score_and_setting():
+    for case in CURRENT.values():
+        assert set(case["near_scores"]) == set(OOD_METHODS)
+    kinds = {(c["distill"], c["label_smoothing"] > 0) for c in CURRENT.values()}
+    assert kinds == {(True, True), (False, True), (False, False)}
+    for case in CURRENT.values():
+        radii = np.array(case["squared_radii"])
+        assert radii.min() < geometry.RADIUS_FLOOR and radii.max() > 1e5
+
+
+@pytest.mark.any_backend
+def test_current_numbers_are_what_their_script_writes(tmp_path):
+    subprocess.run(
+        [sys.executable, str(DATA / "make_golden.py"), str(tmp_path)],
+        check=True,
+        timeout=120,
+    )
+    written = json.loads((tmp_path / "golden_current.json").read_text())
+    written = dict(_numbers(written["cases"]))
+    kept = dict(_numbers(list(CURRENT.values())))
+    assert len(kept) > 1000
+    assert written == pytest.approx(kept, rel=1e-12, abs=0.0)
+
+
+def _numbers(value, path=()):
+    """Every number in nested lists and dictionaries, with its place."""
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _numbers(item, (*path, key))
+    elif value is not None:
+        yield path, value
