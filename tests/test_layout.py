@@ -111,8 +111,9 @@ def test_what_is_run_by_itself_lies_in_scripts():
     for path in tests.rglob("*.py"):
         is_script = '__name__ == "__main__"' in path.read_text("utf-8")
         folder = path.relative_to(tests).parts[0]
-        # This test and the maker of fixtures aside.
-        if path.name not in ("test_layout.py", "make_models.py"):
+        # This test and the makers of fixtures aside.
+        makers = ("make_golden.py", "make_models.py")
+        if path.name not in ("test_layout.py", *makers):
             assert not is_script or folder == "scripts", path
 
 

@@ -26,6 +26,7 @@ IN_SDIST = [
     "tests/conftest.py",
     "tests/constraints.txt",
     "tests/data/golden.json",
+    "tests/data/golden_current.json",
     "tox.ini",
 ]
 
