@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from cases import THOROUGH, passed
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = pathlib.Path(__file__).parent / "scripts" / "trainings.py"
 
 BACKEND = keras.backend.backend()

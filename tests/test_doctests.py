@@ -10,6 +10,8 @@ import pytest
 
 import keras_halo
 
+pytestmark = pytest.mark.slow
+
 # Read, not made, by users: the functions that return them have the example.
 RESULTS = {"CalibrationReport", "OODReport", "Predictions"}
 

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from cases import passed
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = pathlib.Path(__file__).parent / "scripts" / "exchanged.py"
 
 BACKENDS = ("jax", "tensorflow", "torch")

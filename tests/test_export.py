@@ -136,6 +136,7 @@ def test_the_same_decisions_on_a_thousand_inputs(export, deployed, tmp_path):
         assert_same(run(x[:n]), few, f"{export.__name__}, {n} inputs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("export", FORMATS, ids=lambda f: f.__name__)
 def test_a_head_on_the_features_of_all_blocks(export, tmp_path):
     keras.utils.set_random_seed(0)
@@ -183,6 +184,7 @@ def p_values_of(scores, certificate):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("export", FORMATS, ids=lambda f: f.__name__)
 def test_a_guarded_model_decides_alike_outside(export, rule, trained, tmp_path):
@@ -223,6 +225,7 @@ def deployed_float16():
     return with_decisions(train("mixed_float16"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("export", FORMATS, ids=lambda f: f.__name__)
 def test_a_mixed_precision_model_keeps_its_float32_head(
     export, deployed_float16, tmp_path
@@ -251,6 +254,7 @@ def test_a_mixed_precision_model_keeps_its_float32_head(
     assert decoded.embedding_dim == 128
 
 
+@pytest.mark.slow
 def test_quantizing_the_backbone_leaves_the_head_alone(trained, tmp_path):
     # A copy, so that the other tests find the model as it was trained.
     model = keras.models.clone_model(trained)

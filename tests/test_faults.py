@@ -38,6 +38,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no signal 9")
 @pytest.mark.parametrize("epoch, batch", KILLED_AFTER)
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(

@@ -17,6 +17,8 @@ from keras_halo import ClassStatistics, HALODense, HALOLoss, rejection
 
 pytest.importorskip("scipy", reason="needs SciPy")
 
+pytestmark = pytest.mark.slow
+
 SHARDS = 8
 K, D = 4, 6
 

@@ -19,6 +19,8 @@ from keras_halo import layers, losses, metrics, plots, rejection, workflows
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 pytest.importorskip("scipy", reason="needs SciPy")
 
+pytestmark = pytest.mark.slow
+
 N, K, D = 40, 3, 6
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(N, D)).astype("float32")

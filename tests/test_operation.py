@@ -8,6 +8,8 @@ import keras_halo
 from keras_halo import HALODense, HALOLoss, rejection
 from keras_halo.rejection import DecisionLog, StreamMonitor
 
+pytestmark = pytest.mark.slow
+
 RULES = {
     "coverage": rejection.CoverageRule(0.9),
     "joint": rejection.JointRule(risk=0.04, coverage=0.5),

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 import keras_halo
 
 SOURCE = pathlib.Path(keras_halo.__file__).parent
@@ -30,6 +32,7 @@ def test_no_backend_is_imported():
     assert found == set()
 
 
+@pytest.mark.slow
 def test_imports_with_keras_and_numpy_alone():
     # A finder that hides what only the extras bring.
     program = """

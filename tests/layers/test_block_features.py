@@ -263,6 +263,7 @@ def test_float16_features_do_not_overflow():
     np.testing.assert_allclose(outputs[:, -1], np.log(3**0.5 * 6e4), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_head_on_all_blocks_of_a_trained_network(tmp_path):
     keras.utils.set_random_seed(0)
     x, y, unknown = known_and_unknown()

@@ -352,6 +352,7 @@ def in_a_new_process(model, x, folder):
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_layers_in_a_functional_model_survive_a_new_process(tmp_path):
     rng = np.random.default_rng(8)
     inputs = keras.Input((6,))

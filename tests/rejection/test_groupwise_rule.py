@@ -238,6 +238,7 @@ def trained():
     return model, x[320:], labels[320:], 4.0 * rng.normal(size=(320, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["coverage", "risk", "conformal", "outliers"])
 def test_thresholds_by_class_go_into_layer_and_model(name, trained, tmp_path):
     model, x, labels, new = trained

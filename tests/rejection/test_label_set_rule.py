@@ -196,6 +196,7 @@ def trained():
     return model, x[320:], labels[320:], 3.0 * rng.normal(size=(320, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_a_guarded_model_answers_with_the_sets(name, trained, tmp_path):
     model, x, labels, new = trained

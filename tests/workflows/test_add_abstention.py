@@ -14,6 +14,8 @@ from keras_halo.workflows.add_abstention import (
 )
 from keras_halo.workflows.blocks import find_blocks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def digits():

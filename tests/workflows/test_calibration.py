@@ -10,6 +10,8 @@ from keras_halo.ops import geometry
 from keras_halo.workflows.calibrate import calibrate
 from keras_halo.workflows.fit_class_gaussians import fit_class_gaussians
 
+pytestmark = pytest.mark.slow
+
 special = pytest.importorskip("scipy.special")
 
 

@@ -10,6 +10,8 @@ from helpers import to_numpy
 import keras_halo
 from keras_halo import HALODense, HALOLoss, HALOSoftmax, convert_head
 
+pytestmark = pytest.mark.slow
+
 NUM_TRAINING = 1200
 
 

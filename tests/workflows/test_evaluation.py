@@ -15,6 +15,8 @@ from keras_halo.workflows import OODReport, evaluate_ood
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 
+pytestmark = pytest.mark.slow
+
 NUM_CLASSES, DIM, BIAS = 3, 6, 0.2
 CENTROIDS = 1.2 * np.eye(NUM_CLASSES, DIM)
 

@@ -15,6 +15,8 @@ import keras_halo
 from keras_halo import HALODense, HALOLoss, rejection
 from keras_halo.rejection import bounds
 
+pytestmark = pytest.mark.slow
+
 BATCH = 64
 
 

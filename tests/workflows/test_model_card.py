@@ -11,6 +11,8 @@ from digits import known_and_unknown
 import keras_halo
 from keras_halo import HALODense, HALOLoss, rejection
 
+pytestmark = pytest.mark.slow
+
 TEXTS = {
     "name": "digits | 0 to 4",
     "intended_use": "Reads digits.\n\nNot for letters.",

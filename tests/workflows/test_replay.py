@@ -12,6 +12,8 @@ from keras_halo import HALODense, HALOLoss, rejection
 from keras_halo.rejection import DecisionLog
 from keras_halo.workflows.command_line import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):

@@ -19,6 +19,8 @@ from sklearn.model_selection import cross_val_predict, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+pytestmark = pytest.mark.slow
+
 FIT = {"epochs": 12, "batch_size": 10, "verbose": 0}
 NAMES = np.array(["right", "up", "left"])
 
