@@ -48,7 +48,7 @@ QUICK = {
 SMOKE = {
     "dataset": "digits",
     "seeds": 1,
-    "epochs": 5,
+    "epochs": 3,
     "batch_size": 32,
     "hold_out": [8, 9],
     "methods": [

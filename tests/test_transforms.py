@@ -339,8 +339,10 @@ def test_sparse_inputs(head):
 # The compiler of PyTorch warns of how Keras makes gradients.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch alone")
-@pytest.mark.parametrize("device_dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "device_dtype, compiled",
+    [("bfloat16", False), ("float16", False), ("bfloat16", True)],
+)
 def test_autocast_of_torch_ends_at_the_head(device_dtype, compiled):
     import torch
 
