@@ -258,6 +258,13 @@ class Data:
         self.x_test = prepare(x_test[asked])
         self.y_test = np.searchsorted(classes, y_test[asked])
         self.unknown = {name: prepare(x) for name, x in unknown.items()}
+        for name, inputs in self.unknown.items():
+            if inputs.shape[1:] != self.x.shape[1:]:
+                raise ValueError(
+                    f"Unknown inputs must have the shape of those of {path}, "
+                    f"{self.x.shape[1:]}. Received: {inputs.shape[1:]} of "
+                    f"{name!r}."
+                )
         if corrupted:
             if self.kind != "images":
                 raise ValueError(

@@ -23,6 +23,7 @@ DATA = (
     ("shuttle, rare states", "shuttle", "rare"),
     ("spoken digits, 3 held out", "speech", "held out"),
     ("MNIST, 3 held out", "mnist", "held out"),
+    ("Fashion-MNIST, 7 sets", "fashion", "mean of 7 sets"),
     ("CIFAR-10, CIFAR-100", "cifar10", "CIFAR-100"),
     ("CIFAR-10, textures", "cifar10", "textures"),
     ("CLINC150, 30 held out", "clinc-held-out", "held out"),
