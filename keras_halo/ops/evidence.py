@@ -44,6 +44,11 @@ MAX_EXCESS = 0.1
 # several times as many new inputs, so it stays this much farther away.
 WIDENING = 1.25
 
+# Known inputs lie at least this far above either background on average, in
+# nats. A network that has learned little tells them hardly apart from the
+# origin, and the two backgrounds together would reject all of them.
+MIN_MARGIN = 1.5
+
 # The largest ratio of the units of either kind of evidence.
 MAX_SCALE = 4.0
 
@@ -119,13 +124,39 @@ def class_evidence(logits, squared_norm, temperature):
     return ops.concatenate([near, far], axis=-1)
 
 
+def margins(state):
+    """How far known inputs lie above the two backgrounds on average, in nats.
+
+    Formula:
+
+    ```python
+    margins = max(-1.25 * offset * sqrt(variance), 1.5)
+    ```
+
+    Args:
+        state: `EvidenceStatistics`.
+
+    Returns:
+        Tensor of shape `(2,)`.
+
+    Example:
+
+    >>> offset, variance = ops.array([-2.0, -2.0]), ops.array([4.0, 0.01])
+    >>> state = EvidenceStatistics(offset, variance, offset, ops.array(9.0))
+    >>> ops.convert_to_numpy(margins(state)).tolist()
+    [5.0, 1.5]
+    """
+    margin = -WIDENING * state.offset * ops.sqrt(state.variance)
+    return ops.maximum(margin, MIN_MARGIN)
+
+
 def biases(state):
     """Where running statistics place the two backgrounds.
 
     Formula:
 
     ```python
-    biases = mean + 1.25 * offset * sqrt(variance)
+    biases = mean - margins
     ```
 
     Args:
@@ -141,7 +172,7 @@ def biases(state):
     >>> ops.convert_to_numpy(biases(state)).tolist()
     [-4.0, -4.0]
     """
-    return state.mean + WIDENING * state.offset * ops.sqrt(state.variance)
+    return state.mean - margins(state)
 
 
 def far_scale(state):
@@ -153,15 +184,14 @@ def far_scale(state):
     Formula:
 
     ```python
-    margin = -1.25 * offset * sqrt(variance)
-    far_scale = clip(margin[0] / margin[1], 1 / 4, 4)
+    far_scale = clip(margins[0] / margins[1], 1 / 4, 4)
     ```
 
     Args:
         state: `EvidenceStatistics`.
 
     Returns:
-        Scalar tensor; one where the far evidence does not vary.
+        Scalar tensor.
 
     Example:
 
@@ -170,11 +200,8 @@ def far_scale(state):
     >>> float(far_scale(state))
     1.5
     """
-    margin = -state.offset * ops.sqrt(state.variance)
-    near, far = ops.unstack(margin, 2)
-    varies = far > 1e-6
-    ratio = near / ops.where(varies, far, 1.0)
-    return ops.where(varies, ops.clip(ratio, 1.0 / MAX_SCALE, MAX_SCALE), 1.0)
+    near, far = ops.unstack(margins(state), 2)
+    return ops.clip(near / far, 1.0 / MAX_SCALE, MAX_SCALE)
 
 
 def updated(state, evidence, share, mask=None):

@@ -420,6 +420,28 @@ def test_a_trained_head_abstains_from_few_known_and_from_what_lies_far():
     assert np.mean(scores[:, :4].argmax(axis=-1) == 3) >= 0.99
 
 
+def test_a_network_that_has_learned_nothing_yet_does_not_abstain():
+    # Dropout makes the evidence of training batches vary more than that of new
+    # inputs, by little, but so little is all there is.
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(640, 20)).astype("float32")
+    small = keras.initializers.RandomNormal(stddev=0.01)
+    model = keras.Sequential(
+        [
+            keras.layers.Input((20,)),
+            keras.layers.Dense(64, "relu", kernel_initializer=small),
+            keras.layers.Dropout(0.5),
+            HALODense(2),
+        ]
+    )
+    model.compile("adam", HALOLoss())
+    model.fit(x, rng.integers(2, size=640), batch_size=32, verbose=0)
+    new = rng.normal(size=(500, 20)).astype("float32")
+    answers = model.predict(new, verbose=0)[:, :3].argmax(axis=-1)
+    assert np.mean(answers == 2) <= 0.02
+
+
 def test_masked_positions_do_not_count():
     x = np.random.default_rng(0).normal(size=(2, 5, 4)).astype("float32")
     mask = np.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]], bool)

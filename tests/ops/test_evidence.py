@@ -171,6 +171,18 @@ def test_the_unit_of_the_far_evidence_is_a_ratio_of_margins():
     assert scale([-3.0, -3.0], [9.0, 4.0]) == pytest.approx(1.5)
     assert scale([-3.0, -3.0], [9.0, 1e4]) == pytest.approx(0.25)
     assert scale([-3.0, -3.0], [9.0, 1e-4]) == pytest.approx(4.0)
-    # Evidence that does not vary has no unit.
-    assert scale([-3.0, -3.0], [9.0, 0.0]) == 1.0
+    # A margin is never below 1.5 nats.
+    assert scale([-1.2, -3.0], [4.0, 0.0]) == pytest.approx(2.0)
     assert scale([0.0, 0.0], [0.0, 0.0]) == 1.0
+
+
+def test_an_average_known_input_lies_clearly_above_either_background():
+    for offset, variance in ((-2.5, 1e-4), (0.0, 4.0), (-8.0, 0.0)):
+        state = state_at()._replace(
+            mean=ops.convert_to_tensor(np.float32([-1.0, -9.0])),
+            offset=ops.convert_to_tensor(np.float32([offset, -2.0])),
+            variance=ops.convert_to_tensor(np.float32([variance, 4.0])),
+        )
+        np.testing.assert_allclose(
+            to_numpy(evidence.biases(state)), [-2.5, -14.0], rtol=1e-6
+        )
