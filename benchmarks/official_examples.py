@@ -18,11 +18,12 @@ left out, with the reason. `--mnist` is an `.npz` file with `x` and `y`,
 `--cifar10` one with `x_train`, `y_train`, `x_test` and `y_test`. `--reviews`
 has a review a line: a number, a rating that is negative or positive, and the
 text, separated by tabs; the sdist of vaderSentiment has such files in the
-archive of its `additional_resources`. `--series` is `FordA_TRAIN.tsv`, with `FordA_TEST.tsv`
-beside it, or an `.npz` file with recordings of 8 kHz end to end, `samples`,
-where each begins and the last one ends, `offsets`, and `y`. `--backbone` is a
-Keras model from pictures of 96 x 96 pixels to a map of features;
-`examples/transfer_learning.py --save-backbone` makes one with ImageNet weights.
+archive of its `additional_resources`. `--series` is `FordA_TRAIN.tsv`, with
+`FordA_TEST.tsv` beside it, or an `.npz` file with recordings of 8 kHz end to
+end, `samples`, where each begins and the last one ends, `offsets`, and `y`.
+`--backbone` is a Keras model from pictures of 96 x 96 pixels to a map of
+features; `examples/transfer_learning.py --save-backbone` makes one with
+ImageNet weights.
 
 Every run is a file in the output folder, there as a whole or not at all: the
 same command again makes what is missing. Needs `keras-halo[tools]`.
