@@ -54,11 +54,12 @@ class HALODense(TemperatureLayer):
     and finds the quantiles below which `abstain_rate / 2` of the training
     samples lie, once for either background. The backgrounds begin a quarter
     farther away from the mean, because new inputs are recognized less surely
-    than training samples. No label and no gradient is involved, and the loss
-    does not see the result: it trains against the fixed margin of the published
-    method. The statistics stand still with `training=False`, with
-    `trainable=False` and for masked positions. The layer cannot see
-    `sample_weight` or `ignore_class`; mask what must not count.
+    than training samples, and at least 1.5 nats away, because a network that
+    has learned nothing yet hardly tells inputs apart. No label and no gradient
+    is involved, and the loss does not see the result: it trains against the
+    fixed margin of the published method. The statistics stand still with
+    `training=False`, with `trainable=False` and for masked positions. The layer
+    cannot see `sample_weight` or `ignore_class`; mask what must not count.
 
     How many new inputs are rejected depends on how well the network
     generalizes. Where the rate matters, fit a threshold
