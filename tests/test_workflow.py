@@ -90,6 +90,7 @@ def test_a_head_trained_calibrated_converted_fitted_and_in_scikit_learn():
     first = report()
     calibration = keras_halo.calibrate(model, x[held], y[held], verbose=0)
     assert report().accuracy_forced == first.accuracy_forced
+    assert report().nll_renormalized != first.nll_renormalized
     calibration.undo()
     assert report().nll_renormalized == first.nll_renormalized
 
