@@ -138,18 +138,25 @@ def packed_scores(trained):
     model, x, _ = trained
     row = model.predict(x[:1], verbose=0)[0]
     shares = ops.convert_to_numpy(ops.softmax(row[None]))[0]
-    names = [f"$s_{{{k}}}$" for k in range(len(row) - 4)]
-    names += ["$b$", "$|x|^2$", r"$\gamma$", "$D$"]
+    units = model.layers[-1].units
+    names = [f"$s_{{{k}}}$" for k in range(units)]
+    names += ["$a$", "$|x|^2$", r"$\gamma$", "$D$", r"$\kappa$", "layout"]
+    num_geometry = len(row) - units - 1
     figure, ax = plt.subplots(figsize=(9, 3))
-    kinds = [COLORS[0]] * (len(row) - 4) + [COLORS[1]] + [COLORS[2]] * 3
+    kinds = [COLORS[0]] * units + [COLORS[1]] + [COLORS[2]] * num_geometry
     ax.bar(range(len(row)), shares, color=kinds)
     for column, (value, share) in enumerate(zip(row, shares, strict=True)):
-        text = f"{value:.1f}" if abs(value) < 1e6 else f"{value:.0e}"
-        ax.text(column, share + 0.03, text, ha="center", fontsize=8)
+        is_huge = abs(value) > 1e6
+        text = f"{value:.1e}" if is_huge else f"{value:.1f}"
+        turn = 90 if is_huge else 0
+        ax.text(
+            column, share + 0.03, text, ha="center", fontsize=8, rotation=turn
+        )
     ax.set_xticks(range(len(row)), names)
     ax.set(ylim=(0, 1.15), ylabel="after softmax")
-    parts = ((0.5 * (len(row) - 5), "classes"), (len(row) - 4, "abstain"))
-    for place, name in (*parts, (len(row) - 2, "geometry")):
+    middle = units + 0.5 * (num_geometry + 1)
+    parts = ((0.5 * (units - 1), "classes"), (units, "abstain"))
+    for place, name in (*parts, (middle, "geometry")):
         ax.text(
             place, -0.24, name, ha="center", transform=ax.get_xaxis_transform()
         )

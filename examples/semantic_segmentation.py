@@ -110,7 +110,7 @@ pixels with `ignore_class`.
 
 Metrics that only look for the largest column, such as `"accuracy"`, can read
 the output of `HALODense` as it is. `MeanIoU` counts columns, of which there are
-more than classes: "I don't know", and three with the geometry that the loss
+more than classes: "I don't know", and five with the geometry that the loss
 needs. `ProbabilityMetric` hands it what a softmax would have.
 """
 

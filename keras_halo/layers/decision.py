@@ -36,7 +36,7 @@ class Decision(ScoreLayer):
 
     ```python
     label = argmax_k s_k
-    threshold=None:   accepted = max_k s_k >= b
+    threshold=None:   accepted = max_k s_k >= a
     otherwise:        accepted = ood_score <= threshold
     list:             accepted = ood_score <= threshold[argmax_k s_k]
     outputs = where(accepted, label, -1)

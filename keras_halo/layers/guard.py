@@ -37,7 +37,7 @@ class Guard(Decision):
     Formula:
 
     ```python
-    probabilities = softmax([s_1, ..., s_K, b])[:K]
+    probabilities = softmax([s_1, ..., s_K, a])[:K]
     p_value = (1 + #{calibration scores >= score}) / (n + 1)
     ```
 

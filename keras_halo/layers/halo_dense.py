@@ -86,16 +86,16 @@ class HALODense(TemperatureLayer):
     Args:
         units: Integer, at least 2. The number of classes.
         embedding_dim: Integer, at least 2, the size `D` of the embedding.
-            `"auto"`, the default, takes the power of two from twice the number
-            of classes on, between 128 and 1024. `None` takes the input itself
-            as the embedding.
+            `"auto"`, the default, takes the smallest power of two that is at
+            least `2 * units`, within 128 and 1024. `None` takes the input
+            itself as the embedding.
         abstain_rate: Float in `[0, 0.5)`, the share of training samples on
             which the head abstains. `None` keeps the fixed margin of the
             published method, without a far background. Defaults to `0.01`.
-        normalize: Boolean, whether the length of the input is bounded before it
-            is embedded: long feature vectors get one mean magnitude, which
+        normalize: Boolean, whether the norm of the input is bounded before it
+            is embedded: large feature vectors get one mean magnitude, which
             dropout leaves as it is on average; those of a mean magnitude far
-            below 0.1 stay short. Without an embedding of its own the head
+            below 0.1 stay small. Without an embedding of its own the head
             never normalizes. Defaults to `True`.
         label_smoothing: Float in `[0, 1)`, from which a head with
             `abstain_rate=None` takes its margin: give `HALOLoss` the same.

@@ -20,7 +20,7 @@ class HALOSoftmax(ScoreLayer):
     Formula:
 
     ```python
-    abstain=True:   p = softmax([s_1, ..., s_K, b])
+    abstain=True:   p = softmax([s_1, ..., s_K, a])
     abstain=False:  p = softmax([s_1, ..., s_K])
     ```
 

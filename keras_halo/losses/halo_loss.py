@@ -143,16 +143,18 @@ class HALOLoss(PackedScoresLoss):
     loss = cross_entropy + radial_weight * sum_k Y_k * R(r_k^2)
     ```
 
-    where `q` are the soft targets made of the labels `Y`, and `r_k^2` is the
-    mean squared distance to the centroid of class `k`. Below `r^2 = 1e-3` the
-    logarithm continues as its tangent.
+    where `q` are the soft targets made of the labels `Y`, `b` is the fixed
+    margin of the published method, not the abstain logit of the scores, and
+    `r_k^2` is the mean squared distance to the centroid of class `k`. Below
+    `r^2 = 1e-3` the logarithm continues as its tangent.
 
     Args:
         label_smoothing: Float in `[0, 1)`. With `distill=False`, the share of
             the target spread evenly over the classes. With `distill=True`, the
             temperature at which the distances to the other classes become
-            target mass. `0` takes the labels as they are in both cases. Give
-            `HALODense` the same value. Defaults to `0.1`.
+            target mass. `0` takes the labels as they are in both cases. A
+            head with `abstain_rate=None`, such as `HALODense.reference`, needs
+            the same value; others take none. Defaults to `0.1`.
         distill: Boolean. `True` makes the soft targets of the network's own
             distances, so that a class close by gets more than one far away;
             no gradient flows into them. `False` smooths evenly. Defaults to

@@ -39,7 +39,7 @@ class AbstentionRate(PackedMean):
     Formula:
 
     ```python
-    abstention_rate = mean(argmax([s_1, ..., s_K, b]) == K)
+    abstention_rate = mean(argmax([s_1, ..., s_K, a]) == K)
     ```
 
     Args:

@@ -37,7 +37,7 @@ class ProbabilityMetric(keras.Metric):
 
     ```python
     renormalize=True:    p = softmax([s_1, ..., s_K])
-    renormalize=False:   p = softmax([s_1, ..., s_K, b])[:K]
+    renormalize=False:   p = softmax([s_1, ..., s_K, a])[:K]
     class_id=None:       metric.update_state(y_true, p)
     class_id=c:          metric.update_state(y_true == c, p[c])
     ```

@@ -157,7 +157,7 @@ def class_probabilities(logits, renormalize):
 
     ```python
     renormalize=True:    p = softmax([s_1, ..., s_K])
-    renormalize=False:   p = softmax([s_1, ..., s_K, b])[:K]
+    renormalize=False:   p = softmax([s_1, ..., s_K, a])[:K]
     ```
 
     Args:

@@ -21,7 +21,7 @@ class SelectiveAccuracy(PackedMean):
     Formula:
 
     ```python
-    answer = argmax([s_1, ..., s_K, b])
+    answer = argmax([s_1, ..., s_K, a])
     selective_accuracy = mean((answer == label)[answer < K])
     ```
 

@@ -511,12 +511,12 @@ def log_probabilities(logits: Tensor, abstain_logit: Tensor) -> Tensor:
     Formula:
 
     ```python
-    log_p = log_softmax([s_1, ..., s_K, b])
+    log_p = log_softmax([s_1, ..., s_K, a])
     ```
 
     Args:
         logits: Tensor `s` of shape `(..., K)`.
-        abstain_logit: Tensor `b` of shape `(..., 1)`.
+        abstain_logit: Tensor `a` of shape `(..., 1)`.
 
     Returns:
         Tensor of shape `(..., K + 1)`, abstain last.
@@ -538,7 +538,7 @@ def cross_entropy(
     Formula:
 
     ```python
-    H = -sum_k q_k * log softmax([s_1, ..., s_K, b])_k
+    H = -sum_k q_k * log softmax([s_1, ..., s_K, a])_k
     ```
 
     Abstaining competes in the softmax and is never a target: it wins by
@@ -547,7 +547,7 @@ def cross_entropy(
     Args:
         targets: Tensor `q` of shape `(..., K)`.
         logits: Tensor `s` of shape `(..., K)`.
-        abstain_logit: Tensor `b` of shape `(..., 1)`.
+        abstain_logit: Tensor `a` of shape `(..., 1)`.
 
     Returns:
         Tensor of shape `(..., 1)`.

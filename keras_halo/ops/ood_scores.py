@@ -412,8 +412,10 @@ def ood_score(scores: Scores, method: str = "abstain") -> Array:
       lies too near to a centroid, or on the boundary between two.
     - `"max_probability"`: the negative log-probability of the answer that is
       not "I don't know"; the probabilities of the classes are not scaled up
-      to one, so abstaining counts as doubt. Sees inputs between classes.
-      Misses what lies far out, as `"abstain"` does.
+      to one, so abstaining counts as doubt. Sees inputs between classes, and
+      what lies far out where the head has a far background. Where it has none
+      (`HALODense.reference`, `HALOSimilarity`) it misses the latter, as
+      `"abstain"` does.
     - `"nearest"`: the distance to the nearest centroid. Misses what falls
       short: embeddings that shrink towards the origin or onto a centroid.
 

@@ -41,10 +41,10 @@ class CalibrationReport:
     known samples; P(abstain) is their mean probability of abstaining.
 
     Args:
-        old_temperature: Float, `gamma` before.
-        temperature: Float, `gamma` after.
-        old_abstain_bias: Float, `b` before.
-        abstain_bias: Float, `b` after.
+        old_temperature: Float, the inverse temperature `gamma` before.
+        temperature: Float, the same after.
+        old_abstain_bias: Float, the bias of the near background before.
+        abstain_bias: Float, the same after.
         old_nll: Float, mean negative log-likelihood of the labels before.
         nll: Float, the same after. Never larger, up to rounding.
         old_ece: Float, expected calibration error before: 15 bins of equal

@@ -28,7 +28,8 @@ class Predictions:
             a class has `1 - 2 / embedding_dim`.
         squared_norm: Array of shape `(...)`, the mean squared distance of the
             embedding to the origin.
-        temperature: Array of shape `(...)`, the temperature of the distances.
+        temperature: Array of shape `(...)`, the inverse temperature `gamma`:
+            distances are multiplied by it.
         embedding_dim: Integer, the size of the embedding; 0 for no rows.
 
     References:
