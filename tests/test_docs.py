@@ -43,6 +43,7 @@ def test_page_runs(page, tmp_path, monkeypatch):
     run(DOCS / f"{page}.md", {})
 
 
+@pytest.mark.slow
 def test_short_example_of_the_readme_runs():
     rng = np.random.default_rng(0)
     names = {
@@ -59,6 +60,7 @@ def test_short_example_of_the_readme_runs():
     assert names["predictions"].labels.shape == (5,)
 
 
+@pytest.mark.slow
 def test_a_binary_example_of_keras_prints_two_probabilities():
     model = keras.Sequential([keras.Input((8,)), keras_halo.HALODense(2)])
     names = {
@@ -85,6 +87,7 @@ def a_classifier():
     )
 
 
+@pytest.mark.slow
 def test_readme_puts_a_head_on_a_trained_network():
     rng = np.random.default_rng(0)
     y = np.arange(200) % 10
@@ -106,6 +109,7 @@ def test_readme_puts_a_head_on_a_trained_network():
     assert (keras_halo.decode_predictions(scores).labels == y).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_rule_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {

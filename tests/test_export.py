@@ -108,6 +108,7 @@ def assert_same(outputs, expected, what, rtol=1e-4):
             )
 
 
+@pytest.mark.slow
 def test_the_graph_decides_as_rules_and_functions_do(deployed):
     _, _, expected, outside = deployed
     for name, labels in outside.items():

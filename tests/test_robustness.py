@@ -157,6 +157,7 @@ def is_finite(losses, weights, _):
     return all(np.all(np.isfinite(array)) for array in [losses, *weights])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_no_nan_where_cross_entropy_has_none(setting):
     if not hasattr(keras.optimizers, setting.optimizer):
@@ -198,6 +199,7 @@ def small_model():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["call", "predict in turn", "predict"])
 def test_answers_from_several_threads_are_those_of_one(way):
     if way == "predict" and BACKEND == "jax":
@@ -227,6 +229,7 @@ def test_answers_from_several_threads_are_those_of_one(way):
                 passed["answers from eight threads"] += 1
 
 
+@pytest.mark.slow
 def test_scores_from_several_threads_are_those_of_one():
     model = small_model()
     rng = np.random.default_rng(1)
@@ -265,6 +268,7 @@ def determinism():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", ["integer", "one-hot", "blocks"])
 def test_the_same_seed_gives_the_same_training_twice(labels, determinism):
     results = []

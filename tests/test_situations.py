@@ -11,6 +11,8 @@ from helpers import to_numpy
 import keras_halo
 from keras_halo import HALODense, HALOLoss, HALOSoftmax
 
+pytestmark = pytest.mark.slow
+
 X = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
 Y = np.argmax(X[:, :3], axis=-1)
 HEADS = {"default": HALODense, "reference": HALODense.reference}

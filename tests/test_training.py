@@ -73,6 +73,7 @@ class NumpyReference:
         return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distill", [True, False])
 def test_five_epochs_of_full_batch_sgd_follow_the_same_losses(distill):
     rng = np.random.default_rng(0)
@@ -156,6 +157,7 @@ def test_learns_the_digits_and_puts_them_on_the_shells(digits):
     assert 0.5 * shell < np.median(own) < 2 * shell
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", ["integer", "column", "one_hot"])
 def test_metrics_named_accuracy_equal_those_on_the_answer_columns(
     digits, labels
@@ -211,6 +213,7 @@ def test_saved_and_loaded_training_continues_as_if_nothing_happened(
     assert (moved != 0.0) == learn_gamma
 
 
+@pytest.mark.slow
 def test_weights_file_round_trip(digits, tmp_path):
     x, y = digits
     model = _compiled()
@@ -253,6 +256,7 @@ def test_a_float64_model_saves_and_loads(tmp_path):
         np.testing.assert_array_equal(to_numpy(loaded(x)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run_eagerly", [True, False])
 def test_eager_and_compiled_steps_give_the_same_losses(digits, run_eagerly):
     x, y = digits
@@ -300,6 +304,7 @@ def test_token_head_with_masks_and_pixel_head_with_ignored_labels():
     assert np.mean(answers[:, 1:] == classes[:, 1:]) > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_features", [64, 4096])
 def test_sgd_in_large_steps_learns(digits, num_features):
     x, y = digits
@@ -317,6 +322,7 @@ def test_sgd_in_large_steps_learns(digits, num_features):
     assert (scores[:, :10].argmax(axis=-1) == y[1500:]).mean() > 0.85
 
 
+@pytest.mark.slow
 def test_callbacks_on_val_accuracy_work_as_with_cross_entropy(digits, tmp_path):
     """Keras's own mnist_convnet with two lines swapped, on smaller digits."""
     x, y = digits

@@ -93,6 +93,7 @@ def last_epoch(history):
     return {key: history.history[key][-1] for key in KEYS}
 
 
+@pytest.mark.slow
 def test_numbers_reach_history_and_progress_bar(trained):
     _, _, logged, printed = trained
     for history, out, epochs in zip(logged, printed, (2, 1), strict=True):
@@ -124,6 +125,7 @@ def test_numbers_are_those_of_the_report(trained):
     assert monitor.measure() == pytest.approx(last)
 
 
+@pytest.mark.slow
 def test_early_stopping_and_checkpoint_follow_the_monitor(tmp_path):
     path = tmp_path / "best.keras"
     model = make_model()
@@ -147,6 +149,7 @@ def test_early_stopping_and_checkpoint_follow_the_monitor(tmp_path):
         assert report.mean.auroc == pytest.approx(auroc[best], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without():
     with_monitor, without = (
         make_model(
@@ -183,6 +186,7 @@ def test_frequency_repeats_the_last_measurement(trained):
     assert measured[0] == measured[1]
 
 
+@pytest.mark.slow
 def test_a_model_that_diverges_keeps_its_history():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(32, 4)).astype("float32")
@@ -270,6 +274,7 @@ def test_rates_can_be_drawn(trained):
     )
 
 
+@pytest.mark.slow
 def test_tensorboard_writes_the_numbers(tmp_path):
     tf = pytest.importorskip("tensorflow", reason="needs TensorFlow")
     pytest.importorskip("tensorboard", reason="needs TensorBoard")

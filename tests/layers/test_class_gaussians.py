@@ -307,6 +307,7 @@ def test_datasets_whose_length_is_not_known_fit(read):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_padding_has_no_part_in_the_fit(one_hot):
     x, y = clusters()
@@ -334,6 +335,7 @@ def test_padding_has_no_part_in_the_fit(one_hot):
         fit_class_gaussians(model, data, verbose=0, sample_weight=weight)
 
 
+@pytest.mark.slow
 def test_a_model_of_models_that_comes_from_a_file_fits(tmp_path):
     x, y = clusters()
     keras.backend.clear_session()

@@ -154,6 +154,7 @@ def test_nan_is_rejected():
     assert (labels[1::2] == -1).all() and (labels[:2:8] >= 0).all()
 
 
+@pytest.mark.slow
 def test_in_a_model_that_is_saved_and_loaded(tmp_path):
     rng = np.random.default_rng(3)
     inputs = keras.Input((6,))
@@ -267,6 +268,7 @@ def test_the_output_of_a_fitted_model_is_taken_everywhere(
     )
 
 
+@pytest.mark.slow
 def test_a_rule_on_the_fitted_score_is_deployed_with_the_model(
     fitted_model, tmp_path
 ):

@@ -157,6 +157,7 @@ def test_float64_is_float64_to_the_last_digits():
         )
 
 
+@pytest.mark.slow
 def test_mixed_precision_model_trains():
     keras.config.set_dtype_policy("mixed_bfloat16")
     model = keras.Sequential(
@@ -399,6 +400,7 @@ def test_statistics_move_in_training_alone():
     assert float(to_numpy(layer.evidence_count)) == 1.0
 
 
+@pytest.mark.slow
 def test_a_trained_head_abstains_from_few_known_and_from_what_lies_far():
     keras.utils.set_random_seed(0)
     x, y = _blobs()
@@ -420,6 +422,7 @@ def test_a_trained_head_abstains_from_few_known_and_from_what_lies_far():
     assert np.mean(scores[:, :4].argmax(axis=-1) == 3) >= 0.99
 
 
+@pytest.mark.slow
 def test_a_network_that_has_learned_nothing_yet_does_not_abstain():
     # Dropout makes the evidence of training batches vary more than that of new
     # inputs, by little, but so little is all there is.
@@ -476,6 +479,7 @@ def test_rows_of_nan_leave_the_statistics_sane():
         assert np.isfinite(values).all()
 
 
+@pytest.mark.slow
 def test_the_statistics_are_saved_and_go_on(tmp_path):
     keras.utils.set_random_seed(0)
     x, y = _blobs(100)

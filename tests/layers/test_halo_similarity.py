@@ -380,6 +380,7 @@ def _data(pairs=21, concepts=8, seed=0):
     return [images.astype("float32"), texts.astype("float32")], ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_fit_follows_the_book_batch_by_batch(bidirectional):
     x, ids = _data()
@@ -411,6 +412,7 @@ def test_fit_follows_the_book_batch_by_batch(bidirectional):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [1, 2])
 def test_training_survives_a_tiny_last_batch(last):
     x, ids = _data(pairs=8 + last)
@@ -422,6 +424,7 @@ def test_training_survives_a_tiny_last_batch(last):
     assert np.isfinite(model.evaluate(x, ids, batch_size=8, verbose=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_towers_learn_to_retrieve_and_to_reject(policy, tmp_path):
     x, ids = _data(pairs=200, concepts=32)

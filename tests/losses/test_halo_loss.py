@@ -244,6 +244,7 @@ def test_reductions(reduction):
     assert float(value) == pytest.approx(weighted / divisor, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["integer", "column", "one_hot"])
 def test_class_weight_in_fit(kind):
     rng = np.random.default_rng(5)

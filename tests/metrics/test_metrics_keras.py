@@ -793,6 +793,7 @@ def check_evaluation(model, x, labels, weights=None):
     return logs
 
 
+@pytest.mark.slow
 def test_fit_and_evaluate_report_the_metrics():
     model, x, labels = make_model()
     compile_with_metrics(model)
@@ -818,12 +819,14 @@ def test_fit_and_evaluate_report_the_metrics():
     assert logs["coverage"] + logs["abstention_rate"] == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_one_hot_labels_and_no_compiler():
     model, x, labels = make_model()
     compile_with_metrics(model, jit_compile=False)
     check_evaluation(model, x, np.eye(NUM_CLASSES, dtype="float32")[labels])
 
 
+@pytest.mark.slow
 def test_mixed_precision_model_reports_the_metrics_of_its_float32_scores():
     keras.config.set_dtype_policy("mixed_float16")
     model, x, labels = make_model()
@@ -831,6 +834,7 @@ def test_mixed_precision_model_reports_the_metrics_of_its_float32_scores():
     check_evaluation(model, x, labels)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_comes_back_with_its_metrics(tmp_path):
     model, x, labels = make_model()
     compile_with_metrics(model)
@@ -844,6 +848,7 @@ def test_a_compiled_model_comes_back_with_its_metrics(tmp_path):
         assert after[name] == pytest.approx(value, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_masks_of_a_model_reach_the_metrics():
     rng = np.random.default_rng(11)
     tokens = rng.integers(1, 9, (25, 6))

@@ -323,6 +323,7 @@ def test_metrics_without_a_meaning_for_probabilities_are_refused(name):
         ProbabilityMetric(getattr(keras.metrics, name)())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alias", ["accuracy", "acc"])
 @pytest.mark.parametrize("num_classes", [2, 3])
 @pytest.mark.parametrize("form", ["integers", "column", "one-hot"])

@@ -59,6 +59,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("size", [1, 8, 64])
 def test_the_wanted_share_lies_below(source, size):
@@ -76,6 +77,7 @@ def test_the_wanted_share_lies_below(source, size):
     assert np.mean(below) == pytest.approx(share, abs=0.012)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("start", [-1e6, -100.0, 0.0, 100.0, 1e6])
 @pytest.mark.parametrize("count", [0.0, 1000.0])
 def test_it_settles_within_300_batches_from_any_start(start, count):
@@ -87,6 +89,7 @@ def test_it_settles_within_300_batches_from_any_start(start, count):
     assert 0.001 < np.mean(draw(100_000) < near) < 0.03
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(("size", "batches"), [(128, 50), (16, 400)])
 def test_it_keeps_up_with_a_network_that_learns(size, batches):
     rng = np.random.default_rng(4)
@@ -102,6 +105,7 @@ def test_it_keeps_up_with_a_network_that_learns(size, batches):
     assert 2.7 < near < 6.7
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("outlier", [-1e30, -1e12, -1e4, 1e12, 3e38])
 @pytest.mark.parametrize("batches_before", [0, 200])
 def test_one_corrupted_sample_does_not_throw_it_off(outlier, batches_before):

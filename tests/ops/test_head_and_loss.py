@@ -390,6 +390,7 @@ def test_default_blocks_are_neither_many_nor_narrow(shape, on_torch):
     assert best_block_size(scores) == expected
 
 
+@pytest.mark.slow
 def test_a_loss_in_blocks_trains_and_comes_back():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64, 4)).astype("float32")

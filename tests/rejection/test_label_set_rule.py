@@ -232,6 +232,7 @@ def test_a_guarded_model_answers_with_the_sets(name, trained, tmp_path):
     ].shape == (None, 3)
 
 
+@pytest.mark.slow
 def test_sets_on_fitted_gaussians(trained, tmp_path):
     model, x, labels, new = trained
     fitted = keras_halo.fit_class_gaussians(model, x, labels, verbose=0)

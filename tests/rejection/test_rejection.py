@@ -944,6 +944,7 @@ def test_missing_scipy_is_named_with_the_command_that_installs_it(monkeypatch):
 # With a model, and saved ----------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_rule_goes_with_a_model_and_not_with_what_it_becomes():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 384)
