@@ -11,8 +11,12 @@ range that holds the middle 80 % of them. Memory is that of separate processes.
     KERAS_BACKEND=torch python benchmarks/speed.py --only step --compile
     KERAS_BACKEND=tensorflow python benchmarks/speed.py --quick
 
-The baselines: `Dense` with Keras's cross-entropy, and the pairwise form of the
-method, which takes the difference of every embedding and every centroid.
+`HALODense` makes an embedding of its own. Networks, and steps "with an
+embedding", are compared with two `Dense` layers of the same sizes and Keras's
+cross-entropy. Other steps are those of the published head,
+`HALODense.reference`, whose input is the embedding: they are compared with one
+`Dense`, and with the pairwise form of the method, which takes the difference of
+every embedding and every centroid.
 JAX and TensorFlow compile the step, PyTorch runs it eagerly, as Keras does by
 default; `--compile` compiles it there, too, as `jit_compile=True` does.
 """
@@ -33,10 +37,12 @@ from keras import layers, ops
 from networks import convnet, resnet18
 
 from keras_halo import HALODense, HALOLoss, decode_predictions, ood_score
-from keras_halo.ops import packing
+from keras_halo.ops import geometry, packing
 
 BACKEND = keras.backend.backend()
 SIZES = ((256, 10, 10), (256, 512, 1000), (64, 768, 50_000))
+# Features in the place of an embedding.
+EMBEDDED_SIZES = ((256, 128, 10), (256, 512, 1000))
 GROWTH = (10, 100, 1_000, 10_000, 50_000, 100_000, 200_000)
 GROWTH_BATCH, GROWTH_DIM = 64, 128
 # Classes at a time, where memory is short.
@@ -50,6 +56,10 @@ DENSE, DENSE_ONE_HOT, HALO, PLAIN, ONE_HOT, BLOCKS, NAIVE, PRODUCT = (
     f"HALO, in blocks of {BLOCK_SIZE}",
     "HALO, pairwise differences",
     "matrix products alone",
+)
+TWO_DENSE, WITH_EMBEDDING = (
+    "Dense + Dense + cross-entropy",
+    "HALO, with its embedding",
 )
 
 # For the loss in blocks: here the scores are what takes the memory.
@@ -102,6 +112,12 @@ def head_and_loss(method, units, dtype="float32"):
     if method == DENSE:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         return layers.Dense(units), loss
+    if method == TWO_DENSE:
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        embedding = layers.Dense(geometry.default_embedding_dim(units))
+        return keras.Sequential([embedding, layers.Dense(units)]), loss
+    if method == WITH_EMBEDDING:
+        return HALODense(units, dtype=dtype), HALOLoss()
     if method == DENSE_ONE_HOT:
         loss = keras.losses.CategoricalCrossentropy(from_logits=True)
         return layers.Dense(units), loss
@@ -117,14 +133,20 @@ def head_and_loss(method, units, dtype="float32"):
 
 def compiled_step(layer, loss, on_torch=False):
     """A function of inputs and labels: the loss and every gradient."""
+    # The head follows the evidence, as in `fit`.
+    training = {"training": True} if type(layer) is HALODense else {}
     if BACKEND == "jax":
         import jax
 
         def value(weights, constants, x, y):
-            scores, _ = layer.stateless_call(weights, constants, x)
-            return loss(y, scores)
+            scores, updated = layer.stateless_call(
+                weights, constants, x, **training
+            )
+            return loss(y, scores), updated
 
-        gradient = jax.jit(jax.value_and_grad(value, argnums=(0, 2)))
+        gradient = jax.jit(
+            jax.value_and_grad(value, argnums=(0, 2), has_aux=True)
+        )
         weights = [v.value for v in layer.trainable_variables]
         constants = [v.value for v in layer.non_trainable_variables]
 
@@ -138,7 +160,7 @@ def compiled_step(layer, loss, on_torch=False):
         def gradient(x, y):
             with tf.GradientTape() as tape:
                 tape.watch(x)
-                value = loss(y, layer(x))
+                value = loss(y, layer(x, **training))
             sources = [x, *(v.value for v in layer.trainable_variables)]
             return value, tape.gradient(value, sources)
 
@@ -150,7 +172,7 @@ def compiled_step(layer, loss, on_torch=False):
         parameters = [v.value for v in layer.trainable_variables]
 
         def objective(x, y):
-            return loss(y, layer(x))
+            return loss(y, layer(x, **training))
 
         if on_torch:
             import torch
@@ -242,6 +264,13 @@ def bench_step(arguments):
         }
         times = interleaved(functions, arguments.rounds, 0.1)
         show(title, times, DENSE_ONE_HOT)
+    for size in EMBEDDED_SIZES[:1] if arguments.quick else EMBEDDED_SIZES:
+        functions = {
+            method: make_step(method, *size, on_torch=arguments.compile)
+            for method in (TWO_DENSE, WITH_EMBEDDING)
+        }
+        times = interleaved(functions, arguments.rounds, 0.1)
+        show(f"head + loss step {size}, with an embedding", times, TWO_DENSE)
 
 
 def bench_mixed(arguments):
@@ -256,10 +285,9 @@ def bench_mixed(arguments):
 
 
 def classifier(backbone, method):
-    """A network with an embedding of size 10 and a head for 10 classes."""
+    """A network with a head for 10 classes."""
     head, loss = head_and_loss(method, 10)
-    embeddings = layers.Dense(10)(backbone.output)
-    model = keras.Model(backbone.input, head(embeddings))
+    model = keras.Model(backbone.input, head(backbone.output))
     model.compile(keras.optimizers.SGD(1e-3), loss)
     return model
 
@@ -273,14 +301,15 @@ def bench_training(arguments):
         x = rng.normal(size=(batch, *shape)).astype("float32")
         y = rng.integers(0, 10, batch)
         functions = {}
-        for method in (DENSE, HALO):
+        for method in (TWO_DENSE, WITH_EMBEDDING):
             model = classifier(build(shape), method)
             functions[method] = lambda model=model, x=x, y=y: (
                 model.train_on_batch(x, y)
             )
         # Seconds a step, and all of them much alike.
         rounds = max(arguments.rounds // 2, 3)
-        show(f"training step, {title}", interleaved(functions, rounds, 0.3))
+        times = interleaved(functions, rounds, 0.3)
+        show(f"training step, {title}", times, TWO_DENSE)
 
 
 def bench_inference(arguments):
@@ -288,7 +317,7 @@ def bench_inference(arguments):
     x = rng.normal(size=(1024, 28, 28, 1)).astype("float32")
     models = {
         method: classifier(convnet(x.shape[1:]), method)
-        for method in (DENSE, HALO)
+        for method in (TWO_DENSE, WITH_EMBEDDING)
     }
 
     def scores(method):
@@ -296,10 +325,10 @@ def bench_inference(arguments):
 
     functions = {
         "predict + softmax": lambda: ops.convert_to_numpy(
-            ops.softmax(scores(DENSE))
+            ops.softmax(scores(TWO_DENSE))
         ),
-        "predict + score": lambda: ood_score(scores(HALO)),
-        "predict + decode": lambda: decode_predictions(scores(HALO)),
+        "predict + score": lambda: ood_score(scores(WITH_EMBEDDING)),
+        "predict + decode": lambda: decode_predictions(scores(WITH_EMBEDDING)),
     }
     times = interleaved(functions, arguments.rounds, 0.3)
     show("inference, convnet, 1024 images", times, "predict + softmax")
