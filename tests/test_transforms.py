@@ -2,6 +2,7 @@
 
 import contextlib
 
+import cases
 import keras
 import numpy as np
 import pytest
@@ -341,7 +342,21 @@ def test_sparse_inputs(head):
 @pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch alone")
 @pytest.mark.parametrize(
     "device_dtype, compiled",
-    [("bfloat16", False), ("float16", False), ("bfloat16", True)],
+    [
+        ("bfloat16", False),
+        ("float16", False),
+        pytest.param(
+            "bfloat16",
+            True,
+            marks=[
+                pytest.mark.slow,
+                # PyTorch takes a minute to compile as many layers of Keras.
+                pytest.mark.skipif(
+                    not cases.THOROUGH, reason="with HALO_TESTS=thorough"
+                ),
+            ],
+        ),
+    ],
 )
 def test_autocast_of_torch_ends_at_the_head(device_dtype, compiled):
     import torch

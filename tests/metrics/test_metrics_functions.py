@@ -5,6 +5,7 @@ import math
 import sys
 import tracemalloc
 
+import cases
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from keras import ops
 
 from keras_halo import metrics
 
-NUM_CASES = 1000
+NUM_CASES = 1000 if cases.THOROUGH else 200
 
 # What a score may look like: each makes `size` numbers out of a generator.
 SCORES = {
