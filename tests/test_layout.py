@@ -10,6 +10,7 @@ import keras
 import pytest
 
 import keras_halo
+from keras_halo.ops import packing
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "scripts"))
 
@@ -160,6 +161,20 @@ def test_a_graph_with_a_cycle_is_found(tmp_path):
     assert graph == {"ops": {"layers"}, "layers": {"ops"}}
     with pytest.raises(ValueError, match="cycle"):
         import_graph.levels(graph)
+
+
+def test_texts_know_how_many_columns_packed_scores_have():
+    number = str(packing.packed_width(0))
+    found = 0
+    for path in sorted(ROOT.rglob("*.py")):
+        text = path.read_text("utf-8")
+        # One more than classes is what softmax gives, four more is 0.1.0.
+        columns = re.findall(r"\b(?:K|B|units) \+ ([2-9]\d*)\b", text)
+        if path.name == "packing.py":
+            columns = [column for column in columns if column != "4"]
+        assert set(columns) <= {number}, path
+        found += len(columns)
+    assert found > 40
 
 
 def test_dir_shows_what_is_public():

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 # A method of each kind: `tox -e benchmark-smoke` trains the others, too. The
 # last one begins where the first one ended.
-METHODS = ("cross-entropy", "IsoMax+", "HALO", "HALO-converted-blocks")
+METHODS = ("cross-entropy", "HALO", "HALO-converted-blocks")
 ROW = re.compile(r"^(\S.*?)  +(-?\d+\.\d ± \d+\.\d)  +(-?\d+\.\d ± \d+\.\d)$")
 
 pytestmark = [

@@ -204,9 +204,10 @@ class ClassGaussians(ScoreLayer):
             or num_classes != self.units
             or len(embeddings_shape) != len(scores_shape)
         ):
+            columns = packing.packed_width(self.units)
             raise ValueError(
                 "Expected embeddings of shape `(batch_size, ..., D)` and "
-                f"packed scores of shape `(batch_size, ..., {self.units + 6})` "
+                f"packed scores of shape `(batch_size, ..., {columns})` "
                 f"for units={self.units}. Received: embeddings of shape "
                 f"{tuple(embeddings_shape)}, scores of shape "
                 f"{tuple(scores_shape)}. Pass the input and the output of the "
