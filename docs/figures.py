@@ -14,7 +14,6 @@ from keras import ops
 from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 
-import keras_halo
 from keras_halo import HALODense, HALOLoss, decode_predictions
 from keras_halo.ops import geometry
 
@@ -101,28 +100,40 @@ def plane(half_width, count=220):
 
 
 def where_abstain_lives():
-    """P(abstain) and the joint score over an embedding of two numbers."""
+    """P(abstain) over an embedding of two numbers, of two heads."""
+    rng = np.random.default_rng(0)
     centroids = np.array([[0, 2.6], [2.3, -1.3], [-2.3, -1.3]], "float32")
-    head = HALODense.reference(3)
-    head.build((None, 2))
-    head.centroids.assign(centroids)
+    heads = {
+        "the published head": HALODense.reference(3),
+        "the default head": HALODense(3, embedding_dim=None),
+    }
     points, shape = plane(9)
-    scores = ops.convert_to_numpy(head(points))
-    abstain = decode_predictions(scores).abstain_probability.reshape(shape)
-    joint = keras_halo.ood_score(scores, "joint").reshape(shape)
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.2))
-    titles = ("probability of “I don’t know”", "joint score")
-    values = (abstain, np.minimum(joint, 40))
-    for ax, title, value in zip(axes, titles, values, strict=True):
+    for ax, (title, head) in zip(axes, heads.items(), strict=True):
+        head.build((None, 2))
+        head.centroids.assign(centroids)
+        # It places its backgrounds by what it is trained with.
+        for _ in range(300):
+            x = centroids[rng.integers(0, 3, 100)] * 1.2
+            x = x + rng.normal(scale=0.5, size=x.shape)
+            head(x.astype("float32"), training=True)
+        scores = ops.convert_to_numpy(head(points))
+        abstain = decode_predictions(scores).abstain_probability
         image = ax.imshow(
-            value, extent=(-9, 9, -9, 9), origin="lower", cmap="viridis"
+            abstain.reshape(shape),
+            extent=(-9, 9, -9, 9),
+            origin="lower",
+            cmap="viridis",
+            vmin=0.0,
+            vmax=1.0,
         )
         bar = figure.colorbar(image, ax=ax, fraction=0.046)
         bar.outline.set_visible(False)
-        for digit, centroid in enumerate(centroids):
+        ax.scatter(*x.T, s=4, color="white", alpha=0.6)
+        for name, centroid in zip("ABC", centroids, strict=True):
             ax.text(
                 *centroid,
-                "ABC"[digit],
+                name,
                 ha="center",
                 va="center",
                 color="black",
@@ -130,6 +141,7 @@ def where_abstain_lives():
             )
         ax.plot(0, 0, ls="", markersize=15, **STAR)
         ax.set(xticks=[], yticks=[], title=title)
+    figure.suptitle("probability of “I don’t know”", y=0.97)
     return figure
 
 
