@@ -88,7 +88,8 @@ class Guard(Decision):
             **kwargs,
         )
         self.certificate = certificate
-        self.supports_masking = False
+        # It takes a mask and passes none on: an answer is a decision.
+        self.supports_masking = True
 
     @property
     def _gives_sets(self):
@@ -97,7 +98,15 @@ class Guard(Decision):
     def build(self, scores_shape: Any) -> None:
         super().build(scores_shape)
 
-    def call(self, scores: Tensor) -> dict[str, Tensor]:
+    def call(
+        self, scores: Tensor, training: bool | None = None
+    ) -> dict[str, Tensor]:
+        if training is True:
+            raise ValueError(
+                "A guarded model decides as its rule was fitted, without "
+                "dropout and without following what it judges. Received: "
+                "training=True. Call it without, or use `predict`."
+            )
         packed, given = self._both(scores, None)
         packed = ops.cast(packed, self.head_dtype)
         score = self._judged(packed, given)

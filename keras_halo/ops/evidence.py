@@ -56,9 +56,11 @@ MAX_SCALE = 4.0
 MAX_OFFSET = 8.0
 
 # Samples farther from the mean than so many deviations count as that far: one
-# corrupted input must not throw the statistics off. Where half of a batch is
-# farther away, the statistics are of another network: they start anew.
+# corrupted input must not throw the statistics off. Where half of a batch of at
+# least so many is farther away, the statistics are of another network: they
+# start anew.
 REACH = 30.0
+MIN_BATCH = 8.0
 
 # Squares of evidence beyond this would overflow float32.
 MAX_EVIDENCE = 1e15
@@ -219,8 +221,8 @@ def updated(state, evidence, share, mask=None):
 
     Samples that are masked or not finite do not count, and a batch without any
     other changes nothing. Samples farther than `30 * (1 + sqrt(variance))` from
-    the mean count as that far; where half of a batch is, it counts as the first
-    one. In the first one, samples count as far as from
+    the mean count as that far; where half of a batch of eight or more is, it
+    counts as the first one. In the first one, samples count as far as from
     `sinh(mean_i(arcsinh(evidence_i)))`.
 
     Args:
@@ -258,6 +260,7 @@ def updated(state, evidence, share, mask=None):
     reach = REACH * (1.0 + deviation)
     shift = average(_within(evidence - state.mean, reach))
     is_another = ops.any(ops.abs(shift) > 0.5 * reach)
+    is_another = ops.logical_and(is_another, number >= MIN_BATCH)
     count = ops.where(is_another, 0.0, state.count)
     is_first = count < 0.5
     # The first batch is compared with a mean of its own that outliers hardly

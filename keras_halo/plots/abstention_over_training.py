@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 
 from keras_halo.plots import drawing
-from keras_halo.utils.checks import as_integer, finite_vector
+from keras_halo.utils.checks import as_integer, finite_vector, number_array
 from keras_halo.utils.types import Axes
 
 _SUFFIX = "_abstention_rate"
@@ -30,7 +30,9 @@ def abstention_over_training(
             its dictionary `history`.
         ax: Optional matplotlib `Axes` to draw on. Defaults to `None`, the axes
             of a new figure.
-        frequency: Integer, the `frequency` of the monitor. Defaults to `1`.
+        frequency: Integer, the `frequency` of the monitor, which logs what
+            it has last measured in every epoch: other epochs are left out.
+            Defaults to `1`.
 
     Returns:
         The `Axes`.
@@ -93,9 +95,7 @@ def _abstention_rates(history):
             f"`history`. Received: history of type {type(history).__name__}."
         )
     rates = {
-        _OF_METRIC.get(key, key.removesuffix(_SUFFIX)): finite_vector(
-            values, key
-        )
+        _OF_METRIC.get(key, key.removesuffix(_SUFFIX)): _rates(values, key)
         for key, values in logs.items()
         if key in _OF_METRIC or key.endswith(_SUFFIX)
     }
@@ -108,7 +108,16 @@ def _abstention_rates(history):
     return rates
 
 
+def _rates(values, key):
+    """Finite numbers; those before a first measurement are NaN."""
+    values = number_array(values, key)
+    is_missing = np.isnan(values) if values.dtype.kind == "f" else False
+    finite_vector(np.where(is_missing, 0.0, values), key)
+    return values.astype("float64")
+
+
 def _draw(ax, values, frequency, name, **style):
-    epochs = frequency * np.arange(1, len(values) + 1)
+    epochs = np.arange(frequency, len(values) + 1, frequency)
+    values = values[frequency - 1 :: frequency]
     style = {"lw": 1.8, "marker": "o", "markersize": 3.5, **style}
     ax.plot(epochs, values, label=name, **style)

@@ -120,7 +120,7 @@ def check_own(answers, certificate):
 
     Where groups have thresholds of their own, a rejected input does not tell
     its group: nothing above all thresholds is accepted, nothing below all of
-    them rejected.
+    them rejected. A rule that judges whole batches may accept what lies above.
 
     Args:
         answers: `Answers`.
@@ -144,9 +144,10 @@ def check_own(answers, certificate):
         1.0, np.maximum(np.abs(scores), np.abs(thresholds).max())
     )
     # NaN is rejected, and compares as neither.
-    wrong = np.where(
-        accepted, ~(scores <= highest + margin), scores < lowest - margin
-    )
+    too_high = ~(scores <= highest + margin)
+    # Others in the batch may have let an input pass.
+    too_high &= certificate.get("judges_singly", True)
+    wrong = np.where(accepted, too_high, scores < lowest - margin)
     if wrong.any():
         index = tuple(int(i) for i in np.argwhere(wrong)[0])
         decision = "accepted" if accepted[index] else "rejected"

@@ -134,11 +134,19 @@ class ConformalRule(RejectionRule):
     def accepts(self, scores: Array) -> Array:
         if not self.fdr:
             return super().accepts(scores)
-        p_values = bounds.conformal_p_values(scores, self.calibration_scores)
-        adjusted = require("scipy.stats").false_discovery_control(
-            p_values.ravel(), method="bh"
-        )
-        return (adjusted > self.alpha).reshape(scores.shape)
+        # What is not finite is rejected, and must not make others easier to
+        # reject.
+        judged = np.isfinite(scores)
+        accepted = np.zeros(scores.shape, bool)
+        if judged.any():
+            p_values = bounds.conformal_p_values(
+                scores[judged], self.calibration_scores
+            )
+            adjusted = require("scipy.stats").false_discovery_control(
+                p_values, method="bh"
+            )
+            accepted[judged] = adjusted > self.alpha
+        return accepted
 
     def state_guarantee(self) -> str:
         if self.fdr:

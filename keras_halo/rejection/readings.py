@@ -241,11 +241,15 @@ def _are_names(values):
     """Whether values are strings, in lists or in an array."""
     if isinstance(values, str):
         return False
-    if isinstance(values, np.ndarray) and values.dtype.kind == "U":
+    if isinstance(values, np.ndarray) and values.dtype.kind in "UT":
         return True
-    if not isinstance(values, (list, tuple)) and (
-        getattr(values, "dtype", None) != np.dtype(object)
+    if hasattr(values, "dtype") and isinstance(values.dtype, np.dtype):
+        if values.dtype.kind not in "OUT":
+            return False
+    elif not isinstance(values, (list, tuple)) and (
+        np.asarray(values).dtype.kind not in "OUT"
     ):
+        # Columns of other libraries have dtypes of their own.
         return False
     flat = np.asarray(values, object).ravel().tolist()
     return bool(flat) and all(isinstance(value, str) for value in flat)

@@ -93,6 +93,8 @@ def certificate(rule, fitted):
     }
     if rule.gives_sets:
         document["label_sets"] = True
+    if not rule.judges_singly:
+        document["judges_singly"] = False
     if fitted.groups is not None:
         document["groups"] = [
             {

@@ -123,7 +123,8 @@ class StreamMonitor:
             and on the number of the input alone. Defaults to `0`.
 
     Raises:
-        ValueError: If an argument is out of range, or the rule not fitted.
+        ValueError: If an argument is out of range, or the rule is not fitted,
+            needs groups, or judges whole batches.
 
     Example:
 
@@ -164,6 +165,13 @@ class StreamMonitor:
                 "A stream does not tell the groups of its inputs. Received: "
                 f"{rule!r}. Monitor each group with a monitor of its own, "
                 "`StreamMonitor(rule.rules[group])`."
+            )
+        if not rule.judges_singly:
+            raise ValueError(
+                "A stream comes in whatever batches, and what this rule "
+                f"decides depends on them. Received: {rule!r}. Monitor a rule "
+                "that judges each input by itself, such as "
+                "`ConformalRule(alpha)` without `fdr`."
             )
         # Raises where the rule is not fitted.
         self._certificate = rule.certificate()

@@ -12,6 +12,8 @@ import numpy as np
 from keras_halo import rejection
 from keras_halo.layers.guard import Guard
 from keras_halo.layers.halo_dense import HALODense
+from keras_halo.ops import packing
+from keras_halo.ops.labels import fitting_labels
 from keras_halo.ops.ood_scores import OOD_METHODS
 from keras_halo.rejection.storage import write_text
 from keras_halo.utils.keras_private import flat_layers
@@ -21,6 +23,7 @@ from keras_halo.workflows.evaluate_ood import evaluate_ood
 from keras_halo.workflows.graph import find_head
 from keras_halo.workflows.guard import guard
 from keras_halo.workflows.html_report import html_report
+from keras_halo.workflows.predictor import Predictor
 from keras_halo.workflows.replay import replay
 
 
@@ -127,6 +130,12 @@ def _parser():
 
 def _report(options):
     files = [_named(argument) for argument in options.unknown]
+    names = [name for name, _ in files]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            "`--unknown` needs a name of its own for each file. Received: "
+            f"{', '.join(names)}."
+        )
     model = _model(options.model)
     if any(isinstance(layer, Guard) for layer in flat_layers(model)):
         raise ValueError(
@@ -179,7 +188,17 @@ def _guard(options):
         )
     if not has_head:
         model = add_abstention(model, *_arrays(options.train, model, "y"))
-    rule.fit(model.predict(x), y)
+    scores, mask = Predictor(model).predict(x)
+    if mask is not None:
+        # Padding is no known input.
+        num_classes = packing.count_classes(scores.shape)
+        y = fitting_labels(y, mask.shape, num_classes)[mask]
+        scores = scores[mask]
+        print(
+            f"Masked positions are left out; {len(scores)} positions of "
+            f"{len(mask)} inputs count as independent samples."
+        )
+    rule.fit(scores, y)
     guard(model, rule).save(options.output)
     print(rule.summary())
     print(f"\nWritten to {options.output}.")

@@ -18,6 +18,7 @@ from keras_halo.utils.checks import (
 )
 from keras_halo.utils.progress import Progress
 from keras_halo.utils.types import Data
+from keras_halo.workflows.graph import warn_of_idle_statistics
 from keras_halo.workflows.ood_report import (
     KnownResult,
     OODReport,
@@ -119,6 +120,7 @@ def evaluate_ood(
         # Labels and weights that are none show before anything is predicted.
         known = labelled_data(known)
 
+    warn_of_idle_statistics(model)
     predictor = Predictor(model)
 
     def answers(data, where, name, **kwargs):

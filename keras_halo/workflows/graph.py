@@ -1,5 +1,7 @@
 """Finds the head of a Keras model, and what enters it."""
 
+import warnings
+
 import keras
 import numpy as np
 from keras import ops
@@ -56,6 +58,30 @@ def find_head(model):
             "trained weights."
         )
     return heads[0]
+
+
+def warn_of_idle_statistics(model):
+    """Warns where a head was trained without what it abstains by.
+
+    Args:
+        model: Keras model.
+    """
+    for layer in flat_layers(model):
+        if isinstance(layer, HALODense) and _statistics_stand_still(layer):
+            warnings.warn(
+                f"The head {layer.name!r} was trained, but its running "
+                "statistics have seen no batch: it hardly ever abstains. A "
+                "loop of your own has to call the model with `training=True`.",
+                stacklevel=3,
+            )
+
+
+def _statistics_stand_still(head):
+    if not head.built or head.abstain_rate is None:
+        return False
+    # Zero at the start of training.
+    is_trained = ops.convert_to_numpy(head.raw_gamma) != 0.0
+    return bool(is_trained and ops.convert_to_numpy(head.evidence_count) == 0.0)
 
 
 def head_tensors(model):

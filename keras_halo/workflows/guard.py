@@ -9,12 +9,19 @@ import numpy as np
 from keras import ops
 
 from keras_halo.layers.guard import Guard
+from keras_halo.layers.halo_dense import HALODense
 from keras_halo.rejection import storage
+from keras_halo.rejection.fitted import Fingerprint
 from keras_halo.rejection.readings import read_scores
 from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.utils.checks import check_model
 from keras_halo.utils.keras_private import flat_layers
-from keras_halo.workflows.graph import find_head, free_name, input_structure
+from keras_halo.workflows.graph import (
+    find_head,
+    free_name,
+    input_structure,
+    warn_of_idle_statistics,
+)
 
 _GUARD = "keras_halo>Guard"
 
@@ -27,6 +34,13 @@ def guard(model: keras.Model, rule: RejectionRule) -> keras.Model:
     loads as any Keras model, and decides alike in every format that Keras
     exports to. `keras_halo.read_certificate` reads the guarantee out of the
     file without running it.
+
+    The guarantee is that of the model as it was when the rule was fitted. What
+    changes the given model later (`fit`, `calibrate`, new weights) changes the
+    guarded one: save it first. Guarded models refuse `training=True`, with
+    which the head would follow what it judges. A rule with `method="fitted"`
+    knows the head that it was fitted on, but not the Gaussians: after another
+    `fit_class_gaussians`, fit it again.
 
     Args:
         model: Functional or sequential model that emits packed scores, or a
@@ -84,13 +98,37 @@ def guard(model: keras.Model, rule: RejectionRule) -> keras.Model:
             "`keras_halo.OOD_METHODS`, or `rule.to_layer()` in a model that "
             "computes the score."
         )
-    head = find_head(model)
-    features = np.zeros((1, head.input_spec.axes[-1]), "float32")
-    reading = read_scores(ops.convert_to_numpy(head(features)), "abstain")
-    rule.check_head(reading.fingerprint)
+    rule.check_head(_fingerprint(find_head(model)))
+    warn_of_idle_statistics(model)
     layer = Guard(certificate, name=free_name(model, "guard"))
     output = model.outputs[0] if len(model.outputs) == 1 else model.output
     return keras.Model(input_structure(model), layer(output))
+
+
+def _fingerprint(head):
+    features = np.zeros((1, head.input_spec.axes[-1]), "float32")
+    scores = ops.convert_to_numpy(head(features, training=False))
+    return read_scores(scores, "abstain").fingerprint
+
+
+def _check_unchanged(model, certificate):
+    """Raises `ValueError` where a guarded model has another head by now."""
+    heads = [
+        layer for layer in flat_layers(model) if isinstance(layer, HALODense)
+    ]
+    if len(heads) != 1 or certificate["fingerprint"] is None:
+        return
+    try:
+        Fingerprint(**certificate["fingerprint"]).check_same(
+            _fingerprint(heads[0])
+        )
+    except ValueError as error:
+        raise ValueError(
+            "The model has changed since its rule was fitted, by `fit`, "
+            "`calibrate`, new weights or calls with `training=True`: its "
+            "certificate does not hold any more. Fit the rule and guard the "
+            f"model again. ({error})"
+        ) from error
 
 
 def read_certificate(
@@ -107,7 +145,8 @@ def read_certificate(
         `"limits"` are in words.
 
     Raises:
-        ValueError: If there is no guard, or its certificate was edited.
+        ValueError: If there is no guard, its certificate was edited, or the
+            head of the model has changed since the rule was fitted.
         OSError: If there is no such file.
 
     Example:
@@ -142,6 +181,8 @@ def read_certificate(
             f"file. Received: {len(found)} guards in {source!r:.100}."
         )
     storage.check_intact(found[0], source)
+    if isinstance(source, keras.Model):
+        _check_unchanged(source, found[0])
     return found[0]
 
 

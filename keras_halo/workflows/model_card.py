@@ -272,8 +272,10 @@ def _counts(report):
 
 def _metrics(report, certificate):
     decisions = None
-    # Where each class has a threshold, scores alone do not tell.
+    # Where each class has a threshold, or others in a batch count, a score
+    # alone does not tell.
     has_one = not isinstance(certificate["threshold"], list)
+    has_one &= certificate.get("judges_singly", True)
     if report.method == method_of(certificate) and has_one:
         accepted = report.known.scores <= certificate["threshold"]
         decisions = {

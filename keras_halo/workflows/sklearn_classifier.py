@@ -135,7 +135,9 @@ class SKLearnClassifier(keras.wrappers.SKLearnClassifier):
         if self.abstain_label is None:
             return labels
         abstained = abstain_logit > logits.max(axis=-1)
-        return np.where(abstained, self.abstain_label, labels)
+        # An array of its own dtype: `np.where` would cast a Python integer to
+        # that of the labels, -1 to 255 for `uint8`.
+        return np.where(abstained, np.asarray(self.abstain_label), labels)
 
     def predict_proba(self, X: ArrayLike) -> Array:
         """Probabilities of the classes, under the condition of an answer.

@@ -123,6 +123,16 @@ def test_one_corrupted_sample_does_not_throw_it_off(outlier, batches_before):
     assert 0.001 < np.mean(draw(100_000) < near) < 0.03
 
 
+def test_one_corrupted_sample_is_no_other_network_in_a_batch_of_its_own():
+    state = state_at(12.0, 9.0, 0.01, 400.0)
+    batch = ops.convert_to_tensor(np.full((1, 2), 1e6, "float32"))
+    after = evidence.updated(state, batch, 0.01)
+    assert float(to_numpy(after.count)) == 401.0
+    reach = evidence.REACH * (1.0 + 3.0)
+    moved = to_numpy(after.mean) - to_numpy(state.mean)
+    assert (np.abs(moved) <= evidence.MAX_STEP * reach + 1e-3).all()
+
+
 def test_rows_that_do_not_count_change_nothing():
     rng = np.random.default_rng(2)
     batch = rng.normal(size=(6, 2)).astype("float32")

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 plt = pytest.importorskip("matplotlib.pyplot", reason="needs matplotlib")
 
+import keras_halo  # noqa: E402
 from keras_halo import metrics, plots  # noqa: E402
 from keras_halo.plots import drawing  # noqa: E402
 
@@ -313,7 +315,8 @@ def test_abstention_over_training_shows_the_metric_too():
     logs = {
         "abstention_rate": [0.5, 0.3, 0.2],
         "val_abstention_rate": [0.6, 0.4, 0.3],
-        "known_abstention_rate": [0.1],
+        # What the monitor logs: nothing, and then what it measured last.
+        "known_abstention_rate": [np.nan, np.nan, 0.1],
     }
     lines = plots.abstention_over_training(logs, frequency=3).get_lines()
     assert [line.get_label() for line in lines] == [
@@ -328,6 +331,20 @@ def test_abstention_over_training_shows_the_metric_too():
     ]
 
 
+def test_what_a_monitor_logs_is_drawn_where_it_measured(rng):
+    x = rng.normal(size=(64, 4)).astype("float32")
+    model = keras.Sequential([keras.Input((4,)), keras_halo.HALODense(2)])
+    model.compile("adam", keras_halo.HALOLoss())
+    monitor = keras_halo.OODMonitor(x, {"far": 9 * x}, frequency=2)
+    history = model.fit(
+        x, np.arange(64) % 2, epochs=5, verbose=0, callbacks=[monitor]
+    )
+    logged = history.history["known_abstention_rate"]
+    ax = plots.abstention_over_training(history, frequency=2)
+    known = ax.get_lines()[0].get_xydata()
+    np.testing.assert_allclose(known, [[2, logged[1]], [4, logged[3]]])
+
+
 def test_abstention_over_training_shows_every_set():
     logs = {
         "loss": [3.0, 2.0],
@@ -336,10 +353,10 @@ def test_abstention_over_training_shows_every_set():
         "b_abstention_rate": [0.4, 0.2],
         "ood_abstention_rate": [0.5, 0.5],
     }
-    ax = plots.abstention_over_training(logs, frequency=3)
+    ax = plots.abstention_over_training(logs)
     drawn = {line.get_label(): line.get_xydata() for line in ax.get_lines()}
     assert list(drawn) == ["known", "a", "b", "mean of unknown"]
-    np.testing.assert_allclose(drawn["a"], [[3, 0.6], [6, 0.8]])
+    np.testing.assert_allclose(drawn["a"], [[1, 0.6], [2, 0.8]])
 
     class History:
         history = logs

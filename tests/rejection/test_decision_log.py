@@ -1,5 +1,6 @@
 """Decisions on record: whole lines only, in order, and of one rule."""
 
+import dataclasses
 import datetime
 import json
 import pathlib
@@ -410,3 +411,25 @@ def test_what_is_refused_is_not_written(rule, guarded, tmp_path):
         DecisionLog(path, unfitted)
     with pytest.raises(ValueError, match="read_certificate"):
         DecisionLog(path, {"threshold": 1.0})
+
+
+def test_a_rule_that_judges_whole_batches_is_logged(tmp_path):
+    pytest.importorskip("scipy", reason="needs SciPy")
+    rng = np.random.default_rng(0)
+    rule = rejection.ConformalRule(0.05, method=None, fdr=True)
+    rule.fit(rng.normal(size=1000))
+    decisions = rule.predict(rng.normal(size=200))
+    # Others in the batch let it pass.
+    assert decisions.accepted[decisions.scores > rule.threshold].any()
+    path = tmp_path / "decisions.jsonl"
+    with DecisionLog(path, rule) as log:
+        log.append(decisions)
+    accepted = [record.accepted for record in read_decisions(path)]
+    assert accepted == decisions.accepted.tolist()
+    # What no batch can explain is refused still.
+    accepted = decisions.accepted.copy()
+    accepted[np.argmin(decisions.scores)] = False
+    wrong = dataclasses.replace(decisions, accepted=accepted)
+    with DecisionLog(path, rule) as log:
+        with pytest.raises(ValueError, match="are not those of this rule"):
+            log.append(wrong)

@@ -457,3 +457,21 @@ def test_a_rule_of_ones_own_is_applied_to_each_class(tmp_path):
     loaded = load_rule(tmp_path / "rule.json")
     assert type(loaded.rule) is MedianRule
     assert loaded.guarantee.endswith("keeps half of the calibration data.")
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "make",
+    [
+        np.asarray,
+        lambda names: np.asarray(names, object),
+        lambda names: np.asarray(names, np.dtypes.StringDType()),
+    ],
+)
+def test_names_of_groups_come_in_any_dtype_of_strings(make):
+    names = ["a", "b"] * 50
+    rule = GroupwiseRule(CoverageRule(0.9, method=None), by="group")
+    rule.fit(np.arange(100.0), groups=make(names))
+    expected = GroupwiseRule(CoverageRule(0.9, method=None), by="group")
+    expected.fit(np.arange(100.0), groups=names)
+    assert rule.thresholds == expected.thresholds

@@ -1456,3 +1456,21 @@ def test_an_error_rate_next_to_the_risk_has_an_end(share):
     rate = np.nextafter(0.05, 0)
     needed = bounds.samples_for_rate(rate, share, 0.05, 0.05, 200)
     assert 1e11 < needed < 1e14
+
+
+@pytest.mark.any_backend
+@pytest.mark.filterwarnings("ignore:20 of 120 rows")
+def test_rows_that_are_not_finite_make_no_others_easier_to_reject():
+    pytest.importorskip("scipy", reason="needs SciPy")
+    rng = np.random.default_rng(0)
+    lost = {0: 0, 20: 0}
+    for _ in range(100):
+        rule = ConformalRule(0.1, None, fdr=True).fit(rng.normal(size=500))
+        scores = rng.normal(size=100)
+        for broken in lost:
+            given = np.append(scores, [np.nan] * broken)
+            accepted = rule.predict(given).accepted
+            assert not accepted[100:].any()
+            lost[broken] += not accepted[:100].all()
+    # Of batches without outliers one in ten may lose an input.
+    assert lost[0] == lost[20] <= 16

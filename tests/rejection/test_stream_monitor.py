@@ -285,3 +285,15 @@ def test_the_picture_shows_evidence_threshold_and_alarm():
     assert 300 < alarm.get_xdata()[0] < 400
     # No alarm, no line.
     assert len(plots.stream_evidence(statuses[:15]).get_lines()) == 2
+
+
+def test_a_rule_that_judges_whole_batches_is_refused():
+    known = np.random.default_rng(0).normal(size=500)
+    for rule in (
+        rejection.ConformalRule(0.1, None, fdr=True).fit(known),
+        rejection.GroupwiseRule(
+            rejection.ConformalRule(0.1, None, fdr=True), by="group"
+        ).fit(known, groups=np.arange(500) % 2),
+    ):
+        with pytest.raises(ValueError, match="batches|groups"):
+            StreamMonitor(rule)

@@ -167,6 +167,35 @@ def test_what_is_wrong_is_said_in_one_line(
     assert not html.exists()
 
 
+def test_padding_is_no_known_input(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 7, 80)
+    counted = np.arange(20) < lengths[:, None]
+    x = np.where(counted, rng.integers(1, 25, counted.shape), 0)
+    inputs = keras.Input((20,), dtype="int32")
+    embedded = keras.layers.Embedding(25, 16, mask_zero=True)(inputs)
+    model = keras.Model(inputs, HALODense(3)(embedded))
+    model.save(tmp_path / "model.keras")
+    np.savez(tmp_path / "data.npz", x=x, y=x % 3)
+    names = "guard", "model.keras", "data.npz", "--output", "guarded.keras"
+    assert run(tmp_path, *names) == 0
+    rule = keras_halo.rejection.CoverageRule(0.95)
+    rule.fit(model.predict(x, verbose=0)[counted])
+    certificate = keras_halo.read_certificate(tmp_path / "guarded.keras")
+    assert certificate["calibration"]["samples"] == counted.sum()
+    assert certificate["threshold"] == pytest.approx(rule.threshold, rel=1e-5)
+    assert f"{counted.sum()} positions of 80 inputs" in capsys.readouterr().out
+
+
+def test_unknown_data_have_names_of_their_own(files, tmp_path, capsys):
+    html = tmp_path / "report.html"
+    twice = ["--unknown", f"noise={files / 'far.npz'}"] * 2
+    known = [str(files / name) for name in ("halo.keras", "test.npz")]
+    assert main(["report", *known, *twice, "--html", str(html)]) == 2
+    assert "noise, noise" in capsys.readouterr().err
+    assert not html.exists()
+
+
 def test_a_model_without_a_head_needs_training_data(files, tmp_path, capsys):
     output = tmp_path / "guarded.keras"
     common = [str(files / "plain.keras"), str(files / "test.npz"), "--output"]

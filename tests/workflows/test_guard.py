@@ -254,3 +254,42 @@ def test_a_table_of_ranks_never_makes_a_p_value_smaller(scores, new):
     assert (found >= exact).all()
     np.testing.assert_array_equal(found[exact <= 0.1], exact[exact <= 0.1])
     assert (found - exact).max() < 0.01
+
+
+def guarded_model(trained):
+    model, calibration, _ = trained
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    rule = rejection.CoverageRule(0.9)
+    rule.fit(copy.predict(calibration[0], verbose=0), calibration[1])
+    return copy, keras_halo.guard(copy, rule), rule
+
+
+def test_a_head_that_has_changed_has_no_certificate(trained):
+    calibration = trained[1]
+    model, guarded, rule = guarded_model(trained)
+    assert keras_halo.read_certificate(guarded) == rule.certificate()
+    change = keras_halo.calibrate(model, *calibration, verbose=0)
+    for read in (keras_halo.read_certificate, keras_halo.model_card):
+        with pytest.raises(ValueError, match="has changed since its rule"):
+            read(guarded)
+    change.undo()
+    assert keras_halo.read_certificate(guarded) == rule.certificate()
+
+
+def test_a_guarded_model_is_no_model_to_train(trained):
+    _, guarded, _ = guarded_model(trained)
+    with pytest.raises(ValueError, match="training=True"):
+        guarded(trained[2][:8], training=True)
+
+
+def test_a_head_that_was_trained_without_statistics_is_noticed(trained):
+    _, (x, y), new = trained
+    model, _, rule = guarded_model(trained)
+    head = model.layers[-1]
+    # What a loop that leaves out `training=True` makes of it.
+    head.evidence_count.assign(0.0)
+    with pytest.warns(UserWarning, match="with `training=True`"):
+        keras_halo.guard(model, rule)
+    with pytest.warns(UserWarning, match="with `training=True`"):
+        keras_halo.evaluate_ood(model, (x, y), {"new": new}, verbose=0)

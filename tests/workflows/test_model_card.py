@@ -198,3 +198,11 @@ def test_what_is_no_use_is_refused(evaluated, tmp_path):
     with pytest.raises(ValueError, match="path of a file"):
         card.save(3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rule_that_judges_whole_batches_has_no_decisions_in_a_card(evaluated):
+    model, _, report, (x, _, _) = evaluated
+    rule = rejection.ConformalRule(0.05, fdr=True)
+    rule.fit(model.predict(x, verbose=0))
+    card = keras_halo.model_card(rule, report).to_dict()
+    assert card["metrics"]["decisions"] is None
