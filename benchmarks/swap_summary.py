@@ -171,7 +171,7 @@ def draw(folder, path):
 
     tables = list(read_all(folder))
     figure, axes = plt.subplots(
-        ncols=3, figsize=(9, 6.0), sharey=True, layout="constrained"
+        ncols=3, figsize=(9, 5.2), sharey=True, layout="constrained"
     )
     for row, (_, unknown, table) in enumerate(tables):
         for place, (method, (color, marker)) in enumerate(DRAWN.items()):
