@@ -12,6 +12,7 @@ from keras_halo.ops.labels import class_indices
 from keras_halo.ops.model_output import (
     FITTED,
     finite_rows,
+    is_symbolic_or_tensor,
     read_model_output,
     require_fitted,
 )
@@ -239,18 +240,13 @@ def read_groups(groups, shape):
 
 def _are_names(values):
     """Whether values are strings, in lists or in an array."""
-    if isinstance(values, str):
+    if isinstance(values, str) or is_symbolic_or_tensor(values):
         return False
-    if isinstance(values, np.ndarray) and values.dtype.kind in "UT":
-        return True
-    if hasattr(values, "dtype") and isinstance(values.dtype, np.dtype):
-        if values.dtype.kind not in "OUT":
-            return False
-    elif not isinstance(values, (list, tuple)) and (
-        np.asarray(values).dtype.kind not in "OUT"
-    ):
+    if not isinstance(values, (list, tuple)):
         # Columns of other libraries have dtypes of their own.
-        return False
+        kind = np.asarray(values).dtype.kind
+        if kind != "O":
+            return kind in "UT"
     flat = np.asarray(values, object).ravel().tolist()
     return bool(flat) and all(isinstance(value, str) for value in flat)
 
