@@ -8,6 +8,7 @@ from keras_halo.rejection import bounds
 from keras_halo.rejection.readings import check_fraction, read_scores
 from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.wording import percent, share
+from keras_halo.utils.checks import number_array
 from keras_halo.utils.types import Array, Scores
 
 
@@ -89,8 +90,10 @@ class FalsePositiveRateRule(RejectionRule):
 
         Raises:
             ValueError: If the input is not usable or too small for the
-                guarantee; the rule stays as it was.
+                guarantee, or `known` are labels; the rule stays as it was.
         """
+        if known is not None and self.method is None:
+            _check_no_labels(known)
         outliers = read_scores(scores, self.method)
         threshold, _ = self.find_threshold(outliers.scores.ravel(), None)
         counts = {}
@@ -160,3 +163,14 @@ class FalsePositiveRateRule(RejectionRule):
         if calibration.known is not None:
             kept = share(calibration.known_accepted, calibration.known)
             yield f"{kept} known samples accepted"
+
+
+def _check_no_labels(known):
+    """Raises `ValueError` for integers: other rules take labels there."""
+    dtype = number_array(known, "known").dtype
+    if dtype.kind in "biu":
+        raise ValueError(
+            "`known` must be scores of known inputs, not labels: this rule "
+            f"needs none. Received: dtype={dtype}. Leave them out, or cast "
+            'scores that are integers with `np.asarray(known, "float64")`.'
+        )

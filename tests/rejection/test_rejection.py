@@ -1474,3 +1474,19 @@ def test_rows_that_are_not_finite_make_no_others_easier_to_reject():
             lost[broken] += not accepted[:100].all()
     # Of batches without outliers one in ten may lose an input.
     assert lost[0] == lost[20] <= 16
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool"])
+def test_labels_are_no_scores_of_known_inputs(dtype):
+    scores = np.random.default_rng(0).normal(size=200)
+    labels = (np.arange(200) % 2).astype(dtype)
+    rule = FalsePositiveRateRule(0.2, method=None).fit(scores)
+    before = rule.certificate()
+    with pytest.raises(ValueError, match="not labels"):
+        rule.fit(scores, labels)
+    assert rule.certificate() == before
+    packed, labels = known_data()
+    with pytest.raises(ValueError, match="known"):
+        FalsePositiveRateRule(0.2).fit(packed, labels)
+    rule.fit(scores, labels.astype("float64"))
