@@ -16,6 +16,8 @@ inputs that the file brings, and on noise.
     python benchmarks/default_swap.py --data images.npz --train 20000
     python benchmarks/default_swap.py --data images.npz --train 99 --epochs 100
     python benchmarks/default_swap.py --data images.npz --hold-out-classes 5 6 7
+    python benchmarks/default_swap.py --data images.npz --network small_resnet
+    python benchmarks/default_swap.py --data images.npz --people counts.npy
 
 `--data digits` are the 1,797 digits of 8 x 8 pixels that scikit-learn brings. A
 file of arrays (`.npz`) holds `x_train`, `y_train`, `x_test` and `y_test`, or
@@ -24,6 +26,8 @@ are inputs of no known class. Speech is an `.npz` file with recordings of 8 kHz
 end to end, `samples`, where each begins and the last one ends, `offsets`, and
 `y`. A file of texts (`.json`, `.json.gz`) holds lists
 `train`, `test` and, optionally, `oos_test` of pairs of a text and its label.
+A file of people's labels (`.npy`) holds how many people gave each test input
+each label, as `cifar10h-counts.npy` of CIFAR-10H does.
 
 Every run is a file in the output folder, there as a whole or not at all: the
 same command again makes what is missing. `KERAS_BACKEND` says which backend
@@ -47,7 +51,7 @@ import numpy as np
 from baselines import cross_entropy
 from images import ROTATED, corrupted_images, rotated_images
 from keras import layers
-from networks import convnet, speech_convnet
+from networks import NETWORKS, speech_convnet
 
 import keras_halo
 from keras_halo import metrics
@@ -65,6 +69,10 @@ ABSTAIN = "abstain"
 
 # Made for every kind of data; not part of means over unknown sets.
 NOISE_SETS = ("AUROC noise", "AUROC far noise")
+
+# Cross-entropy of class probabilities and what people say, in hundredths of a
+# nat as all figures are.
+PEOPLE = "NLL of people's labels"
 
 # What needs no file.
 DIGITS = "digits"
@@ -169,6 +177,24 @@ def read_texts(path):
     return parts, unknown
 
 
+def read_people(path, num_test, classes, held_out):
+    """Distributions of the labels that people gave the test inputs."""
+    counts = np.load(path).astype("float64")
+    if counts.shape != (num_test, len(classes)) or len(held_out):
+        raise ValueError(
+            f"{path} must hold a row for each of {num_test} test inputs and a "
+            f"column for each of {len(classes)} classes, none held out. "
+            f"Received: shape {counts.shape}, {len(held_out)} held out."
+        )
+    totals = counts.sum(axis=-1, keepdims=True)
+    if not (np.all(counts >= 0.0) and np.all(totals > 0.0)):
+        raise ValueError(
+            f"{path} must hold counts of at least zero, and every test input "
+            "at least one label."
+        )
+    return counts / totals
+
+
 class Data:
     """Known inputs and sets of unknown ones, ready for a network.
 
@@ -184,6 +210,8 @@ class Data:
         held_out_classes: Labels that are held out, too.
         corrupted: Boolean, whether images that show none of their classes any
             more are unknown inputs, too.
+        people: Path of an npy file of people's labels of the test inputs, or
+            `None`.
     """
 
     def __init__(
@@ -196,6 +224,7 @@ class Data:
         num_train=None,
         held_out_classes=(),
         corrupted=False,
+        people=None,
     ):
         is_text = str(path).endswith((".json", ".json.gz"))
         parts, unknown = (read_texts if is_text else read_arrays)(path)
@@ -255,6 +284,9 @@ class Data:
             self.kind = "images" if is_image else "speech"
         prepare = self._preparation(x[seen])
         self.x, self.y = prepare(x[seen]), np.searchsorted(classes, y[seen])
+        self.people = None
+        if people is not None:
+            self.people = read_people(people, len(x_test), classes, held_out)
         self.x_test = prepare(x_test[asked])
         self.y_test = np.searchsorted(classes, y_test[asked])
         self.unknown = {name: prepare(x) for name, x in unknown.items()}
@@ -301,11 +333,17 @@ class Data:
             self.unknown[name] = noise.astype("float32")
 
 
-def features_of(data):
-    """The network of the kind of data, and how many epochs it trains."""
+def features_of(data, network="convnet"):
+    """The network of the kind of data, and how many epochs it trains.
+
+    Args:
+        data: `Data`.
+        network: String, a key of `NETWORKS`, for images. Defaults to
+            `"convnet"`.
+    """
     shape = data.x.shape[1:]
     if data.kind == "images":
-        return convnet(shape), 15
+        return NETWORKS[network](shape), 15
     if data.kind == "speech":
         return speech_convnet(shape), 30
     x = inputs = keras.Input(shape)
@@ -341,6 +379,14 @@ def softmax(logits):
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
+def cross_entropy_of(distributions, logits):
+    """Mean cross-entropy, in nats, of class probabilities."""
+    logits = logits.astype("float64")
+    top = logits.max(axis=-1, keepdims=True)
+    log_sum = top + np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
+    return np.sum(distributions * (log_sum - logits), axis=-1).mean()
+
+
 def scores_of_logits(logits):
     p = softmax(logits.astype("float64"))
     top = logits.max(axis=-1)
@@ -370,10 +416,10 @@ def largest_class_probability(outputs, num_classes):
     return np.mean(probabilities[:, :num_classes].max(axis=-1))
 
 
-def train_and_measure(data, method, seed, epochs=None):
+def train_and_measure(data, method, seed, epochs=None, network=None):
     """Trains one network; returns a dictionary of figures in percent."""
     keras.utils.set_random_seed(seed)
-    network, usual_epochs = features_of(data)
+    network, usual_epochs = features_of(data, network or "convnet")
     epochs = usual_epochs if epochs is None else epochs
     head, loss = METHODS[method](data.num_classes)
     model = keras.Model(network.input, head(network.output))
@@ -401,6 +447,8 @@ def train_and_measure(data, method, seed, epochs=None):
         * metrics.aurc(~right, -softmax(logits.astype("float64")).max(axis=-1)),
         "seconds": seconds,
     }
+    if data.people is not None:
+        figures[PEOPLE] = 100.0 * cross_entropy_of(data.people, logits)
     for name, x in (("known", data.x_test), ("noise", data.unknown["noise"])):
         for factor in (1, 10, 100, 1000):
             figures[f"largest class probability, {name} times {factor}"] = (
@@ -440,13 +488,18 @@ def run(folder, arguments, data, method, seed, draw):
         "version": VERSION,
     }
     # What is not asked for leaves the names of earlier runs as they were.
-    for option in ("train", "epochs", "hold_out_classes", "corrupted"):
+    options = ("train", "epochs", "hold_out_classes", "corrupted", "network")
+    for option in options:
         if getattr(arguments, option):
             settings[option] = getattr(arguments, option)
+    if arguments.people:
+        settings["people"] = digest(arguments.people)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     path = folder / f"{key.hexdigest()[:16]}.json"
     if not path.exists():
-        figures = train_and_measure(data, method, seed, arguments.epochs)
+        figures = train_and_measure(
+            data, method, seed, arguments.epochs, arguments.network
+        )
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text(
             json.dumps({"settings": settings, "figures": figures}, indent=1)
@@ -600,6 +653,14 @@ def main(arguments=None):
         action="store_true",
         help="noise, and test images that show none of their classes any more",
     )
+    parser.add_argument(
+        "--network",
+        choices=tuple(NETWORKS),
+        help="of images, in the place of convnet",
+    )
+    parser.add_argument(
+        "--people", metavar="FILE", help="npy file of people's labels"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="default 3")
     parser.add_argument(
         "--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS)
@@ -628,7 +689,14 @@ def main(arguments=None):
                 parsed.train,
                 parsed.hold_out_classes,
                 parsed.corrupted,
+                parsed.people,
             )
+            if parsed.network and data.kind != "images":
+                raise ValueError(
+                    "--network is for images. Received: "
+                    f"{parsed.data}, which holds data of the kind "
+                    f"{data.kind!r}."
+                )
         except (OSError, KeyError, ValueError) as error:
             sys.exit(f"default_swap.py: {error}")
         for seed in range(parsed.seeds):

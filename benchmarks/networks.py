@@ -24,8 +24,8 @@ def convnet(shape):
     return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
 
 
-def resnet18(shape):
-    """ResNet-18 as it is customary for images of 32 x 32: 512 features."""
+def _residual(shape, width, stages):
+    """A network of residual stages, tuples `filters, strides of its blocks`."""
 
     def conv(x, filters, stride, size=3):
         x = layers.Conv2D(
@@ -34,9 +34,10 @@ def resnet18(shape):
         return _normalization()(x)
 
     inputs = keras.Input(shape)
-    x = layers.ReLU()(conv(inputs, 64, 1))
-    for filters, first in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        for stride, name in ((first, None), (1, f"block_{filters}")):
+    x = layers.ReLU()(conv(inputs, width, 1))
+    for filters, strides in stages:
+        for i, stride in enumerate(strides, 1):
+            name = f"block_{filters}" if i == len(strides) else None
             shortcut = x
             if stride > 1 or x.shape[-1] != filters:
                 shortcut = conv(x, filters, stride, size=1)
@@ -44,6 +45,18 @@ def resnet18(shape):
             x = layers.Add()([conv(x, filters, 1), shortcut])
             x = layers.ReLU(name=name)(x)
     return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
+
+
+def resnet18(shape):
+    """ResNet-18 as it is customary for images of 32 x 32: 512 features."""
+    stages = ((64, (1, 1)), (128, (2, 1)), (256, (2, 1)), (512, (2, 1)))
+    return _residual(shape, 64, stages)
+
+
+def small_resnet(shape):
+    """ResNet-8, which a processor trains: 128 features."""
+    stages = ((32, (2,)), (64, (2,)), (128, (2,)))
+    return _residual(shape, 32, stages)
 
 
 def speech_convnet(shape):
@@ -62,4 +75,8 @@ def block_outputs(model):
     return [x.output for x in model.layers if re.fullmatch(_BLOCK, x.name)]
 
 
-NETWORKS = {"convnet": convnet, "resnet18": resnet18}
+NETWORKS = {
+    "convnet": convnet,
+    "resnet18": resnet18,
+    "small_resnet": small_resnet,
+}

@@ -306,9 +306,7 @@ def bench_training(arguments):
             functions[method] = lambda model=model, x=x, y=y: (
                 model.train_on_batch(x, y)
             )
-        # Seconds a step, and all of them much alike.
-        rounds = max(arguments.rounds // 2, 3)
-        times = interleaved(functions, rounds, 0.3)
+        times = interleaved(functions, arguments.rounds, 0.3)
         show(f"training step, {title}", times, TWO_DENSE)
 
 

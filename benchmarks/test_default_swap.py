@@ -57,3 +57,45 @@ def test_arrays_that_are_missing_are_named(missing, tmp_path):
         swap(tmp_path, "--data", path)
     assert "default_swap.py: " in str(caught.value)
     assert missing in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [np.ones((12, 4)), np.ones((11, 3)), np.zeros((12, 3)), -np.ones((12, 3))],
+)
+def test_labels_of_people_fit_the_test_inputs(images, counts, tmp_path):
+    path = tmp_path / "counts.npy"
+    np.save(path, counts)
+    with pytest.raises(SystemExit, match="counts.npy must hold"):
+        swap(tmp_path, "--data", images, "--people", path)
+
+
+def test_labels_of_people_are_read_of_all_classes(images, tmp_path):
+    path = tmp_path / "counts.npy"
+    np.save(path, np.ones((12, 3)))
+    with pytest.raises(SystemExit, match="1 held out"):
+        swap(
+            tmp_path,
+            "--data",
+            images,
+            "--people",
+            path,
+            "--hold-out-classes",
+            2,
+        )
+
+
+def test_a_network_of_images_is_refused_elsewhere(tmp_path):
+    path = other(tmp_path, x=np.zeros((60, 4)), y=np.arange(60) % 3)
+    with pytest.raises(SystemExit, match="for images"):
+        swap(tmp_path, "--data", path, "--network", "small_resnet")
+
+
+def test_cross_entropy_of_what_people_say():
+    # Class probabilities do not depend on what is added to all logits.
+    logits = np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]])
+    logits += [[3.0], [-900.0]]
+    people = np.array([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]])
+    expected = -np.mean([0.5 * np.log(0.5) + 0.5 * np.log(0.25), np.log(0.8)])
+    found = default_swap.cross_entropy_of(people, logits)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
