@@ -33,8 +33,8 @@ from keras_halo.workflows.last_layer import (
     warn_of_preprocessor,
 )
 
-# Plain targets with little smoothing: the given network has seen these data,
-# and distilled ones would be too sure of it.
+# Targets that are the answers of the given network are smooth enough. Those of
+# HALO's own distillation would be surer than it.
 _LABEL_SMOOTHING = 0.003
 
 _LEARNING_RATE = 2e-3
@@ -79,12 +79,17 @@ def add_abstention(
     Any functional or sequential classifier will do, whatever it was trained
     with. The head reads the features of all blocks of the network, not only
     the last ones: the last features of a classifier keep what tells its classes
-    apart and drop much of what tells that an input is none of them. One pass
-    over the data computes these features, `convert_head` makes the head, and a
-    few epochs on the features that are kept train it alone.
+    apart and drop much of what tells that an input is none of them. Beside them
+    it reads the logits of the given model. One pass over the data computes
+    both, `convert_head` makes the head, and a few epochs on what is kept train
+    it alone: to give the class probabilities of the given model, which on new
+    inputs are more often right than what could be learned anew from data that
+    the network has seen. Where the given model is wrong about a sample, its
+    label counts as much as the answer.
 
-    Of many features a head is less confident than it is right. `calibrate` sets
-    its temperature by validation data, and changes no answer.
+    A head that is made of many features without training, by `epochs=0`, is
+    less confident than it is right. `calibrate` sets its temperature by
+    validation data, and changes no answer.
 
     The new model shares all layers with the given one, whose weights,
     `trainable` flags and compile state stay as they are. It emits packed
@@ -119,7 +124,8 @@ def add_abstention(
             `None`.
         max_features: Integer. More features than that, or than a third of the
             samples, are reduced to their principal components; to how many,
-            the likelihood of held-out samples decides. Defaults to 1024.
+            the likelihood of held-out samples decides. The logits of the given
+            model count as features, and take at most half. Defaults to 1024.
         verbose: `"auto"`, 0, 1 or 2, as in `model.predict`. Defaults to
             `"auto"`.
         **kwargs: Further arguments of `HALODense`, such as `abstain_rate` and
@@ -190,9 +196,12 @@ def add_abstention(
             f"Features of {len(tensors)} blocks, {width} a sample: "
             f"{width * 4 / 1000:.1f} MB for a thousand samples."
         )
-    # The answers of the given model beside them: one pass for both.
-    answers = keras.layers.Flatten(dtype="float32")(model.outputs[0])
-    both = keras.layers.Concatenate(dtype="float32")([features, answers])
+    # The logits of the given model beside them: one pass for both.
+    linear = old_head.linear_map()
+    both = features
+    if linear is not None:
+        logits = _dense("given_logits", last.shape[-1], *linear)(last)
+        both = keras.layers.Concatenate(dtype="float32")([features, logits])
     parts = []
     collect(
         keras.Model(inputs, both),
@@ -204,21 +213,38 @@ def add_abstention(
     rows, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
     labels = class_indices(labels, num_classes, labels.shape[:1])
     check_counts(np.bincount(labels, minlength=num_classes), 1)
-    reduced, given = rows[:, :width], rows[:, width:]
-    check_finite(reduced, "features")
-    layers = []
-    limit = _features_for(len(reduced), num_classes)
-    limit = min(max_features, limit, width)
+    check_finite(rows, "features")
+    reduced, logits = rows[:, :width], rows[:, width:]
+    limit = min(max_features, _features_for(len(rows), num_classes))
+    # What the logits say must not be lost among the other components.
+    num_given = min(logits.shape[-1], limit // 2)
+    limit = min(limit - num_given, width)
     kernel, bias = principal_components(reduced, limit)
     kept = _best_count(reduced @ kernel + bias, labels, num_classes)
     if kept < width:
-        reduction = keras.layers.Dense(
-            kept, name=free_name(model, "halo_reduction")
+        reduction = _dense(
+            free_name(model, "halo_reduction"),
+            width,
+            kernel[:, :kept],
+            bias[:kept],
         )
-        reduction.build(reduced.shape)
-        reduction.set_weights([kernel[:, :kept], bias[:kept]])
         reduced = ops.convert_to_numpy(reduction(reduced))
-        layers.append(reduction)
+        features = reduction(features)
+    targets = labels
+    if num_given:
+        targets = _targets(old_head.probabilities(logits), labels)
+        kernel, bias = principal_components(logits, num_given)
+        reduced = np.concatenate([reduced, logits @ kernel + bias], axis=-1)
+        of_given = _dense(
+            free_name(model, "halo_given"),
+            last.shape[-1],
+            linear[0] @ kernel,
+            linear[1] @ kernel + bias,
+        )
+        join = keras.layers.Concatenate(
+            dtype="float32", name=free_name(model, "halo_features")
+        )
+        features = join([features, of_given(last)])
     start = keras.Input((reduced.shape[-1],))
     head_model = convert_head(
         keras.Model(start, keras.layers.Identity()(start)),
@@ -230,19 +256,33 @@ def add_abstention(
     )
     embedding, head = head_model.layers[-2:]
     if epochs:
-        _train(head_model, reduced, labels, epochs, verbose)
-    named = keras.layers.Dense(
-        embedding.units, name=free_name(model, "halo_embedding")
+        _train(head_model, reduced, targets, epochs, verbose)
+    named = _dense(
+        free_name(model, "halo_embedding"),
+        reduced.shape[-1],
+        *embedding.get_weights(),
     )
-    named.build((None, reduced.shape[-1]))
-    named.set_weights(embedding.get_weights())
-    if old_head.units > 1:
+    if num_given:
         scores = head_model.predict(reduced, batch_size=1024, verbose=0)
-        _compare(given, scores[:, :num_classes], labels)
-    outputs = features
-    for layer in (*layers, named, head):
-        outputs = layer(outputs)
-    return keras.Model(inputs, outputs)
+        given = old_head.probabilities(logits).argmax(axis=-1)
+        _compare(given, scores[:, :num_classes].argmax(axis=-1), labels)
+    return keras.Model(inputs, head(named(features)))
+
+
+def _dense(name, num_features, kernel, bias):
+    """A linear layer with given weights."""
+    layer = keras.layers.Dense(kernel.shape[-1], name=name)
+    layer.build((None, num_features))
+    layer.set_weights([kernel, bias])
+    return layer
+
+
+def _targets(probabilities, labels):
+    """What the head is trained to say, distributions over the classes."""
+    one_hot = np.eye(probabilities.shape[-1])[labels]
+    wrong = probabilities.argmax(axis=-1) != labels
+    probabilities[wrong] = 0.5 * (probabilities[wrong] + one_hot[wrong])
+    return probabilities.astype("float32")
 
 
 def _blocks(model, last, blocks):
@@ -355,7 +395,7 @@ def principal_components(rows, count):
     return kernel.astype("float32"), -(mean @ kernel).astype("float32")
 
 
-def _train(model, rows, labels, epochs, verbose):
+def _train(model, rows, targets, epochs, verbose):
     """Trains embedding and head on features that were computed once."""
     steps = epochs * -(-len(rows) // _BATCH_SIZE)
     model.compile(
@@ -365,13 +405,12 @@ def _train(model, rows, labels, epochs, verbose):
         HALOLoss(label_smoothing=_LABEL_SMOOTHING, distill=False),
     )
     model.fit(
-        rows, labels, batch_size=_BATCH_SIZE, epochs=epochs, verbose=verbose
+        rows, targets, batch_size=_BATCH_SIZE, epochs=epochs, verbose=verbose
     )
 
 
 def _compare(given, new, labels):
-    old = np.mean(given.argmax(axis=-1) == labels)
-    new = np.mean(new.argmax(axis=-1) == labels)
+    old, new = np.mean(given == labels), np.mean(new == labels)
     if new < old - _WARN_BELOW:
         warnings.warn(
             f"On the {len(labels)} given samples the new head is right in "

@@ -44,10 +44,36 @@ class OldHead:
     Args:
         layer: `keras.layers.Dense`, a convolution of size one, or `HALODense`.
         units: Integer, how many logits it makes.
+        is_sigmoid: Boolean, whether every logit becomes a probability by
+            itself. Defaults to `False`.
     """
 
-    def __init__(self, layer, units):
+    def __init__(self, layer, units, is_sigmoid=False):
         self.layer, self.units = layer, units
+        self.is_sigmoid = is_sigmoid or units == 1
+
+    def linear_map(self):
+        """Kernel `(D, units)` and bias `(units,)` of the logits, in float64.
+
+        `None` for weights of few bits.
+        """
+        if isinstance(self.layer, HALODense):
+            centroids = np.asarray(
+                ops.convert_to_numpy(self.layer.centroids), "float64"
+            )
+            centroids = centroids - centroids.mean(axis=0)
+            dim = centroids.shape[-1]
+            gamma = float(self.layer.temperature)
+            bias = -gamma * np.square(centroids).mean(axis=-1)
+            return 2.0 * gamma / dim * centroids.T, bias
+        if getattr(self.layer, "quantization_mode", None):
+            return None
+        kernel = np.asarray(ops.convert_to_numpy(self.layer.kernel))
+        kernel = kernel.astype("float64").reshape(-1, self.units)
+        bias = np.zeros(self.units)
+        if self.layer.use_bias:
+            bias = np.asarray(ops.convert_to_numpy(self.layer.bias), "float64")
+        return kernel, bias
 
     def answers(self, embeddings):
         """The classes of embeddings, or `None` for weights of few bits.
@@ -55,25 +81,32 @@ class OldHead:
         Args:
             embeddings: Array of shape `(N, D)`.
         """
-        if isinstance(self.layer, HALODense):
-            centroids = np.asarray(
-                ops.convert_to_numpy(self.layer.centroids), "float64"
-            )
-            centroids = centroids - centroids.mean(axis=0)
-            kernel = 2.0 * centroids.T
-            bias = -np.square(centroids).sum(axis=-1)
-        elif getattr(self.layer, "quantization_mode", None):
+        linear = self.linear_map()
+        if linear is None:
             return None
-        else:
-            kernel = np.asarray(ops.convert_to_numpy(self.layer.kernel))
-            kernel = kernel.astype("float64").reshape(-1, self.units)
-            bias = 0.0
-            if self.layer.use_bias:
-                bias = ops.convert_to_numpy(self.layer.bias)
-        logits = embeddings @ kernel + bias
+        logits = embeddings @ linear[0] + linear[1]
         if self.units == 1:
             return (logits[:, 0] > 0.0).astype("int64")
         return logits.argmax(axis=-1)
+
+    def probabilities(self, logits):
+        """Distributions over the classes that logits stand for.
+
+        Args:
+            logits: Array of shape `(N, units)`.
+
+        Returns:
+            Array of shape `(N, K)`, of two classes for one unit. Where every
+            class has a sigmoid of its own, they are scaled to a sum of one.
+        """
+        logits = np.asarray(logits, "float64")
+        if self.units == 1:
+            logits = np.concatenate([np.zeros_like(logits), logits], axis=-1)
+        elif self.is_sigmoid:
+            logits = -np.logaddexp(0.0, -logits)
+        top = logits.max(axis=-1, keepdims=True)
+        exponentials = np.exp(logits - top)
+        return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
 def warn_of_preprocessor(model):
@@ -141,27 +174,31 @@ def embeddings_before_head(model, units=None):
 
 def _walk(model, tensor):
     """Embeddings, head, and shapes of positions from the last to the first."""
-    shapes = []
+    shapes, is_sigmoid = [], False
     while True:
         operation, node = history_of(tensor)
         features = node.input_tensors[0] if node.input_tensors else None
+        is_sigmoid = is_sigmoid or _is_sigmoid(operation)
         if isinstance(operation, HALODense):
             embeddings = embedding_of(operation, features, model)
             head = OldHead(operation, operation.units)
             break
         if isinstance(operation, layers.Dense):
             _check_activation(operation)
-            embeddings, head = features, OldHead(operation, operation.units)
+            embeddings = features
+            head = OldHead(operation, operation.units, is_sigmoid)
             break
         if isinstance(operation, _CONVOLUTIONS):
             _check_convolution(operation)
             _check_activation(operation)
-            embeddings, head = features, OldHead(operation, operation.filters)
+            embeddings = features
+            head = OldHead(operation, operation.filters, is_sigmoid)
             break
         if isinstance(operation, keras.Model) and getattr(
             operation, "outputs", None
         ):
             inner, head = embeddings_before_head(operation)
+            head.is_sigmoid = head.is_sigmoid or is_sigmoid
             embedder = keras.Model(
                 input_structure(operation),
                 inner,
@@ -216,6 +253,11 @@ def _no_classifier(model, operation):
         "the part of it that ends in features, `keras.Model(model.input, "
         "model.get_layer(name).output)`, in that way."
     )
+
+
+def _is_sigmoid(operation):
+    name = getattr(getattr(operation, "activation", None), "__name__", "")
+    return "sigmoid" in (name, type(operation).__name__.lower())
 
 
 def _check_convolution(layer):
