@@ -21,7 +21,7 @@ from keras_halo.utils.checks import (
     check_model,
 )
 from keras_halo.utils.types import Data
-from keras_halo.workflows.blocks import find_blocks
+from keras_halo.workflows.blocks import blocks_and_features
 from keras_halo.workflows.collecting import check_labels, collect
 from keras_halo.workflows.convert_head import (
     convert_head,
@@ -33,11 +33,16 @@ from keras_halo.workflows.last_layer import (
     warn_of_preprocessor,
 )
 
-# Targets that are the answers of the given network are smooth enough. Those of
-# HALO's own distillation would be surer than it.
+# Targets are smooth by themselves. Those of HALO's own distillation would be
+# surer than the given network, which has seen these data.
 _LABEL_SMOOTHING = 0.003
 
-_LEARNING_RATE = 2e-3
+# Of the answers of the given network, beside the labels. Alone they would
+# repeat its errors, labels alone make the head surer than it is right.
+_SHARE_OF_ANSWERS = 0.25
+
+# Small: training begins with a head that is nearly right.
+_LEARNING_RATE = 1e-3
 
 _BATCH_SIZE = 128
 
@@ -82,10 +87,8 @@ def add_abstention(
     apart and drop much of what tells that an input is none of them. Beside them
     it reads the logits of the given model. One pass over the data computes
     both, `convert_head` makes the head, and a few epochs on what is kept train
-    it alone: to give the class probabilities of the given model, which on new
-    inputs are more often right than what could be learned anew from data that
-    the network has seen. Where the given model is wrong about a sample, its
-    label counts as much as the answer.
+    it alone. It learns the labels and, for a quarter, the class probabilities
+    that the given model answers with.
 
     A head that is made of many features without training, by `epochs=0`, is
     less confident than it is right. `calibrate` sets its temperature by
@@ -104,7 +107,7 @@ def add_abstention(
         model: A trained functional or sequential model with one output that
             ends in a classifier, as `convert_head` takes it, with one answer a
             sample. A model inside of it, such as a pretrained one, is looked
-            into where nothing that comes after it is read.
+            into.
         x: Training inputs, whatever `model.predict` takes; or, without `y`, a
             dataset of batches `(x, y)` or `(x, y, sample_weight)`. A few
             hundred samples a class are enough. Data that is augmented should
@@ -183,7 +186,7 @@ def add_abstention(
             "pixels use `keras_halo.convert_head`."
         )
     num_classes = max(old_head.units, 2)
-    tensors = _blocks(model, last, blocks)
+    tensors, last = _blocks(model, last, blocks)
     features = BlockFeatures(name=free_name(model, "halo_blocks"))(tensors)
     data = labelled_data(x, y, sample_weight)
     check_labels(data, model, num_classes, 1, 1)
@@ -279,15 +282,15 @@ def _dense(name, num_features, kernel, bias):
 
 def _targets(probabilities, labels):
     """What the head is trained to say, distributions over the classes."""
-    one_hot = np.eye(probabilities.shape[-1])[labels]
-    wrong = probabilities.argmax(axis=-1) != labels
-    probabilities[wrong] = 0.5 * (probabilities[wrong] + one_hot[wrong])
-    return probabilities.astype("float32")
+    targets = _SHARE_OF_ANSWERS * probabilities
+    targets[np.arange(len(labels)), labels] += 1.0 - _SHARE_OF_ANSWERS
+    return targets.astype("float32")
 
 
 def _blocks(model, last, blocks):
+    """Symbolic tensors that the head reads, and those before the old head."""
     if blocks is None:
-        return find_blocks(model, last)
+        return blocks_and_features(model, last)
     if not isinstance(blocks, (list, tuple)) or not blocks:
         raise ValueError(
             "`blocks` must be a list of names of layers or of symbolic "
@@ -300,7 +303,8 @@ def _blocks(model, last, blocks):
             "`blocks` must name layers of the model. Received: "
             f"{unknown[0]!r}; the model has {sorted(names)}."
         )
-    return [names[b].output if isinstance(b, str) else b for b in blocks]
+    tensors = [names[b].output if isinstance(b, str) else b for b in blocks]
+    return tensors, last
 
 
 def _features_for(num_samples, num_classes):

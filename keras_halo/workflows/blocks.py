@@ -66,48 +66,88 @@ def find_blocks(model, features):
     >>> [block.shape for block in find_blocks(model, features)]
     [(None, 8, 8, 4), (None, 2, 2, 6)]
     """
-    closed = []
-    while True:
-        ends, opened = _found(model, features, closed)
-        # In a file, a layer cannot be part of two models: what is read inside
-        # of a model cannot be, where its output is needed as well.
-        read = [operation for end in ends for operation, _ in _in_order(end)]
-        shared = [o for o in opened if any(o is other for other in read)]
-        if not shared:
-            return ends
-        closed += shared
+    return blocks_and_features(model, features)[0]
 
 
-def _found(model, features, closed):
-    """Ends of blocks, and the models inside that were looked into."""
-    found, opened = [], []
-    for operation, node in _in_order(features):
-        if _is_graph(operation) and not any(operation is o for o in closed):
-            inner = find_blocks(operation, operation.outputs[0])
-            if inner:
-                opened.append(operation)
-                taps = keras.Model(
-                    input_structure(operation),
-                    inner,
-                    name=free_name(model, f"blocks_{len(opened)}"),
-                )
-                tensors = taps(*node.arguments.args)
-                found.extend((None, tensor) for tensor in _listed(tensors))
+def blocks_and_features(model, features):
+    """Blocks as `find_blocks` returns them, and features computed with them.
+
+    A model inside that was looked into is replaced by one that returns its
+    blocks as well. In a file, a layer cannot be part of both: so what comes
+    after that model is called again, on the output of its replacement.
+
+    Args:
+        model: Functional or sequential Keras model, for names that are free.
+        features: Symbolic tensor of it, up to which blocks are looked for.
+
+    Returns:
+        Tuple of a list of symbolic tensors, from early to late, and the
+        features, which are the same tensor where nothing was replaced.
+
+    Example:
+
+    >>> inner = keras.Sequential([keras.Input((4,)), layers.Dense(8)])
+    >>> outer = keras.Sequential([keras.Input((4,)), inner, layers.Dense(3)])
+    >>> blocks, features = blocks_and_features(outer, inner(outer.inputs[0]))
+    >>> [block.shape for block in blocks], features.shape
+    ([(None, 8)], (None, 8))
+    """
+    ends, (features,) = _rebuilt(model, [features])
+    return ends, features
+
+
+def _rebuilt(model, tensors):
+    """Ends of blocks, and the tensors computed with what was replaced."""
+    found, replaced, replacements = [], {}, {}
+
+    def now(tensor):
+        return replaced.get(id(tensor), tensor)
+
+    for operation, node in _in_order(tensors):
+        arguments = keras.tree.map_structure(now, node.arguments.args)
+        outputs = node.output_tensors
+        if _is_graph(operation):
+            if id(operation) not in replacements:
+                name = free_name(model, f"blocks_{len(replacements) + 1}")
+                replacements[id(operation)] = _with_blocks(operation, name)
+            count, replacement = replacements[id(operation)]
+            results = _listed(replacement(*arguments))
+            found.extend((None, tensor) for tensor in results[:count])
+            results = results[count:]
+        elif any(id(tensor) in replaced for tensor in node.input_tensors):
+            keywords = keras.tree.map_structure(now, node.arguments.kwargs)
+            results = keras.tree.flatten(operation(*arguments, **keywords))
+            found.extend((operation, tensor) for tensor in results)
+        else:
+            found.extend((operation, tensor) for tensor in outputs)
             continue
-        found.extend((operation, tensor) for tensor in node.output_tensors)
-    ends = _ends(found)
+        replaced |= zip(map(id, outputs), results, strict=True)
+    ends, tensors = _ends(found), [now(tensor) for tensor in tensors]
     # Flattened maps know where something is, which averages do not.
-    if not (_is_average(features) or any(features is end for end in ends)):
+    operation, features = _without_dropout(tensors[0])
+    if not (
+        isinstance(operation, _AVERAGES) or any(features is end for end in ends)
+    ):
         ends.append(features)
-    return ends, opened
+    return ends, tensors
 
 
-def _is_average(tensor):
-    """Whether a tensor is the mean of a map over its positions."""
+def _with_blocks(model, name):
+    """How many blocks a model has, and one that returns them before it."""
+    ends, outputs = _rebuilt(model, model.outputs)
+    replacement = keras.Model(
+        input_structure(model), [*ends, *outputs], name=name
+    )
+    return len(ends), replacement
+
+
+def _without_dropout(tensor):
+    """The operation that made a tensor, and its output, but for dropout."""
     operation, node = history_of(tensor)
     while isinstance(operation, (layers.Dropout, layers.Identity)):
-        operation, node = history_of(node.input_tensors[0])
-    return isinstance(operation, _AVERAGES)
+        tensor = node.input_tensors[0]
+        operation, node = history_of(tensor)
+    return operation, tensor
 
 
 def _ends(found):
@@ -138,9 +178,9 @@ def _ends(found):
     return [found[place][1] for place in sorted(chosen)]
 
 
-def _in_order(tensor):
-    """Operations and calls up to a tensor, what is read before its reader."""
-    done, pending = {}, [(tensor, False)]
+def _in_order(tensors):
+    """Operations and calls up to tensors, what is read before its reader."""
+    done, pending = {}, [(tensor, False) for tensor in reversed(tensors)]
     while pending:
         tensor, ready = pending.pop()
         operation, node = history_of(tensor)

@@ -63,7 +63,7 @@ class OldHead:
             )
             centroids = centroids - centroids.mean(axis=0)
             dim = centroids.shape[-1]
-            gamma = float(self.layer.temperature)
+            gamma = float(ops.convert_to_numpy(self.layer.temperature))
             bias = -gamma * np.square(centroids).mean(axis=-1)
             return 2.0 * gamma / dim * centroids.T, bias
         if getattr(self.layer, "quantization_mode", None):
