@@ -95,7 +95,7 @@ def packed(embeddings, centroids, gamma=4.0, bias=-1.0, dtype="float32"):
             np.full_like(norm, -(2.0**40) * (1.0 + x.shape[-1])),
             # No far background, and the number of the layout.
             np.full_like(norm, -(2.0**40)),
-            np.full_like(norm, -(2.0**40) * 1.25),
+            np.full_like(norm, -(2.0**40) * (1.25 + 2.0**-13)),
         ],
         axis=-1,
     )

@@ -409,3 +409,32 @@ def test_autocast_of_torch_ends_at_the_head(device_dtype, compiled):
         np.testing.assert_array_equal(
             to_numpy(a.detach()), to_numpy(b.detach())
         )
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch alone")
+def test_autocast_of_torch_ends_at_stateless_calls_and_fitted_embeddings():
+    import torch
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 7)).astype("float32"), np.arange(60) % 3
+    model = keras.Sequential([keras.Input((7,)), HALODense(3)])
+    fitted = keras_halo.fit_class_gaussians(model, x, y, verbose=0)
+    converted = keras_halo.convert_head(model, x, y, verbose=0)
+    features = ops.convert_to_tensor(x)
+
+    def answers():
+        head = model.layers[-1]
+        weights = head.trainable_variables, head.non_trainable_variables
+        with torch.no_grad():
+            found = [
+                head.stateless_call(*weights, features)[0],
+                *fitted(features).values(),
+                converted(features),
+            ]
+        return [to_numpy(answer) for answer in found]
+
+    expected = answers()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = answers()
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a, b)

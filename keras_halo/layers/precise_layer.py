@@ -29,3 +29,8 @@ class PreciseLayer(keras.layers.Layer):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         with full_precision():
             return super().__call__(*args, **kwargs)
+
+    def stateless_call(self, *args: Any, **kwargs: Any) -> Any:
+        # Keras does not go through `__call__` here.
+        with full_precision():
+            return super().stateless_call(*args, **kwargs)

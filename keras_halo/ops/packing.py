@@ -24,8 +24,10 @@ embedding near the origin. Where more digits are needed, read
 which that logit includes; it is zero for a head without one.
 
 The last column tells packed scores of this layout from those of keras_halo
-0.1.0, which had `K + 4` columns and ended in `neutral(D)`: it holds `1 / 4`,
-and no embedding size is below 2. `upgrade_scores` converts old arrays.
+0.1.0, which had `K + 4` columns and ended in `neutral(D)`: it holds
+`1 / 4 + 2^-13`, and no embedding size is below 2. `upgrade_scores` converts old
+arrays. In bfloat16 that number would be `1 / 4`, so that packed scores that
+were rounded on the way, whatever they were cast to afterwards, are none.
 
 This module alone knows the layout.
 """
@@ -48,8 +50,9 @@ NUM_EXTRA_COLUMNS = 6
 _NUM_NEUTRAL = NUM_EXTRA_COLUMNS - 1
 
 # What the last column holds. A later layout takes another power of two below
-# one, so that no embedding size is taken for it.
-_LAYOUT = 0.25
+# one and the same addend: no embedding size is taken for it, and 16 bits lose
+# it.
+_LAYOUT = 0.25 + 2.0**-13
 
 # Abstain logit and three neutral columns, as keras_halo 0.1.0 had them.
 OLD_EXTRA_COLUMNS = 4
@@ -482,6 +485,12 @@ def _diagnosis(scores):
         return (
             "They are probabilities: the model ends in a softmax. Leave it "
             f"out, or put `keras_halo.HALOSoftmax` there. {_WHAT_TO_DO}"
+        )
+    if np.any(np.abs(_from_neutral(scores[..., -1]) - _LAYOUT) < 2.0**-7):
+        return (
+            "They were rounded to 16 bits on the way, which their geometry "
+            "does not survive. Leave out the layer after the head that casts "
+            'them under a 16-bit policy, or give it `dtype="float32"`.'
         )
     return (
         "Either the model has no such head, or a layer after it changes what "

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_halo.layers.block_features import BlockFeatures
+from keras_halo.layers.precise_dense import PreciseDense
 from keras_halo.losses.halo_loss import HALOLoss
 from keras_halo.ops.class_statistics import ClassStatistics, check_counts
 from keras_halo.ops.labels import class_indices
@@ -274,7 +275,7 @@ def add_abstention(
 
 def _dense(name, num_features, kernel, bias):
     """A linear layer with given weights."""
-    layer = keras.layers.Dense(kernel.shape[-1], name=name)
+    layer = PreciseDense(kernel.shape[-1], name=name)
     layer.build((None, num_features))
     layer.set_weights([kernel, bias])
     return layer

@@ -110,10 +110,10 @@ def _rebuilt(model, tensors):
             if id(operation) not in replacements:
                 name = free_name(model, f"blocks_{len(replacements) + 1}")
                 replacements[id(operation)] = _with_blocks(operation, name)
-            count, replacement = replacements[id(operation)]
+            replacement, count, places = replacements[id(operation)]
             results = _listed(replacement(*arguments))
             found.extend((None, tensor) for tensor in results[:count])
-            results = results[count:]
+            results = [results[place] for place in places]
         elif any(id(tensor) in replaced for tensor in node.input_tensors):
             keywords = keras.tree.map_structure(now, node.arguments.kwargs)
             results = keras.tree.flatten(operation(*arguments, **keywords))
@@ -133,12 +133,21 @@ def _rebuilt(model, tensors):
 
 
 def _with_blocks(model, name):
-    """How many blocks a model has, and one that returns them before it."""
+    """A model that returns the blocks of another one and its outputs.
+
+    With it come the number of blocks, which are returned first, and the places
+    of the outputs: one that is a block by itself is returned once.
+    """
     ends, outputs = _rebuilt(model, model.outputs)
-    replacement = keras.Model(
-        input_structure(model), [*ends, *outputs], name=name
-    )
-    return len(ends), replacement
+    tensors, places = list(ends), []
+    for output in outputs:
+        same = [i for i, tensor in enumerate(tensors) if tensor is output]
+        if not same:
+            same = [len(tensors)]
+            tensors.append(output)
+        places.append(same[0])
+    replacement = keras.Model(input_structure(model), tensors, name=name)
+    return replacement, len(ends), places
 
 
 def _without_dropout(tensor):

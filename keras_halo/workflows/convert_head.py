@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_halo.layers.halo_dense import HALODense
+from keras_halo.layers.precise_dense import PreciseDense
 from keras_halo.ops import evidence, packing
 from keras_halo.ops.class_statistics import (
     ClassStatistics,
@@ -202,7 +203,7 @@ def convert_head(
     )
     check_counts(statistics.counts, 1)
     transform, center, centroids = whitened_centroids(statistics)
-    whitened = keras.layers.Dense(dim, name=free_name(model, "halo_embedding"))
+    whitened = PreciseDense(dim, name=free_name(model, "halo_embedding"))
     converted = keras.Model(inputs, head(whitened(embeddings)))
     whitened.set_weights([transform.T, -transform @ center])
     head.centroids.assign(centroids)

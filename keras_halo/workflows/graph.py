@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_halo.layers.feature_normalization import FeatureNormalization
 from keras_halo.layers.halo_dense import HALODense
+from keras_halo.layers.precise_dense import PreciseDense
 from keras_halo.utils.checks import check_model
 from keras_halo.utils.keras_private import flat_layers, history_of
 
@@ -166,7 +167,7 @@ def embedding_of(head, features, model):
             name=free_name(model, "feature_normalization"),
             dtype=head.head_dtype,
         )(features)
-    embedding = keras.layers.Dense(
+    embedding = PreciseDense(
         head.centroids.shape[-1],
         name=free_name(model, "embedding"),
         dtype=head.head_dtype,

@@ -567,3 +567,21 @@ def test_a_layer_after_the_head_that_casts_is_named(policy):
     kept.compile("sgd", HALOLoss())
     history = kept.fit(x, np.zeros(4, int), verbose=0)
     assert np.isfinite(history.history["loss"][0])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_packed_scores_that_were_in_16_bits_are_known_again(dtype):
+    """Whatever they are cast to afterwards: their geometry is rounded."""
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
+    scores = ops.convert_to_tensor(HALODense(3)(x))
+    cast_back = ops.cast(ops.cast(scores, dtype), "float32")
+    y = np.array([0, 1, 2, 0, 1, 2])
+    assert np.isfinite(to_numpy(HALOLoss()(y, scores)))
+    assert np.isnan(to_numpy(HALOLoss()(ops.convert_to_tensor(y), cast_back)))
+    if dtype == "bfloat16":
+        with pytest.raises(ValueError, match="rounded to 16 bits"):
+            keras_halo.decode_predictions(to_numpy(cast_back))
+    else:
+        with pytest.warns(UserWarning, match="infinite values"):
+            found = keras_halo.decode_predictions(to_numpy(cast_back))
+        assert found.abstained.all()
