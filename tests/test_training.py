@@ -1,5 +1,7 @@
 """Real training: against NumPy, through save and load, and to an accuracy."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -223,6 +225,20 @@ def test_weights_file_round_trip(digits, tmp_path):
     fresh.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(
         fresh.predict(x, verbose=0), model.predict(x, verbose=0)
+    )
+
+
+def test_a_whole_model_in_an_h5_file_answers_the_same(digits, tmp_path):
+    x, y = digits
+    model = _compiled()
+    _train(model, x, y, epochs=1)
+    with warnings.catch_warnings():
+        # Keras calls the format a legacy.
+        warnings.simplefilter("ignore")
+        model.save(tmp_path / "model.h5")
+        loaded = keras.saving.load_model(tmp_path / "model.h5", compile=False)
+    np.testing.assert_array_equal(
+        loaded.predict(x[:50], verbose=0), model.predict(x[:50], verbose=0)
     )
 
 

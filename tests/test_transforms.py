@@ -188,6 +188,36 @@ def test_forward_mode_of_two_towers():
     assert_close(to_numpy(found), np.sum(slope * X[::-1]), rtol=1e-3)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch alone")
+def test_vectorized_gradients_of_torch_autograd():
+    """What `plain_gradients` is for beside `torch.func`."""
+    import torch
+
+    scores = torch.tensor(to_numpy(HALODense(3)(X)))
+    labels = torch.arange(len(X)) % 3
+
+    def losses(scores):
+        return keras_halo.losses.halo_loss(labels, scores)
+
+    def forward(scores):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(
+                scores, torch.ones_like(scores)
+            )
+            return torch.autograd.forward_ad.unpack_dual(losses(dual)).tangent
+
+    expected = torch.autograd.functional.jacobian(losses, scores)
+    with plain_gradients():
+        found = torch.autograd.functional.jacobian(
+            losses, scores, vectorize=True
+        )
+        tangents = forward(scores)
+    assert_close(to_numpy(found), to_numpy(expected), rtol=1e-4)
+    assert_close(
+        to_numpy(tangents), to_numpy(expected).sum(axis=(1, 2)), rtol=1e-3
+    )
+
+
 @pytest.mark.parametrize("name", ["jacrev", "jacfwd", "hessian"])
 def test_jacobians(name):
     if BACKEND == "tensorflow":

@@ -31,9 +31,11 @@ def plain_gradients() -> Iterator[None]:
     the same; a step with very many classes takes half as long again, and four
     times the memory.
 
-    Nothing else needs it: `grad`, `vmap`, `jacrev` and `hessian` of JAX work as
-    they are, on PyTorch the transforms of `torch.func` are noticed, and
-    TensorFlow takes apart every gradient.
+    On PyTorch, forward mode by `torch.autograd.forward_ad` and gradients that
+    `torch.autograd` vectorizes (`vectorize=True`, `is_grads_batched=True`) need
+    it, too. Nothing else does: `grad`, `vmap`, `jacrev` and `hessian` of JAX
+    work as they are, the transforms of `torch.func` are noticed, and TensorFlow
+    takes apart every gradient.
 
     What `jax.jit` has traced before stays as it was traced: enter the scope
     inside the function, or before its first call.

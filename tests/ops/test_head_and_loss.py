@@ -439,7 +439,25 @@ def test_blocks_need_integer_labels():
         halo_loss(np.eye(3)[:2], scores, block_size=2)
 
 
-@pytest.mark.parametrize("how", ["take", "index", "where"])
+def masked_rows(scores, mask):
+    """Rows by a boolean mask, as each backend has it."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.boolean_mask(scores, mask)
+    return scores[mask]
+
+
+def gathered_rows(scores, rows):
+    """Rows by their numbers, as each backend has it."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.gather(scores, rows)
+    return scores[rows]
+
+
+@pytest.mark.parametrize("how", ["take", "index", "mask", "native", "where"])
 @pytest.mark.parametrize("head", ["default", "reference"])
 def test_gradients_of_gathered_scores(how, head):
     rows = np.array([0, 2, 3])
@@ -454,6 +472,10 @@ def test_gradients_of_gathered_scores(how, head):
             scores = ops.take(scores, rows, axis=0)
         elif how == "index":
             scores = ops.stack([scores[int(row)] for row in rows])
+        elif how == "mask":
+            scores = masked_rows(scores, np.isin(np.arange(6), rows))
+        elif how == "native":
+            scores = gathered_rows(scores, rows)
         else:
             every = np.zeros(6, int)
             every[rows] = labels
