@@ -25,6 +25,12 @@ _TABLE_SIZE = 128
 # score is a difference of logits that are some tens of times as large.
 _SCORE_ROUNDING = 1e-5
 
+# Scores that are nearer than this, relative to them, may be one score that
+# batches of two sizes rounded differently: sixteen units in the last place of
+# float32, about twice what was measured for most methods. The margin above may
+# be larger, since it is taken only where no scores lie.
+_SAME_SCORE = 2e-6
+
 
 def samples_for_coverage(coverage, delta=None):
     """Smallest calibration set that can guarantee a coverage.
@@ -204,12 +210,20 @@ def threshold_above(largest, scores):
     place of float32, and a threshold that is exactly that score would let the
     whole group change sides. So it lies in the gap to the next score.
 
+    The last batch of the calibration data may have moved some of the group
+    already. Scores that are nearer than `2e-6` of their size are accepted with
+    the largest one, and the gap is the one after them. They are counted from
+    that score, not from one to the next, so that the many scores of a large
+    calibration set cannot form a chain. Whatever moves scores by less than
+    half of that distance leaves accepted what is at most `largest`.
+
     Formula:
 
     ```python
-    following = min(scores[scores > largest])
     scale = max(abs(largest), mean(abs(scores)))
-    threshold = largest + min((following - largest) / 2, 1e-5 * scale)
+    top = max(scores[scores <= largest + 2e-6 * scale])
+    following = min(scores[scores > top])
+    threshold = top + min((following - top) / 2, 1e-5 * scale)
     ```
 
     Args:
@@ -217,18 +231,20 @@ def threshold_above(largest, scores):
         scores: Vector of calibration scores.
 
     Returns:
-        Float, at least `largest`, below every score that is larger.
+        Float, at least `largest`, below every score that is larger and not
+        next to it.
 
     Example:
 
     >>> threshold_above(2.0, np.array([1.0, 2.0, 3.0]))
     2.00002
-    >>> threshold_above(2.0, np.array([1.0, 2.0, 2.000001]))
-    2.0000005
+    >>> threshold_above(2.0, np.array([1.0, 2.0, 2.00001]))
+    2.000005
+    >>> round(threshold_above(2.0, np.array([1.0, 2.0, 2.000001])), 6)
+    2.000021
     """
-    above = scores[scores > largest]
-    following = float(above.min()) if above.size else np.inf
-    return float(_raise(largest, following, _mean_magnitude(scores)))
+    distinct = np.unique(np.append(scores, largest))
+    return float(_raise(largest, distinct, _mean_magnitude(scores)))
 
 
 def raised(scores):
@@ -248,12 +264,20 @@ def raised(scores):
     True
     """
     distinct, inverse = np.unique(scores, return_inverse=True)
-    following = np.append(distinct[1:], np.inf)
-    return _raise(distinct, following, _mean_magnitude(scores))[inverse]
+    return _raise(distinct, distinct, _mean_magnitude(scores))[inverse]
 
 
-def _raise(scores, following, mean_magnitude):
-    """Scores, raised into the gaps to those that follow."""
+def _raise(scores, distinct, mean_magnitude):
+    """Scores, raised into the gaps after those that are nearly the same."""
+    ends = np.searchsorted(
+        distinct, _upmost(scores, mean_magnitude), side="right"
+    )
+    tops = distinct[ends - 1]
+    return _into_gap(tops, np.append(distinct, np.inf)[ends], mean_magnitude)
+
+
+def _into_gap(scores, following, mean_magnitude):
+    """Numbers in the gaps between scores and those that follow."""
     with np.errstate(over="ignore"):
         margins = np.minimum(
             _SCORE_ROUNDING * np.maximum(np.abs(scores), mean_magnitude),
@@ -263,6 +287,17 @@ def _raise(scores, following, mean_magnitude):
     # Neighbours in float64 leave no room, nor does its largest number.
     fits = np.isfinite(raised) & (raised < following)
     return np.where(fits, raised, scores)
+
+
+def _distance(scores, mean_magnitude):
+    """How far away a score that is nearly the same may be."""
+    return _SAME_SCORE * np.maximum(np.abs(scores), mean_magnitude)
+
+
+def _upmost(scores, mean_magnitude):
+    """The largest numbers that are nearly the same as scores."""
+    with np.errstate(over="ignore"):
+        return scores + _distance(scores, mean_magnitude)
 
 
 def _mean_magnitude(scores):
@@ -284,7 +319,8 @@ def threshold_below(smallest, scores):
         scores: Vector of calibration scores.
 
     Returns:
-        Float below `smallest`, at least every score that is smaller.
+        Float below `smallest`, at least every score that is smaller and not
+        next to it.
 
     Example:
 
@@ -397,8 +433,9 @@ def accepted_at_risk(scores, errors, risk, delta):
         delta: Float in `(0, 1)`.
 
     Returns:
-        Integer in `[0, n]`; zero if no threshold passes. Equal scores are
-        accepted together or not at all.
+        Integer in `[0, n]`; zero if no threshold passes. Equal scores, and
+        those that rounding may have made different, are accepted together or
+        not at all; see `largest_count`.
 
     Example:
 
@@ -417,9 +454,117 @@ def accepted_at_risk(scores, errors, risk, delta):
       a Single Family of Hypotheses, 2005.
     """
     scores, passed, _ = _test_upwards(scores, errors, risk, delta)
-    # The sample after the last accepted one must have a larger score.
-    passed[1:-1] &= scores[:-1] < scores[1:]
-    return int(np.flatnonzero(passed)[-1]) if passed.any() else 0
+    return largest_count(scores, passed)
+
+
+def largest_count(scores, passed):
+    """The largest number of lowest scores that a test lets accept.
+
+    The sample after the last accepted one must have a larger score. Where the
+    two are nearer than another batch size may move them, the scores within
+    half of that distance of the threshold may come to lie on either side of
+    it. Every number of them must have passed then: a group of inputs that was
+    rounded in two ways is accepted as a whole or not at all, unless either is
+    proved. Whatever is chosen among thresholds that passed has their
+    guarantee.
+
+    Args:
+        scores: Ascending vector of `n` scores.
+        passed: Booleans of shape `(n + 1,)`, by the number of lowest scores.
+
+    Returns:
+        Integer in `[0, n]`; zero if there is none.
+
+    Example:
+
+    >>> passed = np.array([False, True, True, False])
+    >>> largest_count(np.array([1.0, 2.0, 3.0]), passed)
+    2
+    >>> largest_count(np.array([1.0, 2.0, 2.0 + 1e-7]), passed)
+    1
+    """
+    counts = np.arange(1, len(scores) + 1)
+    counts = counts[np.append(scores[:-1] < scores[1:], True)]
+    mean_magnitude = _mean_magnitude(scores)
+    following = np.append(scores, np.inf)[counts]
+    thresholds = _into_gap(scores[counts - 1], following, mean_magnitude)
+    reach = _distance(thresholds, mean_magnitude) / 2.0
+    with np.errstate(over="ignore"):
+        fewest = np.searchsorted(scores, thresholds - reach, side="right")
+        most = np.searchsorted(scores, thresholds + reach, side="right")
+    failed = np.cumsum(np.append(0, ~passed))
+    counts = counts[failed[most + 1] == failed[fewest]]
+    return int(counts[-1]) if len(counts) else 0
+
+
+def threshold_after(count, scores, others=()):
+    """A threshold that accepts so many of the lowest scores.
+
+    Args:
+        count: Integer in `[1, n]`, such as `largest_count` returns.
+        scores: Vector of `n` scores.
+        others: Vector of scores, of which the threshold lies below all that
+            are larger than the last accepted one, unless they are nearly the
+            same. Defaults to `()`.
+
+    Returns:
+        Float, in the gap to the next score.
+
+    Example:
+
+    >>> threshold_after(2, np.array([1.0, 2.0, 2.000001]))
+    2.0000005
+    """
+    mean_magnitude = _mean_magnitude(scores)
+    largest = np.partition(scores, count - 1)[count - 1]
+    others = np.asarray(others, "float64")
+    above = np.concatenate(
+        [
+            scores[scores > largest],
+            others[others > _upmost(largest, mean_magnitude)],
+        ]
+    )
+    following = above.min() if above.size else np.inf
+    return float(_into_gap(largest, following, mean_magnitude))
+
+
+def count_up_to(scores, others):
+    """How many other scores are at most each score, or nearly the same.
+
+    Args:
+        scores: Vector of scores.
+        others: Vector of other scores.
+
+    Returns:
+        Integers, as many as there are scores.
+
+    Example:
+
+    >>> others = np.array([1.0, 2.0, 2.0 + 1e-7, 3.0])
+    >>> count_up_to(np.array([1.0, 2.0]), others).tolist()
+    [1, 3]
+    """
+    upmost = _upmost(scores, _mean_magnitude(scores))
+    return np.searchsorted(np.sort(others), upmost, side="right")
+
+
+def count_near(score, scores):
+    """How many scores are nearly the same as one of them.
+
+    Args:
+        score: Float.
+        scores: Vector of scores.
+
+    Returns:
+        Integer.
+
+    Example:
+
+    >>> count_near(2.0, np.array([1.0, 2.0, 2.0 + 1e-7, 3.0]))
+    2
+    """
+    distance = _distance(score, _mean_magnitude(scores))
+    return int((np.abs(scores - score) <= distance).sum())
 
 
 StartTest = collections.namedtuple(

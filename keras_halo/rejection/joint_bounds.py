@@ -185,7 +185,8 @@ def accepted_jointly(scores, errors, outliers, requirements):
     """
     scores, totals = bounds.sorted_with_errors(scores, errors)
     num_accepted = np.zeros(len(totals), int)
-    num_accepted[1:] = np.searchsorted(np.sort(outliers), scores, side="right")
+    # Outliers beside the threshold may come to lie below it.
+    num_accepted[1:] = bounds.count_up_to(scores, outliers)
     p_values = np.zeros(len(totals))
     if requirements.risk is not None:
         p_values = bounds.risk_p_values(totals, requirements.risk)
@@ -196,10 +197,9 @@ def accepted_jointly(scores, errors, outliers, requirements):
         p_values = np.maximum(p_values, rate_p_values)
     starts, level = requirements.starts(len(scores))
     passed, tests = bounds.walk_upwards(p_values, starts, level)
-    # The sample after the last accepted one must have a larger score.
-    passed[1:-1] &= scores[:-1] < scores[1:]
-    if passed.any():
-        return int(np.flatnonzero(passed)[-1]), []
+    accepted = bounds.largest_count(scores, passed)
+    if accepted:
+        return accepted, []
     return 0, [
         _test(count, totals, num_accepted, level, len(outliers), requirements)
         for _, level, count in tests

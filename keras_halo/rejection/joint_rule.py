@@ -211,13 +211,8 @@ class JointRule(RejectionRule):
         )
         if not accepted:
             raise ValueError(self._unreachable(scores, wrong, outliers, failed))
-        largest = float(np.partition(scores, accepted - 1)[accepted - 1])
         # Below the next outlier too.
-        following = np.sort(outliers[outliers > largest])[:1]
-        threshold = bounds.threshold_above(
-            largest, np.concatenate([scores, following])
-        )
-        return threshold, None
+        return bounds.threshold_after(accepted, scores, outliers), None
 
     def _requirements(self):
         return joint_bounds.Requirements(

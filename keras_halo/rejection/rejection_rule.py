@@ -205,6 +205,11 @@ class RejectionRule:
     def predict(self, scores: Scores) -> Decisions:
         """Decides which inputs are accepted.
 
+        Another batch size or compiler may move scores by a few units in the
+        last place of float32. Thresholds are placed so that inputs which share
+        a score stay together; a single one whose score is that near to the
+        threshold may be decided otherwise.
+
         Args:
             scores: Scores of the kind and the model that the rule was fitted
                 on: packed of shape `(..., K + 6)`, or plain of shape `(...)`.

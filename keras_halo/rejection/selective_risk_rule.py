@@ -94,8 +94,7 @@ class SelectiveRiskRule(RejectionRule):
         accepted = bounds.accepted_at_risk(scores, wrong, self.risk, self.delta)
         if not accepted:
             raise ValueError(self._unreachable(scores, wrong))
-        largest = float(np.partition(scores, accepted - 1)[accepted - 1])
-        return bounds.threshold_above(largest, scores), None
+        return bounds.threshold_after(accepted, scores), None
 
     def _unreachable(self, scores, wrong):
         tests, passed = bounds.tests_at_risk(
@@ -111,7 +110,7 @@ class SelectiveRiskRule(RejectionRule):
             tied = np.sort(scores)[passed - 1]
             return why + (
                 f"it is kept by the {passed} lowest scores, but "
-                f"{int((scores == tied).sum())} samples share the score "
+                f"{bounds.count_near(tied, scores)} samples share the score "
                 f"{tied:.6g} and are accepted together or not at all. Take "
                 "another `method`, whose scores have fewer ties."
             )

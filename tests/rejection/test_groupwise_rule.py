@@ -136,6 +136,25 @@ def test_groups_of_the_user_written_out(groups, seed):
         assert decisions.labels is None
 
 
+@pytest.mark.any_backend
+@pytest.mark.parametrize("name", ["coverage", "false positives"])
+def test_equal_inputs_that_were_rounded_otherwise_stay_together(name):
+    step = np.spacing(np.float32(3.0))
+    blank = np.where(np.arange(300) < 290, 3.0, 3.0 + step)
+    rng = np.random.default_rng(0)
+    scores = np.concatenate([rng.random(100), blank, 4.0 + rng.random(100)])
+    rule = {
+        "coverage": CoverageRule(0.5, None),
+        "false positives": FalsePositiveRateRule(0.79, None),
+    }[name]
+    rule = GroupwiseRule(rule, by="group")
+    rule.fit(np.tile(scores, 2), groups=np.repeat(["day", "night"], 500))
+    moved = 3.0 + step * np.arange(-2, 4)
+    for group in ("day", "night"):
+        accepted = rule.predict(moved, groups=[group] * 6).accepted
+        assert accepted.all() if name == "coverage" else not accepted.any()
+
+
 @pytest.mark.parametrize("form", ["strings", "list", "tensor", "int8"])
 def test_groups_in_every_form_are_the_same(form):
     scores = np.random.default_rng(0).random((90, 4))

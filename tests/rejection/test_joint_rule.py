@@ -227,12 +227,44 @@ def test_no_outlier_beside_the_threshold_slips_in():
     scores = np.arange(100.0)
     errors = np.zeros(100, bool)
     # The rank of the coverage is 87; the next outlier is very near to it.
-    outliers = np.concatenate([np.full(70, 89.0 + 1e-9), np.arange(30.0)])
+    outliers = np.concatenate([np.full(70, 89.0 + 1e-3), np.arange(30.0)])
     rule = JointRule(0.2, 0.8, 0.4, method=None)
     rule.fit(scores, errors=errors, outliers=outliers)
-    assert 89.0 < rule.threshold < 89.0 + 1e-9
+    assert 89.0 < rule.threshold < 89.0 + 1e-3
     assert rule.predict(outliers).coverage == 0.3
     assert rule.predict([89.0]).accepted.all()
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("ulps", [-8, -1, 0, 1, 8])
+def test_outliers_that_rounding_may_let_in_count_as_accepted(ulps):
+    scores = np.arange(200.0)
+    errors = np.zeros(200, bool)
+    # A known input scores as the outliers do, up to rounding.
+    outliers = np.full(70, 180.0) + ulps * np.spacing(np.float32(180.0))
+    outliers = np.concatenate([outliers, np.arange(30.0)])
+    rule = JointRule(0.2, 0.8, 0.4, method=None)
+    rule.fit(scores, errors=errors, outliers=outliers)
+    for moved in (-2, 0, 2):
+        group = 180.0 + moved * np.spacing(np.float32(180.0))
+        assert rule.predict(np.array([group])).rejected.all()
+    assert rule.predict(scores).accepted.sum() == 180
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("first", [390, 200, 10])
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+def test_a_group_that_is_split_stays_together(rate, first):
+    step = np.spacing(np.float32(3.0))
+    group = np.where(np.arange(400) < first, 3.0, 3.0 + step)
+    rng = np.random.default_rng(0)
+    scores = np.concatenate([rng.random(500), group, 4.0 + rng.random(100)])
+    errors = np.zeros(1000, bool)
+    errors[500:900] = np.arange(400) % 20 < 20 * rate
+    errors[900:] = True
+    rule = JointRule(0.1, 0.4, method=None).fit(scores, errors=errors)
+    moved = rule.predict(3.0 + step * np.arange(-2, 4)).accepted
+    assert moved.all() if rate < 0.1 else not moved.any()
 
 
 CENTROIDS = 3.0 * np.random.default_rng(5).normal(size=(3, 8))

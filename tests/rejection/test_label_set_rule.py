@@ -85,6 +85,15 @@ def test_with_confidence_few_calibration_sets_fall_short():
     assert np.mean(short) <= limit
 
 
+@pytest.mark.any_backend
+def test_equal_inputs_that_were_rounded_otherwise_stay_together():
+    step = np.spacing(np.float32(3.0))
+    own = np.where(np.arange(300) < 290, 3.0, 3.0 + step)
+    own = np.concatenate([np.linspace(0, 2, 100), own, np.linspace(4, 5, 100)])
+    threshold, _ = LabelSetRule(0.5).find_threshold(own, None)
+    assert 3.0 + 3 * step < threshold < 4.0
+
+
 @pytest.mark.parametrize("method", ["max_probability", "abstain", "nearest"])
 def test_a_set_holds_the_labels_with_a_large_enough_p_value(method):
     scores, labels = known_data(99)
