@@ -27,7 +27,8 @@ class Decision(ScoreLayer):
     the model abstains by itself, where that is more probable than every class.
     With a threshold, the most probable class is the answer wherever the score
     is at most the threshold, also where the model by itself would abstain.
-    What is NaN or infinite is rejected.
+    A row of packed scores that holds NaN or an infinite value is rejected,
+    whatever `ood` says of it, and so is an `ood` that is none.
 
     The layer cannot tell from which model its threshold comes: append it to
     the very model that the rule was fitted on.
@@ -183,7 +184,7 @@ class Decision(ScoreLayer):
             if isinstance(self.threshold, list):
                 limits = self._of_class(limits, labels)
             accepted = judged <= limits
-        accepted = ops.logical_and(accepted, self._is_finite(judged))
+        accepted = ops.logical_and(accepted, self._is_usable(scores, judged))
         return ops.where(accepted, labels, ops.full_like(labels, ABSTAINED))
 
     def _limits(self):
@@ -199,10 +200,17 @@ class Decision(ScoreLayer):
         is_class = ops.equal(ops.expand_dims(labels, -1), classes)
         return ops.sum(ops.where(is_class, limits, 0.0), axis=-1)
 
-    def _is_finite(self, judged):
+    def _is_usable(self, scores, judged):
+        """Whether the score and all of its row of packed scores are finite."""
+        # A sum, since not every exporter knows `all`.
+        finite = self._is_finite(scores)
+        faults = ops.sum(ops.where(finite, 0.0, 1.0), axis=-1)
+        return ops.logical_and(faults < 0.5, self._is_finite(judged))
+
+    def _is_finite(self, values):
         # As comparisons: not every exporter knows `isfinite`.
         largest = float(np.finfo(self.head_dtype).max)
-        return ops.logical_and(judged >= -largest, judged <= largest)
+        return ops.logical_and(values >= -largest, values <= largest)
 
     def _judged(self, scores, given):
         if self.method in (None, FITTED):
@@ -214,8 +222,8 @@ class Decision(ScoreLayer):
         judged = self._judged(scores, given)
         logits = packing.unpack(scores).logits
         members = ood_scores.label_scores(logits, judged) <= self._limits()
-        finite = ops.expand_dims(self._is_finite(judged), -1)
-        return ops.logical_and(members, finite)
+        usable = ops.expand_dims(self._is_usable(scores, judged), -1)
+        return ops.logical_and(members, usable)
 
     def compute_output_shape(
         self, scores_shape: Shape, ood_shape: Shape = None

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import keras
@@ -53,9 +54,10 @@ class Guard(Decision):
         Dictionary: `"label"`, int32 of shape `(batch_size, ...)`, -1 for
         rejected; `"probabilities"`, of shape `(batch_size, ..., K)`, what is
         missing to one is the probability of abstaining; `"score"`, of shape
-        `(batch_size, ...)`, larger for outliers; and `"p_value"` like it, the
-        chance that a known input scores as high, unless the rule was fitted on
-        outliers. With a `LabelSetRule` also `"label_set"`, booleans of shape
+        `(batch_size, ...)`, larger for outliers, NaN where a row holds what is
+        not finite; and `"p_value"` like it, the chance that a known input
+        scores as high, unless the rule was fitted on outliers. With a
+        `LabelSetRule` also `"label_set"`, booleans of shape
         `(batch_size, ..., K)`; the label is the most probable one in the set.
 
     Raises:
@@ -109,7 +111,9 @@ class Guard(Decision):
             )
         packed, given = self._both(scores, None)
         packed = ops.cast(packed, self.head_dtype)
-        score = self._judged(packed, given)
+        judged = self._judged(packed, given)
+        # As the rule says of what it cannot read.
+        score = ops.where(self._is_usable(packed, judged), judged, math.nan)
         members = None
         if self._gives_sets:
             members = self._members(packed, given)

@@ -11,12 +11,19 @@ import keras_halo
 from keras_halo.layers import (
     ClassGaussians,
     Decision,
+    Guard,
     LabelSet,
     OODScore,
 )
 from keras_halo.layers.decision import rounded_down
 from keras_halo.ops.ood_scores import OOD_METHODS, ood_score
-from keras_halo.rejection import bounds
+from keras_halo.rejection import (
+    CoverageRule,
+    FalsePositiveRateRule,
+    GroupwiseRule,
+    LabelSetRule,
+    bounds,
+)
 
 POLICIES = {
     "float32": "float32",
@@ -152,6 +159,63 @@ def test_nan_is_rejected():
     judged = np.array([0.0, np.nan] * 4, "float32")
     labels = to_numpy(Decision(1.0, method=None)(scores, judged))
     assert (labels[1::2] == -1).all() and (labels[:2:8] >= 0).all()
+
+
+RULES = {
+    "coverage": lambda: CoverageRule(0.95),
+    "nearest": lambda: CoverageRule(0.95, "nearest"),
+    "outliers": lambda: FalsePositiveRateRule(0.9),
+    "by class": lambda: GroupwiseRule(CoverageRule(0.8)),
+    "sets": lambda: LabelSetRule(0.95),
+    "fitted": lambda: CoverageRule(0.95, "fitted"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*rows hold NaN or infinite")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", RULES)
+def test_rows_that_are_not_finite_are_rejected_alike_everywhere(name, value):
+    scores = some_scores(200, spread=3.0)
+    rule = RULES[name]()
+    labels = {"labels": scores[:, :5].argmax(-1)} if name == "sets" else {}
+
+    def output(scores, ood):
+        return {"scores": scores, "ood": ood} if name == "fitted" else scores
+
+    ood = np.linspace(0.0, 1.0, 200, dtype="float32")
+    rule.fit(output(scores, ood), **labels)
+    kept = rule.predict(output(scores, ood)).accepted
+    row = np.flatnonzero(kept & (to_numpy(Decision()(scores)) >= 0))[0]
+    columns = scores.shape[-1]
+    for column in range(columns + (name == "fitted")):
+        bad, bad_ood = scores.copy(), ood.copy()
+        if column < columns:
+            bad[row, column] = value
+            plain = Decision(1e9, method=None)(bad, np.zeros(200, "float32"))
+            for found in (Decision()(bad), plain):
+                assert to_numpy(found)[row] == -1
+            assert keras_halo.decode_predictions(bad).labels[row] == -1
+        else:
+            bad_ood[row] = value
+        bad = output(bad, bad_ood)
+        expected = rule.predict(bad)
+        assert expected.labels[row] == -1
+        found = to_numpy(rule.to_layer()(bad))
+        answers = Guard(rule.certificate())(bad)
+        answers = {key: to_numpy(v) for key, v in answers.items()}
+        if name == "sets":
+            assert not found[row].any()
+            np.testing.assert_array_equal(found, expected.members)
+            np.testing.assert_array_equal(found, answers["label_set"])
+        else:
+            np.testing.assert_array_equal(found, expected.labels)
+        np.testing.assert_array_equal(answers["label"], expected.labels)
+        np.testing.assert_array_equal(
+            np.isnan(answers["score"]), np.isnan(expected.scores)
+        )
+        if "p_value" in answers:
+            lowest = 1.0 / (rule.learned.calibration.samples + 1.0)
+            assert answers["p_value"][row] == pytest.approx(lowest)
 
 
 @pytest.mark.slow
