@@ -1,7 +1,6 @@
 import contextlib
 import datetime
 import os
-import pathlib
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
@@ -94,23 +93,12 @@ class DecisionLog:
         max_bytes: int = 100_000_000,
         sync: bool = False,
     ) -> None:
-        storage.check_path(path)
+        self.path = storage.writable_path(path)
         certificate = _certificate(rule)
         self.max_bytes = as_integer(max_bytes, "max_bytes", 1)
         self.sync = as_boolean(sync, "sync")
-        self.path = pathlib.Path(os.path.realpath(path))
         self._rule = certificate["checksum"]
         self._certificate = certificate
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(
-                f"The folder {self.path.parent} does not exist. Make it "
-                "before logging there."
-            )
-        if self.path.exists() and not self.path.is_file():
-            raise ValueError(
-                f"Expected the path of a file. Received: {self.path}, which "
-                "is none."
-            )
         self._mutex = threading.Lock()
         self._process = os.getpid()
         self._file = None
@@ -252,6 +240,7 @@ class DecisionLog:
 
     def _rotate(self):
         os.fsync(self._file.fileno())
+        mode = os.fstat(self._file.fileno()).st_mode & 0o7777
         # Windows renames no file that is open.
         self._file.close()
         full = decision_files.rotated_path(self.path, self._first)
@@ -263,6 +252,9 @@ class DecisionLog:
                     "again."
                 )
             os.rename(self.path, full)
+            # The next file is for the eyes of the same people.
+            self.path.touch(mode)
+            self.path.chmod(mode)
             self._open()
         except BaseException:
             self._release()

@@ -50,28 +50,56 @@ def write_text(text, path):
         ValueError: If the path is none of a file.
         OSError: If the folder does not exist or cannot be written to.
     """
-    check_path(path)
     # A link stays one, and leads to the new content.
-    path = pathlib.Path(os.path.realpath(path))
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"The folder {path.parent} does not exist. Make it before saving "
-            "there."
-        )
-    if path.exists() and not path.is_file():
-        raise ValueError(
-            f"Expected the path of a file. Received: {path}, which is none."
-        )
+    path = writable_path(path)
+    mode = path.stat().st_mode & 0o7777 if path.exists() else None
     # A name of its own for every call, whatever thread or process it is in,
     # and a short one: that of the file may be as long as names can be.
     unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
+        # Who may not read the file may not read it while it is written.
+        unfinished.touch(0o666 if mode is None else 0o600, exist_ok=False)
         unfinished.write_text(text, "utf-8")
-        if path.exists():
-            unfinished.chmod(path.stat().st_mode & 0o7777)
+        if mode is not None:
+            unfinished.chmod(mode)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def writable_path(path):
+    """The file that a path leads to, which need not exist.
+
+    Args:
+        path: String or path, links are followed.
+
+    Returns:
+        `pathlib.Path`.
+
+    Raises:
+        ValueError: If the path is none of a file, or a link to itself.
+        OSError: If the folder does not exist.
+
+    Example:
+
+    >>> writable_path("rule.json").name
+    'rule.json'
+    """
+    check_path(path)
+    path = pathlib.Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"The folder {path.parent} does not exist. Make it before writing "
+            "there."
+        )
+    # What is still a link leads round in a circle.
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(
+            f"Expected the path of a file. Received: {path}, which is "
+            + ("a link to itself." if path.is_symlink() else "none.")
+            + " Pass another path, or remove what is there."
+        )
+    return path
 
 
 def certificate(rule, fitted):
@@ -368,10 +396,10 @@ def _checksum(document):
 
 def check_path(path):
     """Raises `ValueError` unless this can be the path of a file."""
-    if not isinstance(path, (str, os.PathLike)):
+    if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
         raise ValueError(
-            "Expected the path of a file, a string or `pathlib.Path`. "
-            f"Received: path={path!r:.100}."
+            "Expected the path of a file, a string or `pathlib.Path` without "
+            f"NUL characters. Received: path={path!r:.100}."
         )
 
 

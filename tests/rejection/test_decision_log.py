@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -141,6 +142,23 @@ def test_full_files_are_kept_in_order(rule, tmp_path):
     path.unlink()
     with DecisionLog(path, rule) as log:
         assert log.append(rule.predict([1.0]))[0] == last + 1
+
+
+@pytest.mark.any_backend
+@pytest.mark.skipif(os.name == "nt", reason="other permissions")
+def test_the_next_file_of_a_log_has_the_permissions_of_the_last(rule, tmp_path):
+    path = tmp_path / "log.jsonl"
+    umask = os.umask(0o022)
+    try:
+        with DecisionLog(path, rule, max_bytes=1000) as log:
+            path.chmod(0o600)
+            for _ in range(5):
+                log.append(rule.predict(np.zeros(10)))
+    finally:
+        os.umask(umask)
+    files = list(tmp_path.glob("*.jsonl"))
+    assert len(files) > 2
+    assert {f.stat().st_mode & 0o777 for f in files} == {0o600}
 
 
 @pytest.mark.any_backend

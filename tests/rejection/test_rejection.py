@@ -21,12 +21,15 @@ from keras_halo.ops.ood_scores import OOD_METHODS, ood_score
 from keras_halo.rejection import (
     ConformalRule,
     CoverageRule,
+    DecisionLog,
     FalsePositiveRateRule,
     JointRule,
     RejectionRule,
     SelectiveRiskRule,
+    StreamMonitor,
     bounds,
     load_rule,
+    storage,
 )
 
 DRAWS = 1000
@@ -1477,6 +1480,67 @@ def test_saving_keeps_links_permissions_and_long_names(tmp_path):
     assert link.is_symlink()
     assert path.stat().st_mode & 0o777 == 0o600
     assert load_rule(path).coverage == 0.9
+
+
+@pytest.mark.any_backend
+@pytest.mark.skipif(os.name == "nt", reason="other permissions")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o400, None])
+def test_nobody_may_read_a_file_while_it_is_saved(mode, tmp_path, monkeypatch):
+    path = tmp_path / "rule.json"
+    if mode is not None:
+        _fitted_rule(0.5).save(path)
+        path.chmod(mode)
+    seen = []
+
+    def watched(function):
+        def call(*args, **kwargs):
+            for file in tmp_path.glob(".*.tmp"):
+                seen.append(file.stat())
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("chmod", "replace"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    umask = os.umask(0o022)
+    try:
+        _fitted_rule(0.9).save(path)
+    finally:
+        os.umask(umask)
+    allowed = 0o644 if mode is None else mode
+    assert path.stat().st_mode & 0o777 == allowed
+    # The owner may write it.
+    assert seen and not any(s.st_mode & 0o577 & ~allowed for s in seen)
+    assert load_rule(path).coverage == 0.9
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("write", ["rule", "monitor", "log", "text"])
+def test_paths_that_lead_to_no_file_are_refused(write, tmp_path):
+    rule = _fitted_rule()
+    save = {
+        "rule": rule.save,
+        "monitor": StreamMonitor(rule).fit(np.arange(100.0)).save,
+        "log": lambda path: DecisionLog(path, rule),
+        "text": lambda path: storage.write_text("", path),
+    }[write]
+    (tmp_path / "one").symlink_to(tmp_path / "two")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    (tmp_path / "folder").mkdir()
+    names = sorted(os.listdir(tmp_path))
+    for name in ("one", "self"):
+        with pytest.raises(ValueError, match="a link to itself. Pass another"):
+            save(tmp_path / name)
+    with pytest.raises(ValueError, match="which is none. Pass another"):
+        save(tmp_path / "folder")
+    for path in ("a\0b", tmp_path / "a\0b"):
+        with pytest.raises(ValueError, match="without NUL characters. Receive"):
+            save(path)
+        with pytest.raises(ValueError, match="without NUL characters. Receive"):
+            load_rule(path)
+    assert sorted(os.listdir(tmp_path)) == names
+    assert (tmp_path / "self").is_symlink()
 
 
 @pytest.mark.any_backend
