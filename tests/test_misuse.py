@@ -63,6 +63,9 @@ VECTOR = {
     "complex": np.full(N, 1j),
     "ragged": [[1.0], [1.0, 2.0]] * (N // 2),
     "masked": np.ma.masked_less(np.arange(float(N)), 3.0),
+    "masked rows": list(np.ma.masked_less(np.ones((N, K + 6)), 3.0)),
+    "masked numbers": [0.5] * (N - 1) + [np.ma.masked],
+    "masked names": np.ma.array(["cat"] * N, mask=Y == 0),
     "huge integers": np.arange(N) + 2**60,
     "large unsigned": np.arange(N, dtype="uint64") + 2**60,
     "Python integers": [2**70] * N,
@@ -545,6 +548,17 @@ CALLS = {
         {"units": K},
         {"units": INTEGER},
     ),
+    "ClassGaussians.adapt": (
+        lambda **arguments: layers.ClassGaussians(K).adapt(**arguments),
+        {"embeddings": X, "labels": Y},
+        {
+            "embeddings": {
+                "masked": np.ma.masked_less(X, 0.0),
+                "masked rows": list(np.ma.masked_less(X, 0.0)),
+            },
+            "labels": LABELS,
+        },
+    ),
     "Decision": (
         layers.Decision,
         {},
@@ -698,7 +712,12 @@ CALLS = {
             "labels": optional(LABELS),
             "centroids": optional(MATRIX),
             "unknown": optional(MATRIX),
-            "class_names": {"number": 3, "text": "abc", "too few": ["a"]},
+            "class_names": {
+                "number": 3,
+                "text": "abc",
+                "too few": ["a"],
+                "masked": np.ma.array(["a", "b", "c"], mask=[0, 1, 0]),
+            },
             "shell_mass": optional(SHARE),
             "max_points": optional(INTEGER),
         },

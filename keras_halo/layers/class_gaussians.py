@@ -8,7 +8,7 @@ from keras import ops
 from keras_halo.layers.score_layer import ScoreLayer
 from keras_halo.ops import geometry, ood_scores, packing
 from keras_halo.ops.class_statistics import ClassStatistics, check_counts
-from keras_halo.utils.checks import check_units
+from keras_halo.utils.checks import check_not_masked, check_units
 from keras_halo.utils.types import Shape, Tensor
 
 # What there is to do about classes without samples, besides more data.
@@ -229,6 +229,7 @@ class ClassGaussians(ScoreLayer):
             ValueError: If embeddings are not finite, labels do not fit, and as
                 `set_statistics` does. The layer is left as it was.
         """
+        check_not_masked(embeddings, "embeddings")
         embeddings = np.asarray(ops.convert_to_numpy(embeddings))
         dim = embeddings.shape[-1] if embeddings.ndim > 1 else 0
         statistics = ClassStatistics(self.units, max(dim, 1))

@@ -15,6 +15,7 @@ from keras_halo.utils.checks import (
     check_floating,
     check_label_smoothing,
     check_units,
+    to_array,
 )
 from keras_halo.utils.keras_private import (
     leave_out_of_remat,
@@ -422,7 +423,7 @@ class HALODense(TemperatureLayer):
             samples: Array of shape `(N, 2)`, what
                 `keras_halo.ops.evidence.class_evidence` gives for known inputs.
         """
-        samples = np.asarray(samples, "float64")
+        samples = to_array(samples, "samples")
         mean, deviation = samples.mean(axis=0), samples.std(axis=0)
         quantiles = np.quantile(samples, 0.5 * self.abstain_rate, axis=0)
         offset = (quantiles - mean) / np.maximum(deviation, 1e-12)

@@ -5,7 +5,12 @@ import numpy as np
 from keras_halo.ops.labels import class_indices
 from keras_halo.plots import drawing
 from keras_halo.plots.projection import principal_plane, shell_radius
-from keras_halo.utils.checks import as_integer, check_finite, to_array
+from keras_halo.utils.checks import (
+    as_integer,
+    check_finite,
+    check_not_masked,
+    to_array,
+)
 from keras_halo.utils.types import ArrayLike, Axes
 
 # More classes than this get a colour bar instead of labels at their centroids.
@@ -151,6 +156,7 @@ def _count_classes(labels, centroids):
 def _check_names(class_names, labels, centroids):
     if class_names is None:
         return
+    check_not_masked(class_names, "class_names")
     num_classes = _count_classes(labels, centroids)
     is_list = hasattr(class_names, "__len__") and not isinstance(
         class_names, str

@@ -17,7 +17,11 @@ from keras_halo.ops.model_output import (
     require_fitted,
 )
 from keras_halo.rejection.fitted import Fingerprint, nearly_equal
-from keras_halo.utils.checks import check_finite, number_array
+from keras_halo.utils.checks import (
+    check_finite,
+    check_not_masked,
+    number_array,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,13 +216,14 @@ def read_groups(groups, shape):
         Array of this shape, of strings or integers.
 
     Raises:
-        ValueError: If it has another shape or another type.
+        ValueError: If it has another shape or another type, or is masked.
 
     Example:
 
     >>> read_groups(["day", "night"], (2, 2)).tolist()
     [['day', 'day'], ['night', 'night']]
     """
+    check_not_masked(groups, "groups")
     if _are_names(groups):
         array = np.asarray(groups, object).astype(str)
     else:

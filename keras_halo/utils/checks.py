@@ -224,6 +224,9 @@ def check_floating(dtype, layer):
 # Beyond this, float64 does not hold every integer.
 _LARGEST_INTEGER = 2**53
 
+# Of an array of NumPy.
+_MOST_AXES = 64
+
 
 def number_array(values, argument, remedy=None, to_float=True):
     """Returns what should be numbers as an array, in the dtype that it has.
@@ -292,16 +295,32 @@ def check_not_masked(values, argument):
     """Raises `ValueError` for a masked array, whose mask would be lost.
 
     Args:
-        values: Anything.
+        values: Anything; of a list, what it holds is checked.
         argument: String, the name by which an error calls the values.
     """
-    if isinstance(values, np.ma.MaskedArray):
+    masked = _masked_part(values)
+    if masked is not None:
         raise ValueError(
             f"`{argument}` must not be a masked array: its mask would be lost. "
-            f"Received: {np.ma.count_masked(values)} of {values.size} values "
+            f"Received: {np.ma.count_masked(masked)} of {masked.size} values "
             "masked. Leave them out of all arrays that belong together: "
             "`kept = ~np.ma.getmaskarray(values)`, `values.data[kept]`."
         )
+
+
+def _masked_part(values, depth=_MOST_AXES):
+    """The first masked array that values are, or hold in lists."""
+    if isinstance(values, np.ma.MaskedArray):
+        return values
+    # A list may hold itself.
+    if not isinstance(values, (list, tuple)) or not depth:
+        return None
+    # By the types, of which there are few: numbers are passed over fast.
+    kinds = (list, tuple, np.ma.MaskedArray)
+    if not any(issubclass(kind, kinds) for kind in set(map(type, values))):
+        return None
+    found = (_masked_part(part, depth - 1) for part in values)
+    return next((part for part in found if part is not None), None)
 
 
 def to_array(values, argument):

@@ -155,6 +155,22 @@ def test_equal_inputs_that_were_rounded_otherwise_stay_together(name):
         assert accepted.all() if name == "coverage" else not accepted.any()
 
 
+@pytest.mark.any_backend
+@pytest.mark.parametrize("dtype", ["<U5", object, "int64"])
+@pytest.mark.parametrize("form", ["array", "rows", "element"])
+def test_masked_groups_are_refused(form, dtype):
+    groups = np.ma.array(np.arange(40).reshape(20, 2) % 2, dtype)
+    groups[3, 1] = np.ma.masked
+    given = {
+        "array": groups,
+        "rows": list(groups),
+        "element": [[groups[i, 0], groups[i, 1]] for i in range(20)],
+    }[form]
+    rule = GroupwiseRule(CoverageRule(0.5, None), by="group")
+    with pytest.raises(ValueError, match="`groups` must not be a masked"):
+        rule.fit(np.arange(40.0).reshape(20, 2), groups=given)
+
+
 @pytest.mark.parametrize("form", ["strings", "list", "tensor", "int8"])
 def test_groups_in_every_form_are_the_same(form):
     scores = np.random.default_rng(0).random((90, 4))
