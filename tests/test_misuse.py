@@ -117,6 +117,13 @@ def optional(cases):
     return without(cases, "none")
 
 
+IGNORED = {
+    **without(optional(INTEGER), "too small"),
+    "beyond int32": 2**31,
+    "below int32": -(2**31) - 1,
+}
+
+
 @pytest.fixture(scope="module")
 def model():
     # Fixtures of a module are made before those of a test, which set the seed.
@@ -284,7 +291,7 @@ CALLS = {
             "label_smoothing": SHARE,
             "distill": BOOLEAN,
             "radial_weight": POSITIVE,
-            "ignore_class": without(optional(INTEGER), "too small"),
+            "ignore_class": IGNORED,
             "block_size": optional(INTEGER),
         },
     ),
@@ -311,7 +318,7 @@ CALLS = {
             "label_smoothing": SHARE,
             "distill": BOOLEAN,
             "radial_weight": POSITIVE,
-            "ignore_class": without(optional(INTEGER), "too small"),
+            "ignore_class": IGNORED,
             "block_size": optional(INTEGER),
         },
     ),
@@ -394,7 +401,7 @@ CALLS = {
             "method": without(METHOD, "list"),
             "batch_size": optional(INTEGER),
             "num_bins": INTEGER,
-            "ignore_class": without(optional(INTEGER), "too small"),
+            "ignore_class": IGNORED,
             "verbose": {"text": "typo", "number": 7, "none": None},
         },
     ),
@@ -583,7 +590,7 @@ CALLS = {
         name: (
             getattr(metrics, name),
             {},
-            {"ignore_class": without(optional(INTEGER), "too small")},
+            {"ignore_class": IGNORED},
         )
         for name in ("AbstentionRate", "BestClassAccuracy", "SelectiveAccuracy")
     },
@@ -592,7 +599,7 @@ CALLS = {
         {},
         {
             "k": INTEGER,
-            "ignore_class": without(optional(INTEGER), "too small"),
+            "ignore_class": IGNORED,
         },
     ),
     "RetrievalRecall": (
@@ -606,7 +613,7 @@ CALLS = {
         {
             "num_bins": INTEGER,
             "renormalize": BOOLEAN,
-            "ignore_class": without(optional(INTEGER), "too small"),
+            "ignore_class": IGNORED,
         },
     ),
     "ProbabilityMetric": (
@@ -617,7 +624,7 @@ CALLS = {
             "renormalize": BOOLEAN,
             "class_id": optional(INTEGER),
             "one_hot_labels": optional(BOOLEAN),
-            "ignore_class": without(optional(INTEGER), "too small"),
+            "ignore_class": IGNORED,
         },
     ),
     **{

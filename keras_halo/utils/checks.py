@@ -181,14 +181,22 @@ def check_block_size(block_size):
 
 
 def check_ignore_class(ignore_class):
-    """Returns `None` or an integer; raises `ValueError` otherwise."""
+    """Returns `None` or an integer of int32; raises `ValueError` otherwise."""
     if ignore_class is None:
         return None
-    return as_integer(
+    found = as_integer(
         ignore_class,
         "ignore_class",
         meaning=", the label that does not count, or `None`",
     )
+    # Labels are compared with it in int32.
+    if not -(2**31) <= found < 2**31:
+        raise ValueError(
+            "`ignore_class` must be a label that int32 holds, from -2**31 to "
+            f"2**31 - 1. Received: ignore_class={found}. Give what does not "
+            "count another label, such as -1."
+        )
+    return found
 
 
 def check_batch_size(batch_size):

@@ -147,7 +147,7 @@ def test_the_mixture_of_soft_labels_is_linear():
     np.testing.assert_allclose(mixed, parts, rtol=1e-5)
 
 
-@pytest.mark.parametrize("ignored", [-1, 2, 255])
+@pytest.mark.parametrize("ignored", [-1, 2, 255, -(2**31), 2**31 - 1])
 @pytest.mark.parametrize("column", [False, True])
 def test_ignore_class_equals_leaving_the_samples_out(ignored, column):
     scores = _scores((4, 6))
@@ -414,6 +414,20 @@ def test_numpy_scores_that_are_not_packed_are_refused():
 def test_shapes_that_do_not_fit_are_refused(labels, scores):
     with pytest.raises(ValueError, match="HALODense"):
         HALOLoss()(ops.zeros(labels), ops.zeros(scores))
+
+
+@pytest.mark.parametrize("ignored", [-(2**31) - 1, 2**31, 2**63, 10**30])
+def test_an_ignored_class_that_int32_cannot_hold_is_refused(ignored):
+    for make in (
+        HALOLoss,
+        lambda **kwargs: halo_loss(_labels(), _scores(), **kwargs),
+        keras_halo.metrics.BestClassAccuracy,
+        lambda **kwargs: keras_halo.metrics.ProbabilityMetric(
+            keras.metrics.SparseCategoricalCrossentropy(), **kwargs
+        ),
+    ):
+        with pytest.raises(ValueError, match="int32 holds.*Received: ignore_c"):
+            make(ignore_class=ignored)
 
 
 def test_ignore_class_with_one_hot_labels_is_refused():

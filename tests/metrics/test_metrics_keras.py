@@ -285,6 +285,10 @@ def test_ignored_labels_do_not_count(metric_class):
     for form in (labels, labels[:, None].astype("uint8")):
         result = result_of(metric_class(ignore_class=255), (form, scores))
         assert result == pytest.approx(expected, abs=1e-6)
+    for label in (-(2**31), 2**31 - 1):
+        labels[ignored] = label
+        result = result_of(metric_class(ignore_class=label), (labels, scores))
+        assert result == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("outside", [-1, NUM_CLASSES, 255])
