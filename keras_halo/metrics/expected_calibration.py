@@ -29,7 +29,7 @@ class ExpectedCalibrationError(PackedMean):
 
     ```python
     renormalize=True:    p = softmax([s_1, ..., s_K])
-    renormalize=False:   p = softmax([s_1, ..., s_K, a])[:K]
+    renormalize=False:   p = softmax([s_1, ..., s_K, min(a, max(s) + 20)])[:K]
     ece = sum_b abs(sum(w * (correct - max(p)) in bin b)) / sum(w)
     ```
 

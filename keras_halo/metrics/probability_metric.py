@@ -37,7 +37,7 @@ class ProbabilityMetric(keras.Metric):
 
     ```python
     renormalize=True:    p = softmax([s_1, ..., s_K])
-    renormalize=False:   p = softmax([s_1, ..., s_K, a])[:K]
+    renormalize=False:   p = softmax([s_1, ..., s_K, min(a, max(s) + 20)])[:K]
     class_id=None:       metric.update_state(y_true, p)
     class_id=c:          metric.update_state(y_true == c, p[c])
     ```
@@ -62,7 +62,11 @@ class ProbabilityMetric(keras.Metric):
         metric: A `keras.Metric`, owned by this one from then on.
         renormalize: Boolean. `True`, the default, judges the classes under the
             condition that the model answers. `False` leaves the mass of
-            abstaining out, so that the rows sum to less than one.
+            abstaining out, so that the rows sum to less than one, down to
+            2e-9: zeros would have no largest column. Metrics that look for
+            it, such as accuracies and IoUs, give the same with both. The
+            cross-entropies of Keras need `True`: they divide rows by their
+            sum, and take what is less than 1e-7 for 1e-7.
         class_id: Optional integer, the class whose probability alone is fed.
             Defaults to `None`.
         one_hot_labels: Optional boolean, whether the metric gets labels
@@ -166,7 +170,7 @@ class ProbabilityMetric(keras.Metric):
         if self.class_id is None:
             labels = self._encode(labels, probabilities.shape[-1])
             if getattr(self.metric, "sparse_y_pred", False):
-                probabilities = ops.argmax(probabilities, axis=-1)
+                probabilities = ops.argmax(samples.logits[:, :-1], axis=-1)
         else:
             labels, probabilities = _one_against_rest(
                 labels, probabilities, self.class_id

@@ -35,6 +35,9 @@ Args:
         not come from a HALO head.
 """
 
+# How many nats ahead of the best class abstaining is taken to be at most.
+_MOST_AHEAD = 20.0
+
 
 def to_samples(
     y_true, y_pred, sample_weight=None, ignore_class=None, dtype="float32"
@@ -157,8 +160,13 @@ def class_probabilities(logits, renormalize):
 
     ```python
     renormalize=True:    p = softmax([s_1, ..., s_K])
-    renormalize=False:   p = softmax([s_1, ..., s_K, a])[:K]
+    renormalize=False:   p = softmax([s_1, ..., s_K, min(a, max(s) + 20)])[:K]
     ```
+
+    The bound leaves the classes a mass of at least 2e-9, however far abstaining
+    is ahead. So the largest column stays that of the best class, and rows have
+    a sum to be divided by. Less than 1e-9 Keras's F-scores take for zero; what
+    is less than 1e-7 its other metrics cannot tell from zero.
 
     Args:
         logits: Tensor of shape `(N, K + 1)`, that of abstaining last.
@@ -174,9 +182,12 @@ def class_probabilities(logits, renormalize):
     >>> ops.convert_to_numpy(class_probabilities(logits, True)).tolist()
     [[0.5, 0.5]]
     """
+    classes, abstaining = logits[:, :-1], logits[:, -1:]
     if renormalize:
-        return _softmax(logits[:, :-1])
-    return _softmax(logits)[:, :-1]
+        return _softmax(classes)
+    farthest = ops.max(classes, axis=-1, keepdims=True) + _MOST_AHEAD
+    bounded = ops.minimum(abstaining, farthest)
+    return _softmax(ops.concatenate([classes, bounded], axis=-1))[:, :-1]
 
 
 def _softmax(logits):

@@ -317,6 +317,55 @@ def test_wrapped_metrics_are_right_and_bare_ones_are_not(name):
         )
 
 
+# They look for the largest columns.
+OF_THE_ORDER = [
+    *AS_THEY_ARE,
+    *("SparseTopKCategoricalAccuracy", "TopKCategoricalAccuracy"),
+    *("IoU", "MeanIoU", "OneHotIoU", "OneHotMeanIoU"),
+    *("F1Score", "FBetaScore"),
+]
+
+
+@pytest.mark.parametrize("ahead", [0.0, 30.0, 100.0, 1000.0])
+@pytest.mark.parametrize("name", OF_THE_ORDER)
+def test_the_order_of_classes_outlasts_abstaining_far_ahead(name, ahead):
+    arguments, how, _ = WRAPPED.get(name, ({}, {}, None))
+    metric = getattr(keras.metrics, name)
+    labels, scores, _ = example()
+    of_answers = ProbabilityMetric(metric(**arguments), **how)
+    expected = result_of(of_answers, labels, scores)
+    scores[:, 3] += ahead
+    with_doubt = ProbabilityMetric(
+        metric(**arguments), renormalize=False, **how
+    )
+    found = result_of(with_doubt, labels, scores)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ahead", [30.0, 1000.0])
+@pytest.mark.parametrize(
+    "name", ["CategoricalCrossentropy", "SparseCategoricalCrossentropy"]
+)
+def test_cross_entropies_are_finite_where_abstaining_is_far_ahead(name, ahead):
+    labels, scores, _ = example()
+    scores[:, 3] += ahead
+    metric = getattr(keras.metrics, name)()
+    wrapped = ProbabilityMetric(metric, renormalize=False)
+    assert np.isfinite(result_of(wrapped, labels, scores))
+
+
+def test_masks_of_classes_read_the_logits():
+    labels, scores, _ = example()
+    metric = keras.metrics.MeanIoU(3)  # with `sparse_y_pred=True`
+    wrapped = ProbabilityMetric(metric, renormalize=False)
+    scores[:, 3] += 1000.0
+    found = scores[:, :3].argmax(-1)
+    expected = np.mean(intersections(labels, found))
+    np.testing.assert_allclose(
+        result_of(wrapped, labels, scores), expected, rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize("name", ["Accuracy", "Mean", "Sum"])
 def test_metrics_without_a_meaning_for_probabilities_are_refused(name):
     with pytest.raises(ValueError, match="BestClassAccuracy"):
