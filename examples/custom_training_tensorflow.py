@@ -147,7 +147,7 @@ def evaluate():
     scores = model.predict(x_test, verbose=0)
     unknown_scores = model.predict(x_unknown, verbose=0)
     predictions = keras_halo.decode_predictions(scores)
-    classes = predictions.probabilities.argmax(axis=-1)
+    classes = predictions.best_class
     outliers = keras_halo.ood_score(unknown_scores)
     inliers = keras_halo.ood_score(scores)
     auroc = keras_halo.metrics.auroc(inliers, outliers)

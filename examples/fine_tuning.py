@@ -144,8 +144,8 @@ def read(model, x):
     outputs = model.predict(x, verbose=0)
     if model is classifier:
         return outputs.argmax(axis=-1), 1.0 - outputs.max(axis=-1)
-    probabilities = keras_halo.decode_predictions(outputs).probabilities
-    return probabilities.argmax(axis=-1), keras_halo.ood_score(outputs)
+    best_class = keras_halo.decode_predictions(outputs).best_class
+    return best_class, keras_halo.ood_score(outputs)
 
 
 models = {"softmax": classifier, "converted": converted, "fine-tuned": tuned}

@@ -193,9 +193,9 @@ def read_logits(logits):
 
 def read_packed(packed):
     """The same of a HALO model."""
-    p = keras_halo.decode_predictions(packed).probabilities
+    p = keras_halo.HALOSoftmax(abstain=False)(packed)
     names = ("abstain", "gap", "gen", "max_logit", "max_probability")
-    return keras_halo.metrics.renormalize(p), {
+    return keras.ops.convert_to_numpy(p), {
         name: keras_halo.ood_score(packed, name) for name in names
     }
 
@@ -330,7 +330,7 @@ def answer(texts):
     """The accepted intents, -1 for rejected, and the two likeliest intents."""
     inputs = (10.0 * features.transform(texts)).astype("float32")
     scores = model.predict(inputs, verbose=0)
-    p = keras_halo.decode_predictions(scores).probabilities
+    p, _ = read_packed(scores)
     return rule.predict(scores).labels, p.argsort(axis=-1)[:, :-3:-1]
 
 

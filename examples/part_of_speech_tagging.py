@@ -249,9 +249,9 @@ def read_logits(logits):
 
 def read_packed(packed):
     """The same of a HALO model."""
-    p = keras_halo.decode_predictions(packed).probabilities
+    p = keras_halo.HALOSoftmax(abstain=False)(packed)
     names = ("abstain", "gap", "gen", "max_logit", "max_probability")
-    return keras_halo.metrics.renormalize(p), {
+    return keras.ops.convert_to_numpy(p), {
         name: keras_halo.ood_score(packed, name) for name in names
     }
 
@@ -405,10 +405,9 @@ the test file.
 def answer(sentences):
     x, _ = encode(sentences)
     scores = models[HALO].predict(x, verbose=0)
-    best = keras_halo.decode_predictions(scores).probabilities.argmax(axis=-1)
+    best = keras_halo.decode_predictions(scores).best_class
     rejected = rule.predict(keras_halo.ood_score(scores).ravel()).rejected
-    best[rejected.reshape(best.shape)] = VOID
-    return best
+    return np.where(rejected.reshape(best.shape), VOID, best)
 
 
 shown = [s for s in sentences["test"] if has_unknown(s) and 6 <= len(s) <= 14][

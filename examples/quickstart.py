@@ -144,12 +144,12 @@ abstains where that is the most probable answer.
 def read(kind, model, x):
     """Class probabilities, outlier scores and abstentions for a batch."""
     scores = model.predict(x, batch_size=512, verbose=0)
+    # The columns of the classes come first with both heads.
+    probabilities = keras.ops.softmax(scores[:, :NUM_KNOWN])
+    probabilities = keras.ops.convert_to_numpy(probabilities)
     if kind == HALO:
-        predictions = decode_predictions(scores)
-        probabilities = predictions.probabilities
-        probabilities = probabilities / probabilities.sum(-1, keepdims=True)
-        return probabilities, ood_score(scores), predictions.abstained
-    probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(scores))
+        abstained = decode_predictions(scores).abstained
+        return probabilities, ood_score(scores), abstained
     return probabilities, 1.0 - probabilities.max(-1), np.zeros(len(x), bool)
 
 

@@ -194,9 +194,8 @@ def read(x):
     """Classes of pixels, and two scores: of the head, of the Gaussians."""
     outputs = fitted.predict(x, verbose=0)
     scores = outputs["scores"]
-    probabilities = keras_halo.decode_predictions(scores).probabilities
-    odds = keras_halo.ood_score(scores)
-    return probabilities.argmax(axis=-1), odds, outputs["ood"]
+    best_class = keras_halo.decode_predictions(scores).best_class
+    return best_class, keras_halo.ood_score(scores), outputs["ood"]
 
 
 _, _, familiar = read(x_val)

@@ -227,9 +227,9 @@ def read_logits(logits):
 
 def read_packed(packed):
     """The same of a HALO model."""
-    p = keras_halo.decode_predictions(packed).probabilities
+    p = keras_halo.HALOSoftmax(abstain=False)(packed)
     names = ("abstain", "gap", "gen", "max_logit", "max_probability")
-    return keras_halo.metrics.renormalize(p), {
+    return keras.ops.convert_to_numpy(p), {
         name: keras_halo.ood_score(packed, name) for name in names
     }
 

@@ -441,9 +441,8 @@ MAX_SOFTMAX, ENERGY, ABSTAIN, NEAREST = (
 def scores_of(kind, outputs):
     """Probabilities of the classes, and scores by name."""
     if kind == HALO:
-        probabilities = keras_halo.decode_predictions(outputs).probabilities
-        probabilities = keras_halo.metrics.renormalize(probabilities)
-        return probabilities, {
+        probabilities = keras_halo.HALOSoftmax(abstain=False)(outputs)
+        return keras.ops.convert_to_numpy(probabilities), {
             ABSTAIN: keras_halo.ood_score(outputs),
             NEAREST: keras_halo.ood_score(outputs, "nearest"),
         }

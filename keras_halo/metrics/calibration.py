@@ -71,7 +71,10 @@ def renormalize(probabilities: ArrayLike) -> Array:
     ```
 
     A row of zeros, where abstaining has taken all of the mass, says nothing of
-    the classes and becomes uniform.
+    the classes and becomes uniform: it has no largest entry any more. Packed
+    scores still tell the classes apart. Have the best one from
+    `Predictions.best_class`, these probabilities from
+    `keras_halo.HALOSoftmax(abstain=False)`.
 
     Args:
         probabilities: Array of shape `(N, K)`, rows that sum to one or less.

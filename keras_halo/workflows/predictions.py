@@ -31,6 +31,10 @@ class Predictions:
         temperature: Array of shape `(...)`, the inverse temperature `gamma`:
             distances are multiplied by it.
         embedding_dim: Integer, the size of the embedding; 0 for no rows.
+        best_class: Integer array of shape `(...)`: the most probable class,
+            whether or not the model abstains; -1 in a row that holds NaN. Not
+            `argmax(probabilities)`: where abstaining has all of the mass,
+            these are zero.
 
     References:
 
@@ -45,6 +49,7 @@ class Predictions:
     squared_norm: np.ndarray
     temperature: np.ndarray
     embedding_dim: int
+    best_class: np.ndarray
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -71,9 +76,10 @@ def decode_predictions(scores: Scores) -> Predictions:
 
     Returns:
         `Predictions`: labels with -1 for abstained, class probabilities,
-        probability of abstaining, squared radii, squared norm, temperature
-        and embedding size. A row that holds NaN is abstained on, with a
-        warning: its probability of abstaining is one, its radii are NaN.
+        probability of abstaining, squared radii, squared norm, temperature,
+        embedding size and the best class. A row that holds NaN is abstained
+        on, with a warning: its probability of abstaining is one, its radii are
+        NaN.
 
     Raises:
         ValueError: If the array holds no packed scores, or mixes embeddings of
@@ -119,16 +125,19 @@ def decode_predictions(scores: Scores) -> Predictions:
     norms = _per_sample(parts.squared_norm)
     probabilities[~finite] = np.eye(probabilities.shape[-1])[-1]
     radii[~finite] = norms[~finite] = np.nan
-    labels = np.argmax(probabilities, axis=-1)
     num_classes = probabilities.shape[-1] - 1
+    abstained = np.argmax(probabilities, axis=-1) == num_classes
+    # Of logits: where abstaining is far ahead, probabilities underflow.
+    best_class = np.where(finite, np.argmax(parts.logits, axis=-1), ABSTAINED)
     return Predictions(
-        labels=np.where(labels == num_classes, ABSTAINED, labels),
+        labels=np.where(abstained, ABSTAINED, best_class),
         probabilities=probabilities[..., :-1],
         abstain_probability=probabilities[..., -1],
         squared_radius=radii,
         squared_norm=norms,
         temperature=_per_sample(parts.temperature),
         embedding_dim=int(embedding_dims[0]),
+        best_class=best_class,
     )
 
 
@@ -196,6 +205,7 @@ def _unread(shape):
         squared_norm=unknown,
         temperature=unknown.copy(),
         embedding_dim=0,
+        best_class=np.full(shape[:-1], ABSTAINED),
     )
 
 

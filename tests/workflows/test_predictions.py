@@ -47,6 +47,21 @@ def test_against_the_book(shape):
     assert len(predictions) == shape[0]
 
 
+@pytest.mark.parametrize("ahead", [0.0, 30.0, 200.0, 1000.0])
+@pytest.mark.parametrize("shape", [(20,), (2, 3)])
+def test_the_best_class_is_known_however_far_abstaining_is_ahead(shape, ahead):
+    scores = _scores(shape)[0]
+    best = scores[..., :5].argmax(axis=-1)
+    assert len(np.unique(best)) > 2
+    scores[..., 5] += ahead
+    predictions = decode_predictions(scores)
+    np.testing.assert_array_equal(predictions.best_class, best)
+    np.testing.assert_array_equal(
+        predictions.labels, np.where(predictions.abstained, -1, best)
+    )
+    assert ahead < 200.0 or not predictions.probabilities.any()
+
+
 def test_the_origin_abstains_and_a_centroid_does_not():
     centroids = 2.0 * np.eye(4, 8)
     centered = centroids - centroids.mean(axis=0)
@@ -103,6 +118,7 @@ def test_embeddings_of_different_sizes_are_refused():
 def test_nothing_in_nothing_out():
     predictions = decode_predictions(np.zeros((0, 5, 10), "float32"))
     assert predictions.labels.shape == (0, 5)
+    assert predictions.best_class.shape == (0, 5)
     assert predictions.probabilities.shape == (0, 5, 4)
     assert predictions.embedding_dim == 0
 
@@ -114,6 +130,7 @@ def test_a_row_that_is_nan_is_abstained_on_with_a_warning():
     with pytest.warns(UserWarning, match="1 of 3 rows hold NaN"):
         predictions = decode_predictions(scores)
     assert predictions.labels[1] == -1
+    assert predictions.best_class[1] == -1
     assert predictions.abstain_probability[1] == 1.0
     assert not predictions.probabilities[1].any()
     assert np.isnan(predictions.squared_radius[1]).all()
@@ -147,6 +164,7 @@ def test_a_single_row_that_is_nan_is_abstained_on_too():
     with pytest.warns(UserWarning, match="1 of 1 rows"):
         predictions = decode_predictions(scores)
     assert predictions.labels.tolist() == [-1]
+    assert predictions.best_class.tolist() == [-1]
     assert predictions.abstain_probability.tolist() == [1.0]
 
 
