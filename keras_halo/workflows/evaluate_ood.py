@@ -160,29 +160,39 @@ def evaluate_ood(
     )
 
 
+# How many nats ahead of the best class abstaining is taken to be at most where
+# there are to be probabilities: with more, float64 would hold zeros only.
+_MOST_AHEAD = 600.0
+
+
 def _known_result(answers, num_bins):
     labels = answers.labels
     logits = packing.answer_logits(answers.packed).astype("float64")
     # From logits: where abstaining is far ahead, probabilities underflow.
-    probabilities = _softmax(logits)[:, :-1]
-    renormalized = _softmax(logits[:, :-1])
+    classes, abstaining = logits[:, :-1], logits[:, -1:]
+    best = classes.max(axis=-1, keepdims=True)
+    bounded = np.minimum(abstaining, best + _MOST_AHEAD)
+    probabilities = _softmax(np.concatenate([classes, bounded], -1))[:, :-1]
+    renormalized = _softmax(classes)
     num_bins = min(num_bins, len(logits))
 
-    def calibration(name, p):
+    def calibration(name, p, log_p):
         return {
             f"ece_{name}": metrics.expected_calibration_error(
                 labels, p, num_bins
             ),
-            f"nll_{name}": metrics.negative_log_likelihood(labels, p),
+            f"nll_{name}": float(-_mean_over_labels(labels, log_p)),
             f"brier_{name}": metrics.brier_score(labels, p),
         }
 
     # Before anything is counted: they check labels and their range.
     calibrations = {
-        **calibration("renormalized", renormalized),
-        **calibration("with_abstain", probabilities),
+        **calibration("renormalized", renormalized, _log_softmax(classes)),
+        **calibration(
+            "with_abstain", probabilities, _log_softmax(logits)[:, :-1]
+        ),
     }
-    correct = _mass_on(labels, logits[:, :-1].argmax(axis=-1))
+    correct = _mass_on(labels, classes.argmax(axis=-1))
     answered = ~answers.abstained
     return KnownResult(
         count=len(correct),
@@ -205,6 +215,19 @@ def _known_result(answers, num_bins):
 def _softmax(logits):
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def _log_softmax(logits):
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def _mean_over_labels(labels, values):
+    """Mean of what there is for the label of each sample."""
+    if labels.ndim == 1:
+        rows = np.arange(len(labels))
+        return np.mean(values[rows, labels.astype("int64")])
+    return np.mean(np.sum(labels * values, axis=-1))
 
 
 def _mass_on(labels, predicted):

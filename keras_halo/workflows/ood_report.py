@@ -101,7 +101,7 @@ class KnownResult(_Result):
         scores: Array of shape `(count,)`, larger for outliers.
         labels: Array of shape `(count,)`, or `(count, K)` for a distribution.
         probabilities: Array of shape `(count, K)`, with the abstain mass
-            missing.
+            missing. However large that is, the best class has the largest.
         errors: Array of shape `(count,)`, 1 where the most probable class is
             wrong.
     """

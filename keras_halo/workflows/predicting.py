@@ -77,9 +77,11 @@ def name_of_method(method):
     >>> name_of_method("abstain")
     'abstain'
     """
-    if callable(method):
-        return getattr(method, "__name__", type(method).__name__)
-    return method
+    if not callable(method):
+        return method
+    name = getattr(method, "__name__", type(method).__name__)
+    # A line break would end the line of a report, a backtick its code.
+    return " ".join(str(name).replace("`", "'").split())
 
 
 def check_sets(unknown, reserved=()):

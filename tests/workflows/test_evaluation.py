@@ -632,30 +632,49 @@ def test_fewer_samples_than_bins_get_fewer_bins(model):
     assert np.isfinite(report.known.ece_renormalized)
 
 
-def test_nothing_underflows_where_abstaining_is_far_ahead(model):
+def abstaining(model, nats):
+    """The model with abstaining further ahead."""
+    columns = np.zeros(NUM_CLASSES + 6, "float32")
+    columns[NUM_CLASSES] = nats
+    ahead = keras.layers.Lambda(lambda scores: keras.ops.add(scores, columns))
+    return keras.Model(model.input, ahead(model.output))
+
+
+@pytest.mark.parametrize("nats", [30.0, 100.0, 300.0, 1000.0])
+def test_nothing_underflows_where_abstaining_is_far_ahead(nats, model):
     packed = model.predict(X, verbose=0)
-    predicted = packed[:, :NUM_CLASSES].argmax(axis=-1)
-    ahead = keras.layers.Lambda(
-        lambda scores: keras.ops.concatenate(
-            [
-                scores[:, :NUM_CLASSES],
-                scores[:, NUM_CLASSES : NUM_CLASSES + 1] + 300.0,
-                scores[:, NUM_CLASSES + 1 :],
-            ],
-            axis=-1,
-        )
-    )
-    abstaining = keras.Model(model.input, ahead(model.output))
-    report = evaluate_ood(abstaining, (X, predicted), UNKNOWN, verbose=0)
+    logits = packed[:, : NUM_CLASSES + 1].astype("float64")
+    predicted = logits[:, :NUM_CLASSES].argmax(axis=-1)
+    far = abstaining(model, nats)
+    report = evaluate_ood(far, (X, predicted), UNKNOWN, verbose=0)
     plain = evaluate_ood(model, (X, predicted), UNKNOWN, verbose=0)
     assert report.known.accuracy_forced == 1.0
+    best = report.known.probabilities.argmax(axis=-1)
+    np.testing.assert_array_equal(best, predicted)
+    # All answers are right, and none is believed in.
+    assert report.known.ece_with_abstain == pytest.approx(1.0, abs=1e-6)
+    # Beside that of abstaining the mass of all classes is nothing.
+    expected = np.mean(logits[:, -1] + nats - logits[:, :-1].max(axis=-1))
+    for labels in (predicted, np.eye(NUM_CLASSES)[predicted]):
+        known = evaluate_ood(far, (X, labels), UNKNOWN, verbose=0).known
+        assert known.nll_with_abstain == pytest.approx(expected, rel=1e-5)
     assert report.known.ece_renormalized == pytest.approx(
         plain.known.ece_renormalized, abs=1e-5
     )
     assert report.known.nll_renormalized == pytest.approx(
         plain.known.nll_renormalized, abs=1e-5
     )
-    assert report.known.nll_with_abstain > 80.0
+
+
+def test_the_drawn_calibration_does_not_underflow_either(model):
+    plt = pytest.importorskip("matplotlib.pyplot", reason="needs matplotlib")
+    reports = [
+        evaluate_ood(answers, (X, Y), UNKNOWN, verbose=0)
+        for answers in (model, abstaining(model, 1000.0))
+    ]
+    titles = [report.plot().axes[2].get_title() for report in reports]
+    assert titles[0] == titles[1]
+    plt.close("all")
 
 
 # What Keras masks does not count ---------------------------------------------
@@ -833,6 +852,23 @@ def test_names_of_sets_do_not_break_the_tables(name, model):
     assert [cells(line) for line in tables[0]] == [
         cells(line) for line in tables[1]
     ]
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a `b` c", "\u2028 x", "\n"])
+def test_the_name_of_a_function_does_not_break_a_report(name, model):
+    def score(scores):
+        return scores[:, 0]
+
+    def report():
+        return evaluate_ood(model, (X, Y), UNKNOWN, score, verbose=0)
+
+    plain = report()
+    score.__name__ = name
+    found = report()
+    assert len(str(found).splitlines()) == len(str(plain).splitlines())
+    lines = found.to_markdown().splitlines()
+    assert len(lines) == len(plain.to_markdown().splitlines())
+    assert lines[0].count("`") == 2
 
 
 def test_a_mask_is_found_without_running_the_model_twice():
