@@ -37,7 +37,8 @@ class BestClassTopKAccuracy(PackedMean):
     label. An integer that belongs to no class is never right.
 
     The result is NaN before the first sample that counts, and if a row that
-    counts holds no packed scores.
+    counts holds no packed scores, or labels that are no distribution, such as
+    multi-hot ones.
 
     Raises:
         ValueError: If `k` is not a positive integer.

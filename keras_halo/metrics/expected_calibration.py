@@ -50,7 +50,8 @@ class ExpectedCalibrationError(PackedMean):
     that belongs to no class makes every prediction wrong.
 
     The result is NaN before the first sample that counts, and if a row that
-    counts holds no packed scores. With fewer samples than bins it is
+    counts holds no packed scores, or labels that are no distribution, such as
+    multi-hot ones. With fewer samples than bins it is
     unreliable: `keras_halo.metrics.expected_calibration_error` refuses that, a
     metric in the middle of a stream cannot.
 

@@ -3,7 +3,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_halo.metrics.samples import check_labels_given, to_samples
+from keras_halo.metrics.samples import (
+    check_labels_given,
+    readable_weights,
+    to_samples,
+)
 from keras_halo.utils.checks import check_ignore_class
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.types import DType, Tensor
@@ -95,7 +99,8 @@ class PackedMean(keras.Metric):
         Args:
             samples: `keras_halo.metrics.samples.Samples` of `N` samples.
             weights: Tensor of shape `(N,)`, the weights of the samples; NaN
-                where a sample counts and holds no packed scores.
+                where a sample counts and holds no packed scores, or a row of
+                labels that is no distribution.
 
         Returns:
             Tuple of tensors: values of shape `(*shape, N)` and weights of
@@ -124,16 +129,7 @@ class PackedMean(keras.Metric):
         samples = to_samples(
             y_true, y_pred, sample_weight, self.ignore_class, self.dtype
         )
-        weights = samples.weights
-        if weights is None:
-            weights = ops.ones_like(samples.logits[:, 0])
-        # Scores of another layer, or of a diverged model, must not pass for a
-        # result; what does not count may hold anything.
-        weights = ops.where(
-            ops.logical_or(samples.packed, ops.equal(weights, 0.0)),
-            weights,
-            float("nan"),
-        )
+        weights = readable_weights(samples)
         self.add(*self.values_and_weights(samples, weights))
 
     def add(self, values: Tensor, weights: Tensor) -> None:

@@ -8,6 +8,7 @@ from keras_halo.metrics.samples import (
     check_labels_given,
     class_probabilities,
     one_hot,
+    readable_weights,
     to_samples,
 )
 from keras_halo.utils.checks import (
@@ -86,6 +87,9 @@ class ProbabilityMetric(keras.Metric):
     An integer label out of range belongs to no class: it becomes a row of
     zeros among one-hot labels, and not class `c` with a `class_id`.
 
+    The result is NaN if a row that counts holds no packed scores, or a row of
+    labels is no distribution, such as a multi-hot one.
+
     Raises:
         ValueError: If `metric` is no `keras.Metric` or one that knows nothing
             of classes (`Accuracy`, `Mean`, `Sum`), `class_id` is negative or
@@ -145,6 +149,10 @@ class ProbabilityMetric(keras.Metric):
         self.class_id = class_id
         self.one_hot_labels = one_hot_labels
         self.ignore_class = ignore_class
+        # Not left to the metric: counts in integers cannot hold NaN.
+        self.unreadable = self.add_variable(
+            shape=(), initializer="zeros", dtype=self.dtype, name="unreadable"
+        )
         # Callbacks ask for it to tell better from worse.
         set_direction(self, direction_of(metric))
 
@@ -165,8 +173,15 @@ class ProbabilityMetric(keras.Metric):
         samples = to_samples(
             y_true, y_pred, sample_weight, self.ignore_class, self.dtype
         )
+        unreadable = ops.any(ops.isnan(readable_weights(samples)))
+        self.unreadable.assign(
+            ops.maximum(self.unreadable, ops.cast(unreadable, self.dtype))
+        )
         probabilities = class_probabilities(samples.logits, self.renormalize)
-        labels = _valid_where_uncounted(samples)
+        weights = samples.weights
+        if weights is not None:
+            weights = ops.where(ops.isnan(weights), 0.0, weights)
+        labels = _valid_where_uncounted(samples.labels, weights)
         if self.class_id is None:
             labels = self._encode(labels, probabilities.shape[-1])
             if getattr(self.metric, "sparse_y_pred", False):
@@ -175,7 +190,6 @@ class ProbabilityMetric(keras.Metric):
             labels, probabilities = _one_against_rest(
                 labels, probabilities, self.class_id
             )
-        weights = samples.weights
         if weights is None:
             self.metric.update_state(labels, probabilities)
             return
@@ -196,10 +210,14 @@ class ProbabilityMetric(keras.Metric):
         return ops.cast(ops.argmax(labels, axis=-1), "int32")
 
     def reset_state(self) -> None:
+        super().reset_state()
         self.metric.reset_state()
 
-    def result(self) -> Tensor:
-        return self.metric.result()
+    def result(self) -> Any:
+        return keras.tree.map_structure(
+            lambda value: ops.where(self.unreadable > 0.0, float("nan"), value),
+            self.metric.result(),
+        )
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -228,15 +246,19 @@ _NOT_OF_CLASSES = (
 )
 
 
-def _valid_where_uncounted(samples):
-    """Labels, the first class where a sample has no weight.
+def _valid_where_uncounted(labels, weights):
+    """Labels, the first class where a sample has no weight, or a row of zeros.
 
     The number of what is ignored, such as 255, need not be that of a class, and
-    metrics that count in a table fail on it, whatever its weight.
+    metrics that count in a table fail on it, whatever its weight. NaN times a
+    weight of zero is NaN.
     """
-    if samples.weights is None or are_distributions(samples.labels):
-        return samples.labels
-    return ops.where(ops.equal(samples.weights, 0), 0, samples.labels)
+    if weights is None:
+        return labels
+    uncounted = ops.equal(weights, 0)
+    if are_distributions(labels):
+        uncounted = ops.expand_dims(uncounted, axis=-1)
+    return ops.where(uncounted, ops.zeros_like(labels), labels)
 
 
 def _one_against_rest(labels, probabilities, class_id):

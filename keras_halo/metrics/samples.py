@@ -11,6 +11,9 @@ from keras import ops
 
 from keras_halo.ops import packing
 from keras_halo.ops.labels import (
+    are_distributions as distributions_in,
+)
+from keras_halo.ops.labels import (
     are_integer_labels,
     check_ignorable,
     label_tensor,
@@ -30,7 +33,9 @@ Args:
         abstaining.
     labels: Tensor of integers of shape `(N,)`, or a distribution of shape
         `(N, K)`, or `None`. An integer out of range belongs to no class.
-    weights: Tensor of shape `(N,)`, or `None` if every sample counts once.
+    weights: Tensor of shape `(N,)`, or `None` if every sample counts once. NaN
+        where a sample counts and its label is neither an integer nor a
+        distribution.
     packed: Boolean tensor of shape `(N,)`, false where a row shows that it did
         not come from a HALO head.
 """
@@ -82,8 +87,7 @@ def to_samples(
             labels = _whole(ops.reshape(labels, (-1,)), ignore_class)
         else:
             labels = ops.cast(ops.reshape(labels, (-1, num_classes)), dtype)
-            # A row of zeros has no part, as in the loss.
-            counted = ops.cast(ops.sum(labels, axis=-1) > 0.0, dtype)
+            counted = _share_of_rows(labels)
     check_ignorable(
         ignore_class,
         labels is not None and not are_distributions(labels),
@@ -104,8 +108,12 @@ def to_samples(
         weights = ops.reshape(weights, (-1,))
     if ignore_class is not None:
         counted = ops.cast(ops.not_equal(labels, ignore_class), dtype)
-    if counted is not None:
-        weights = counted if weights is None else weights * counted
+    if weights is None:
+        weights = counted
+    elif counted is not None:
+        # What does not count may hold anything.
+        nothing = ops.equal(weights, 0.0)
+        weights = ops.where(nothing, 0.0, weights * counted)
 
     flat = ops.reshape(y_pred, (-1, y_pred.shape[-1]))
     parts = packing.unpack(flat)
@@ -121,6 +129,34 @@ def to_samples(
     )
 
 
+def readable_weights(samples):
+    """Weights that are NaN where a sample counts and cannot be read.
+
+    Scores of another layer, or of a diverged model, and labels that are none
+    must not pass for a result; what does not count may hold anything.
+
+    Args:
+        samples: `Samples`.
+
+    Returns:
+        Tensor of shape `(N,)`.
+
+    Example:
+
+    >>> samples = to_samples(None, ops.ones((2, 9)))
+    >>> ops.convert_to_numpy(readable_weights(samples)).tolist()
+    [nan, nan]
+    """
+    weights = samples.weights
+    if weights is None:
+        weights = ops.ones_like(samples.logits[:, 0])
+    return ops.where(
+        ops.logical_or(samples.packed, ops.equal(weights, 0.0)),
+        weights,
+        float("nan"),
+    )
+
+
 def _read_labels(y_true, y_pred_shape, num_classes):
     if isinstance(y_true, (np.ndarray, list, tuple)):
         are_integer_labels(np.shape(y_true), y_pred_shape)
@@ -128,6 +164,17 @@ def _read_labels(y_true, y_pred_shape, num_classes):
             y_true, y_pred_shape[:-1], num_classes, any_integer=True
         )
     return label_tensor(y_true, y_pred_shape)
+
+
+def _share_of_rows(labels):
+    """Which rows of labels count, as in the loss.
+
+    One for a distribution, zero for a row of zeros, which has no part, and NaN
+    for any other row.
+    """
+    good = ops.squeeze(distributions_in(labels), axis=-1)
+    share = ops.cast(ops.sum(labels, axis=-1) > 0.0, labels.dtype)
+    return ops.where(good, share, float("nan"))
 
 
 def _whole(labels, ignore_class):

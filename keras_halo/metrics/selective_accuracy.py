@@ -39,7 +39,8 @@ class SelectiveAccuracy(PackedMean):
 
     The result is NaN while the model has abstained on all samples: no answer
     is neither right nor wrong, and `ModelCheckpoint` does not take NaN for the
-    best value. It is NaN too if a row that counts holds no packed scores.
+    best value. It is NaN too if a row that counts holds no packed scores, or a
+    row of labels is no distribution, such as a multi-hot one.
 
     Example:
 

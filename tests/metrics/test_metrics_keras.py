@@ -945,6 +945,115 @@ def test_metrics_take_the_labels_that_the_loss_takes(metric):
         metric().update_state(np.array(list("abca")), scores)
 
 
+READ_LABELS = [
+    metrics.SelectiveAccuracy,
+    metrics.ExpectedCalibrationError,
+    metrics.BestClassAccuracy,
+    functools.partial(metrics.BestClassTopKAccuracy, k=2),
+    *(
+        functools.partial(metrics.ProbabilityMetric, make(), **how)
+        for make, how in (
+            (keras.metrics.CategoricalAccuracy, {}),
+            (keras.metrics.SparseCategoricalAccuracy, {}),
+            (lambda: keras.metrics.MeanIoU(NUM_CLASSES), {}),
+            (keras.metrics.F1Score, {}),
+            (keras.metrics.Precision, {"class_id": 1}),
+        )
+    ),
+]
+
+NO_DISTRIBUTIONS = {
+    "multi-hot": [1.0, 1.0, 0.0],
+    "sum of a half": [0.5, 0.0, 0.0],
+    "negative": [1.2, -0.2, 0.0],
+    "sum of zero": [1.0, -1.0, 0.0],
+    "sum below zero": [-1.0, 0.0, 0.0],
+    "NaN": [np.nan, 1.0, 0.0],
+    "infinite": [np.inf, 0.0, 0.0],
+}
+
+
+def all_nan(metric):
+    return np.isnan(np.asarray(to_numpy(metric.result()))).all()
+
+
+# Keras says so of weights and counts in integers.
+@pytest.mark.filterwarnings("ignore:You are passing weight as `float`")
+@pytest.mark.parametrize("row", NO_DISTRIBUTIONS.values(), ids=NO_DISTRIBUTIONS)
+@pytest.mark.parametrize("make", READ_LABELS)
+def test_labels_in_tensors_that_are_no_distributions_give_nan(make, row):
+    labels, scores = make_batch(30)
+    good = np.eye(NUM_CLASSES, dtype="float32")[labels]
+    bad = good.copy()
+    bad[7] = row
+    good, bad, scores = map(ops.convert_to_tensor, (good, bad, scores))
+    # Copies: what is wrapped is shared by the cases.
+    metric = keras.saving.deserialize_keras_object(
+        keras.saving.serialize_keras_object(make())
+    )
+    metric.update_state(good, scores)
+    expected = to_numpy(metric.result())
+    assert np.isfinite(expected).all()
+    # What has no weight may hold anything.
+    weights = np.ones(30, "float32")
+    weights[7] = 0.0
+    metric.reset_state()
+    metric.update_state(bad, scores, sample_weight=weights)
+    assert np.isfinite(to_numpy(metric.result())).all()
+    metric.update_state(bad, scores)
+    metric.update_state(good, scores)
+    assert all_nan(metric)
+    metric.reset_state()
+    metric.update_state(good, scores)
+    np.testing.assert_array_equal(to_numpy(metric.result()), expected)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "float32"])
+@pytest.mark.parametrize("make", READ_LABELS)
+def test_multi_hot_labels_of_every_dtype_give_nan(make, dtype):
+    labels, scores = make_batch(30)
+    multi_hot = np.eye(NUM_CLASSES)[labels].astype(dtype)
+    multi_hot[:, 0] = 1
+    metric = make()
+    metric.update_state(
+        ops.convert_to_tensor(multi_hot), ops.convert_to_tensor(scores)
+    )
+    assert all_nan(metric)
+
+
+@pytest.mark.filterwarnings("ignore:You are passing weight as `float`")
+def test_scores_of_another_layer_give_nan_in_wrapped_metrics():
+    labels, scores = make_batch(30)
+    others = scores.copy()
+    others[3, -5:] = 0.0
+    metric = metrics.ProbabilityMetric(keras.metrics.MeanIoU(NUM_CLASSES))
+    weights = (np.arange(30) != 3).astype("float32")
+    metric.update_state(labels, ops.convert_to_tensor(others), weights)
+    assert np.isfinite(float(metric.result()))
+    metric.update_state(labels, ops.convert_to_tensor(others))
+    assert all_nan(metric)
+
+
+@pytest.mark.slow
+def test_multi_hot_labels_give_nan_in_fit():
+    labels, _ = make_batch(30)
+    multi_hot = np.eye(NUM_CLASSES, dtype="float32")[labels]
+    multi_hot[3, :] = 1.0
+    model = keras.Sequential(
+        [keras.Input((4,)), keras_halo.HALODense(NUM_CLASSES)]
+    )
+    wrapped = metrics.ProbabilityMetric(keras.metrics.MeanIoU(NUM_CLASSES))
+    model.compile(
+        "sgd",
+        keras_halo.HALOLoss(),
+        metrics=[metrics.SelectiveAccuracy(), wrapped],
+    )
+    x = np.ones((30, 4), "float32")
+    results = model.evaluate(x, multi_hot, verbose=0)
+    assert np.isnan(results).all()
+    assert np.isfinite(model.evaluate(x, labels, verbose=0)).all()
+
+
 def test_a_fractional_label_is_none_to_ignore():
     scores = keras_halo.HALODense(2)(np.eye(2, 3, dtype="float32"))
     y_true = keras.ops.convert_to_tensor(np.array([0.5, 1.0], "float32"))
