@@ -212,6 +212,17 @@ def kept(rule):
     return use
 
 
+def of_pairs(make):
+    """A loss or a metric of the pairs of two towers."""
+
+    def use(y_true, y_pred, sample_weight):
+        if y_pred is None:
+            y_pred = keras_halo.HALOSimilarity()([X, X])
+        return make()(y_true, y_pred, sample_weight)
+
+    return use
+
+
 def to_head(keys):
     layer = keras_halo.HALOSimilarity()
     layer.build([(4, D), (4, D)])
@@ -228,6 +239,22 @@ METRIC_CASES = {
     "sample_weight": without(
         optional(WEIGHTS), "NaN", "negative", "infinite", "number"
     ),
+}
+PAIRS = {"y_true": np.arange(N), "y_pred": None, "sample_weight": None}
+PAIR_CASES = {
+    # Ids are compared, whatever their size.
+    "y_true": {
+        **without(VECTOR, "huge integers", "large unsigned"),
+        "too few": np.arange(N - 1),
+        "booleans": np.arange(N) < 3,
+        "scores": np.zeros((N, N + 6), "float32"),
+    },
+    "y_pred": {
+        **optional(PACKED),
+        "ids": np.arange(N),
+        "too few keys": np.zeros((N, N + 5), "float32"),
+    },
+    "sample_weight": METRIC_CASES["sample_weight"],
 }
 # They read no labels.
 RATE_CASES = without(METRIC_CASES, "y_true")
@@ -332,17 +359,14 @@ CALLS = {
         },
     ),
     "HALOContrastiveLoss.__call__": (
-        lambda y_true: keras_halo.HALOContrastiveLoss()(
-            y_true, keras_halo.HALOSimilarity()([X, X])
-        ),
-        {"y_true": np.arange(N)},
-        # Ids are compared, whatever their size.
-        {
-            "y_true": {
-                **without(VECTOR, "huge integers", "large unsigned"),
-                "too few": np.arange(N - 1),
-            }
-        },
+        of_pairs(lambda: keras_halo.HALOContrastiveLoss()),
+        PAIRS,
+        PAIR_CASES,
+    ),
+    "RetrievalRecall.update_state": (
+        of_pairs(lambda: metrics.RetrievalRecall().update_state),
+        PAIRS,
+        PAIR_CASES,
     ),
     "pair_labels": (
         keras_halo.pair_labels,

@@ -6,13 +6,11 @@ from keras import ops
 from keras_halo.losses.halo_loss import halo_loss
 from keras_halo.losses.packed_scores_loss import (
     PackedScoresLoss,
-    checked_scores,
+    fitting_weights,
     without_masked_labels,
 )
 from keras_halo.ops import packing
-from keras_halo.ops.labels import pair_labels
-from keras_halo.ops.model_output import is_symbolic_or_tensor
-from keras_halo.utils.checks import number_array
+from keras_halo.ops.labels import ids_and_scores
 from keras_halo.utils.types import DType, Tensor
 from keras_halo.utils.weights import weight_tensor
 
@@ -28,7 +26,10 @@ class HALOContrastiveLoss(PackedScoresLoss):
     `keras_halo.pair_labels(ids)`, made anew for every batch, whatever its size.
     In a batch of one pair there is nothing to tell apart: its loss is zero.
 
-    Ids are compared as the integers they are, not as floats.
+    Ids are compared as the integers they are, not as floats. Tensors of JAX
+    have 32 bits, and `fit` makes tensors of labels: ids that differ in higher
+    bits alone become the same there, in silence. Number wider ones before,
+    `ids = np.unique(ids, return_inverse=True)[1]`.
 
     Formula:
 
@@ -94,13 +95,16 @@ class HALOContrastiveLoss(PackedScoresLoss):
     ) -> Tensor:
         # Before the base class turns them into floats: a float32 cannot tell
         # 2^24 from its successor.
-        labels = ops.convert_to_tensor(pair_labels(y_true, dtype=self.dtype))
-        if not is_symbolic_or_tensor(y_pred):
-            y_pred = number_array(
-                y_pred, "y_pred", "Pass what `keras_halo.HALOSimilarity` emits."
-            )
-        y_pred = checked_scores(ops.convert_to_tensor(y_pred))
-        _check_pairs(labels.shape, y_pred.shape)
+        labels, y_pred = ids_and_scores(
+            y_true,
+            y_pred,
+            self.dtype,
+            "For keys that are not paired with the queries use "
+            "`keras_halo.HALOLoss` with the labels "
+            "`keras_halo.pair_labels(query_ids, key_ids)`.",
+        )
+        if sample_weight is not None:
+            sample_weight = fitting_weights(sample_weight, y_pred.shape[:-1])
         if len(y_pred.shape) == 3:
             labels = ops.stack([labels, labels], axis=1)
             if sample_weight is not None:
@@ -124,26 +128,3 @@ class HALOContrastiveLoss(PackedScoresLoss):
         if y_pred.shape[-1] is None:
             losses = ops.where(packing.count_classes(y_pred) > 1, losses, 0.0)
         return losses
-
-
-def _check_pairs(labels_shape, y_pred_shape):
-    """Raises `ValueError` unless scores have a row and a key for every id."""
-    rank = len(y_pred_shape)
-    fits = rank == 2 or (rank == 3 and y_pred_shape[1] == 2)
-    if fits:
-        sizes = {labels_shape[0], y_pred_shape[0]} - {None}
-        width = y_pred_shape[-1]
-        if width is not None:
-            sizes.add(width - packing.NUM_EXTRA_COLUMNS)
-        fits = len(sizes) <= 1
-    if not fits:
-        raise ValueError(
-            "Expected ids of shape (B,) and packed scores of shape "
-            f"(B, B + {packing.NUM_EXTRA_COLUMNS}) or "
-            f"(B, 2, B + {packing.NUM_EXTRA_COLUMNS}), as "
-            "`keras_halo.HALOSimilarity` emits them for pairs. Received: "
-            f"{labels_shape[0]} ids and scores of shape "
-            f"{tuple(y_pred_shape)}. For keys that are not paired with the "
-            "queries use `keras_halo.HALOLoss` with the labels "
-            "`keras_halo.pair_labels(query_ids, key_ids)`."
-        )

@@ -7,12 +7,14 @@ from keras import ops
 from keras_halo.losses.packed_scores_loss import (
     PackedScoresLoss,
     check_radial_weight,
+    fitting_weights,
     without_masked_labels,
 )
 from keras_halo.ops import packing
 from keras_halo.ops.labels import (
     are_integer_labels,
     check_ignorable,
+    check_order,
     label_tensor,
     labels_and_scores,
     read_labels,
@@ -86,6 +88,7 @@ def halo_loss(
         y_pred = number_array(y_pred, "y_pred")
     if not is_symbolic_or_tensor(y_true):
         y_true = label_array(y_true, "y_true")
+    check_order(y_true, y_pred)
     y_pred = ops.convert_to_tensor(y_pred)
     y_pred = ops.cast(y_pred, computation_dtype(y_pred.dtype))
     y_true, are_integers = label_tensor(y_true, y_pred.shape)
@@ -244,7 +247,7 @@ class HALOLoss(PackedScoresLoss):
             )
         y_true, y_pred = labels_and_scores(y_true, y_pred)
         if sample_weight is not None:
-            sample_weight = _fitting_weights(sample_weight, y_pred.shape[:-1])
+            sample_weight = fitting_weights(sample_weight, y_pred.shape[:-1])
         if mask_of(y_pred) is not None:
             y_true = without_masked_labels(y_true, y_pred)
         elif isinstance(y_true, np.ndarray):
@@ -283,23 +286,3 @@ def _checked_labels(y_true, y_pred_shape, ignore_class):
         remedy="Number the classes from zero, or name the label to leave out "
         "as `ignore_class`.",
     )
-
-
-def _fitting_weights(sample_weight, shape):
-    """Sample weights, refused where they fit no sample."""
-    if not is_symbolic_or_tensor(sample_weight):
-        sample_weight = number_array(sample_weight, "sample_weight")
-    given, shape = tuple(sample_weight.shape), tuple(shape)
-    # What Keras broadcasts stays allowed.
-    dims = given[:-1] if len(given) == len(shape) + 1 else given
-    fits = given[len(shape) :] in ((), (1,)) and all(
-        a is None or b is None or a in (1, b)
-        for a, b in zip(dims, shape, strict=False)
-    )
-    if not fits:
-        raise ValueError(
-            "`sample_weight` must have one weight for every sample, shape "
-            f"{shape[:1]}, or for every position, shape {shape}. Received: "
-            f"shape={given}. Pass the weights of the samples in `y_pred`."
-        )
-    return sample_weight

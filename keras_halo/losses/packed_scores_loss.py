@@ -4,12 +4,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_halo.ops import packing
 from keras_halo.ops.labels import label_tensor
+from keras_halo.ops.model_output import is_symbolic_or_tensor
 from keras_halo.utils.checks import (
     as_boolean,
     as_number,
     check_label_smoothing,
+    number_array,
 )
 from keras_halo.utils.keras_private import mask_of
 from keras_halo.utils.precision import computation_dtype, full_precision
@@ -91,35 +92,6 @@ def check_radial_weight(radial_weight):
     )
 
 
-def checked_scores(y_pred):
-    """Checks packed scores before Keras casts them.
-
-    What a cast loses cannot be seen after it.
-
-    Args:
-        y_pred: Tensor, array or lists.
-
-    Returns:
-        The tensor as it is, or a NumPy array.
-
-    Raises:
-        ValueError: If an array holds no packed scores, or a tensor has 16 bits.
-
-    Example:
-
-    >>> checked_scores(np.zeros((1, 16)))
-    Traceback (most recent call last):
-        ...
-    ValueError: The last 5 columns of `y_pred` hold no packed geometry ...
-    """
-    if isinstance(y_pred, (np.ndarray, list, tuple)):
-        y_pred = np.asarray(y_pred)
-        packing.check_packed(y_pred, argument="y_pred")
-    elif hasattr(y_pred, "dtype"):
-        packing.check_precision(y_pred.dtype, "y_pred")
-    return y_pred
-
-
 def without_masked_labels(y_true, y_pred):
     """Replaces labels at masked positions, often -1, by a harmless class.
 
@@ -142,3 +114,41 @@ def without_masked_labels(y_true, y_pred):
     if not are_integers:
         mask = ops.expand_dims(mask, axis=-1)
     return ops.where(mask, y_true, ops.zeros_like(y_true))
+
+
+def fitting_weights(sample_weight, shape):
+    """Sample weights, refused where they fit no sample.
+
+    Args:
+        sample_weight: Tensor, or what NumPy makes an array of.
+        shape: Tuple, the shape of one loss a position. Lengths may be `None`.
+
+    Returns:
+        The tensor as it is, or a NumPy array.
+
+    Raises:
+        ValueError: If the weights are no numbers, or not as many.
+
+    Example:
+
+    >>> fitting_weights([1.0, 0.0], (3,))
+    Traceback (most recent call last):
+        ...
+    ValueError: `sample_weight` must have one weight for every sample, shape ...
+    """
+    if not is_symbolic_or_tensor(sample_weight):
+        sample_weight = number_array(sample_weight, "sample_weight")
+    given, shape = tuple(sample_weight.shape), tuple(shape)
+    # What Keras broadcasts stays allowed.
+    dims = given[:-1] if len(given) == len(shape) + 1 else given
+    fits = given[len(shape) :] in ((), (1,)) and all(
+        a is None or b is None or a in (1, b)
+        for a, b in zip(dims, shape, strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            "`sample_weight` must have one weight for every sample, shape "
+            f"{shape[:1]}, or for every position, shape {shape}. Received: "
+            f"shape={given}. Pass the weights of the samples in `y_pred`."
+        )
+    return sample_weight

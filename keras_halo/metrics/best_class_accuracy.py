@@ -34,6 +34,9 @@ class BestClassAccuracy(PackedMean):
     Labels are integers, or a distribution whose most probable class is the
     label. An integer that belongs to no class is never right.
 
+    Of two towers it would compare ids with positions in the batch:
+    `keras_halo.metrics.RetrievalRecall` knows ids.
+
     The result is NaN before the first sample that counts, and if a row that
     counts holds no packed scores, or labels that are no distribution, such as
     multi-hot ones.

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_halo.metrics.packed_mean import PackedMean
 from keras_halo.metrics.samples import are_distributions
+from keras_halo.utils.checks import as_integer
 from keras_halo.utils.keras_private import set_direction
 from keras_halo.utils.types import DType, Tensor
 
@@ -36,6 +37,9 @@ class BestClassTopKAccuracy(PackedMean):
     Labels are integers, or a distribution whose most probable class is the
     label. An integer that belongs to no class is never right.
 
+    Of two towers it would compare ids with positions in the batch:
+    `keras_halo.metrics.RetrievalRecall` knows ids.
+
     The result is NaN before the first sample that counts, and if a row that
     counts holds no packed scores, or labels that are no distribution, such as
     multi-hot ones.
@@ -62,10 +66,7 @@ class BestClassTopKAccuracy(PackedMean):
         name: str | None = "best_class_top_k_accuracy",
         dtype: DType = None,
     ) -> None:
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise ValueError(
-                f"`k` must be a positive integer. Received: k={k!r}."
-            )
+        k = as_integer(k, "k", 1)
         super().__init__(ignore_class=ignore_class, name=name, dtype=dtype)
         self.k = k
         set_direction(self, "up")

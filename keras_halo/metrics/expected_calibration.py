@@ -49,6 +49,9 @@ class ExpectedCalibrationError(PackedMean):
     correct to the degree of the mass on its most probable class. An integer
     that belongs to no class makes every prediction wrong.
 
+    Of two towers it would compare ids with positions in the batch:
+    `keras_halo.metrics.RetrievalRecall` knows ids.
+
     The result is NaN before the first sample that counts, and if a row that
     counts holds no packed scores, or labels that are no distribution, such as
     multi-hot ones. With fewer samples than bins it is

@@ -5,9 +5,11 @@ from keras import ops
 
 from keras_halo.metrics.packed_mean import PackedMean
 from keras_halo.ops import packing
-from keras_halo.ops.labels import pair_labels
+from keras_halo.ops.labels import ids_and_scores
+from keras_halo.utils.checks import as_integer
 from keras_halo.utils.keras_private import mask_of, set_direction
 from keras_halo.utils.types import DType, Tensor
+from keras_halo.utils.weights import weight_tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -27,7 +29,7 @@ class RetrievalRecall(PackedMean):
 
     ```python
     same = ids[:, None] == ids[None, :]
-    ahead_i = sum_j (s_ij > max_{j: same_ij} s_ij)
+    ahead_i = sum_{j: not same_ij} (s_ij >= max_{j: same_ij} s_ij)
     recall = mean_i(ahead_i < k)
     ```
 
@@ -44,8 +46,13 @@ class RetrievalRecall(PackedMean):
             `keras.config.floatx()`.
 
     Whether the model abstains does not matter: a query that is told that
-    nothing matches has a best key all the same. Keys that tie with the best
-    match count for it.
+    nothing matches has a best key all the same. Keys of other ids that tie with
+    the best match are ahead of it: towers that have collapsed, to which all
+    pairs are the same, find nothing.
+
+    `fit` makes tensors of ids, which on JAX have 32 bits: those that differ in
+    higher bits alone become the same there, in silence. Number wider ones
+    before, `ids = np.unique(ids, return_inverse=True)[1]`.
 
     The result is NaN before the first pair that counts, and if a row that
     counts holds no packed scores.
@@ -71,10 +78,7 @@ class RetrievalRecall(PackedMean):
         name: str | None = None,
         dtype: DType = None,
     ) -> None:
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise ValueError(
-                f"`k` must be a positive integer. Received: k={k!r}."
-            )
+        k = as_integer(k, "k", 1)
         if direction not in ("both", "queries", "keys"):
             raise ValueError(
                 "`direction` must be 'both', 'queries' or 'keys'. Received: "
@@ -97,17 +101,23 @@ class RetrievalRecall(PackedMean):
             sample_weight: Optional weights of shape `(B,)`, or `(B, 2)` to
                 weigh the directions by themselves. Defaults to `None`.
         """
-        labels = ops.convert_to_tensor(pair_labels(y_true, dtype=self.dtype))
         mask = mask_of(y_pred)
-        y_pred = ops.convert_to_tensor(y_pred)
-        packing.check_precision(y_pred.dtype, "y_pred")
+        labels, y_pred = ids_and_scores(
+            y_true,
+            y_pred,
+            self.dtype,
+            "For a fixed gallery use `HALOSimilarity.to_head` and "
+            "`keras_halo.metrics.BestClassTopKAccuracy`.",
+        )
         y_pred = ops.cast(y_pred, self.dtype)
-        _check_shapes(labels.shape, y_pred.shape)
         weights = ops.ones_like(y_pred[..., 0])
-        for factor in (sample_weight, mask):
+        for factor, argument in (
+            (sample_weight, "sample_weight"),
+            (mask, "the mask of y_pred"),
+        ):
             if factor is not None:
-                factor = ops.cast(ops.convert_to_tensor(factor), self.dtype)
-                weights = weights * _like(factor, weights)
+                factor = weight_tensor(factor, weights.shape, argument)
+                weights = weights * ops.cast(factor, self.dtype)
         if len(y_pred.shape) == 2:
             self._add(labels, y_pred, weights)
             return
@@ -121,9 +131,7 @@ class RetrievalRecall(PackedMean):
         best = ops.max(
             ops.where(is_match, logits, -float("inf")), axis=-1, keepdims=True
         )
-        # No match is ahead of the best one, also where a compiler has computed
-        # it twice, with other roundings.
-        is_ahead = ops.logical_and(logits > best, ops.logical_not(is_match))
+        is_ahead = ops.logical_and(logits >= best, ops.logical_not(is_match))
         ahead = ops.sum(ops.cast(is_ahead, "int32"), axis=-1)
         # A batch of one pair is too narrow to be unpacked.
         if scores.shape[-1] != packing.packed_width(1):
@@ -140,31 +148,3 @@ class RetrievalRecall(PackedMean):
         # Ids are compared; none stands for nothing.
         del config["ignore_class"]
         return {**config, "k": self.k, "direction": self.direction}
-
-
-def _like(factor, weights):
-    """Weights of pairs, with an axis for the directions where there is one."""
-    if len(weights.shape) == 1:
-        return ops.reshape(factor, (-1,))
-    return factor[:, None] if len(factor.shape) == 1 else factor
-
-
-def _check_shapes(labels_shape, y_pred_shape):
-    rank = len(y_pred_shape)
-    fits = rank == 2 or (rank == 3 and y_pred_shape[1] == 2)
-    if fits:
-        sizes = {labels_shape[0], y_pred_shape[0]} - {None}
-        if y_pred_shape[-1] is not None:
-            sizes.add(y_pred_shape[-1] - packing.NUM_EXTRA_COLUMNS)
-        fits = len(sizes) <= 1
-    if not fits:
-        raise ValueError(
-            "Expected ids of shape (B,) and packed scores of shape "
-            f"(B, B + {packing.NUM_EXTRA_COLUMNS}) or "
-            f"(B, 2, B + {packing.NUM_EXTRA_COLUMNS}), as "
-            "`keras_halo.HALOSimilarity` emits them for pairs. Received: "
-            f"{labels_shape[0]} ids and scores of shape "
-            f"{tuple(y_pred_shape)}. For a fixed gallery use "
-            "`HALOSimilarity.to_head` and "
-            "`keras_halo.metrics.BestClassTopKAccuracy`."
-        )

@@ -37,6 +37,9 @@ class SelectiveAccuracy(PackedMean):
     label, as in `keras.metrics.CategoricalAccuracy`. An integer that belongs
     to no class, such as -1 for an outlier, makes every named class wrong.
 
+    Of two towers it would compare ids with positions in the batch:
+    `keras_halo.metrics.RetrievalRecall` knows ids.
+
     The result is NaN while the model has abstained on all samples: no answer
     is neither right nor wrong, and `ModelCheckpoint` does not take NaN for the
     best value. It is NaN too if a row that counts holds no packed scores, or a

@@ -242,15 +242,30 @@ def labels_and_scores(y_true, y_pred):
         )
     if y_true is not None and not is_symbolic_or_tensor(y_true):
         y_true = label_array(y_true, "y_true")
-    _check_order(y_true, y_pred)
+    check_order(y_true, y_pred)
     packing.check_precision(y_pred.dtype, "y_pred")
     if isinstance(y_pred, np.ndarray):
         packing.check_packed(y_pred, argument="y_pred")
     return y_true, y_pred
 
 
-def _check_order(y_true, y_pred):
-    order = "Labels come first: `loss(y_true, y_pred)`."
+def check_order(y_true, y_pred, first="Labels", layer="HALODense"):
+    """Raises `ValueError` for scores in the place of labels.
+
+    Args:
+        y_true: Tensor or array, or `None` for no labels.
+        y_pred: Tensor or array.
+        first: String, what an error says belongs first.
+        layer: String, the layer that emits what belongs second.
+
+    Example:
+
+    >>> check_order(np.zeros((2, 9)), np.zeros(2))
+    Traceback (most recent call last):
+        ...
+    ValueError: `y_true` has the shape of packed scores and `y_pred` that of ...
+    """
+    order = f"{first} come first: `loss(y_true, y_pred)`."
     dtype = keras.backend.standardize_dtype(y_pred.dtype)
     if "float" not in dtype:
         raise ValueError(
@@ -273,7 +288,7 @@ def _check_order(y_true, y_pred):
             "`y_true` has the shape of packed scores and `y_pred` that of "
             f"their labels: they seem to be swapped. Received: y_true.shape="
             f"{labels}, y_pred.shape={scores}. {order} Packed scores are what "
-            "`keras_halo.HALODense` emits."
+            f"`keras_halo.{layer}` emits."
         )
 
 
@@ -423,9 +438,10 @@ def pair_labels(
 
     Args:
         query_ids: Integers of shape `(B,)` or `(B, 1)`, an array or a tensor.
-            Those of a tensor on JAX have 32 bits, so that `fit` cannot tell
-            wider ones apart: number them with `np.unique(ids,
-            return_inverse=True)[1]` before.
+            Tensors of JAX have 32 bits, and `fit` makes tensors of labels: ids
+            that differ in higher bits alone become the same there, in silence.
+            Number wider ones with `np.unique(ids, return_inverse=True)[1]`
+            before.
         key_ids: Integers of shape `(K,)` or `(K, 1)`. Defaults to `None`,
             which means `query_ids`: query and key come in pairs.
         dtype: String, the dtype of the labels. Defaults to `"float32"`.
@@ -436,7 +452,8 @@ def pair_labels(
         NumPy array for arrays, a tensor if one of the ids is a tensor.
 
     Raises:
-        ValueError: If the ids are no integers, or not of the shape above.
+        ValueError: If the ids are no integers, or not of the shape above, or
+            those of an array do not fit a tensor beside a tensor.
 
     Example:
 
@@ -449,6 +466,7 @@ def pair_labels(
         key_ids = query_ids
     query_ids, key_ids = _flat_ids(query_ids), _flat_ids(key_ids)
     if ops.is_tensor(query_ids) or ops.is_tensor(key_ids):
+        query_ids, key_ids = _tensor_of(query_ids), _tensor_of(key_ids)
         same = ops.equal(query_ids[:, None], key_ids[None, :])
         same = ops.cast(same, dtype)
         return same / ops.clip(ops.sum(same, axis=-1, keepdims=True), 1, np.inf)
@@ -456,15 +474,94 @@ def pair_labels(
     return same / same.sum(axis=-1, keepdims=True).clip(1)
 
 
+def ids_and_scores(ids, y_pred, dtype, remedy):
+    """What a loss or a metric of pairs is called with.
+
+    Args:
+        ids: Ids of the pairs, see `pair_labels`.
+        y_pred: Packed scores of shape `(B, B + 6)`, or `(B, 2, B + 6)` of both
+            directions: a tensor, or what NumPy makes an array of.
+        dtype: String, the dtype of the labels.
+        remedy: String, what to do where keys are not paired with queries.
+
+    Returns:
+        Tuple of tensors: the labels of the pairs, of shape `(B, B)`, and the
+        scores as they are.
+
+    Raises:
+        ValueError: If one of them holds no such numbers, the two are swapped,
+            or do not fit.
+
+    Example:
+
+    >>> ids_and_scores(np.zeros((3, 9)), [7, 5, 7], "float32", "")
+    Traceback (most recent call last):
+        ...
+    ValueError: `y_pred` must be packed scores in floating point. Received: ...
+    """
+    if not is_symbolic_or_tensor(y_pred):
+        y_pred = number_array(
+            y_pred, "y_pred", "Pass what `keras_halo.HALOSimilarity` emits."
+        )
+    if not is_symbolic_or_tensor(ids):
+        ids = _id_array(ids)
+    check_order(ids, y_pred, "Ids", "HALOSimilarity")
+    packing.check_precision(y_pred.dtype, "y_pred")
+    labels = ops.convert_to_tensor(pair_labels(ids, dtype=dtype))
+    _check_pairs(labels.shape, y_pred.shape, remedy)
+    return labels, ops.convert_to_tensor(y_pred)
+
+
+def _check_pairs(labels_shape, y_pred_shape, remedy):
+    """Raises `ValueError` unless scores have a row and a key for every id."""
+    rank = len(y_pred_shape)
+    fits = rank == 2 or (rank == 3 and y_pred_shape[1] == 2)
+    if fits:
+        sizes = {labels_shape[0], y_pred_shape[0]} - {None}
+        width = y_pred_shape[-1]
+        if width is not None:
+            sizes.add(width - packing.NUM_EXTRA_COLUMNS)
+        fits = len(sizes) <= 1
+    if not fits:
+        raise ValueError(
+            "Expected ids of shape (B,) and packed scores of shape "
+            f"(B, B + {packing.NUM_EXTRA_COLUMNS}) or "
+            f"(B, 2, B + {packing.NUM_EXTRA_COLUMNS}), as "
+            "`keras_halo.HALOSimilarity` emits them for pairs. Received: "
+            f"{labels_shape[0]} ids and scores of shape "
+            f"{tuple(y_pred_shape)}. {remedy}"
+        )
+
+
+def _id_array(ids):
+    return number_array(
+        ids,
+        "ids",
+        "Ids must be integers. Number them with "
+        "`np.unique(ids, return_inverse=True)[1]`.",
+        to_float=False,
+    )
+
+
+def _tensor_of(ids):
+    """Ids of an array in a tensor, refused where they do not fit."""
+    tensor = ops.convert_to_tensor(ids)
+    if isinstance(ids, np.ndarray) and ids.size:
+        limits = np.iinfo(keras.backend.standardize_dtype(tensor.dtype))
+        low, high = int(ids.min()), int(ids.max())
+        if low < limits.min or high > limits.max:
+            raise ValueError(
+                "Ids beside a tensor must fit the integers of this backend's "
+                f"tensors, {limits.dtype}. Received: an array of ids from "
+                f"{low} to {high}. Pass arrays for both, or number the ids of "
+                "both together with `np.unique(ids, return_inverse=True)[1]`."
+            )
+    return tensor
+
+
 def _flat_ids(ids):
     if not ops.is_tensor(ids):
-        ids = number_array(
-            ids,
-            "ids",
-            "Ids must be integers. Number them with "
-            "`np.unique(ids, return_inverse=True)[1]`.",
-            to_float=False,
-        )
+        ids = _id_array(ids)
     shape = tuple(ids.shape)
     if len(shape) == 2 and shape[1] == 1:
         ids = ids[:, 0]
@@ -476,13 +573,14 @@ def _flat_ids(ids):
             "each direction takes them once for each."
         )
     if isinstance(ids, np.ndarray):
-        are_integers = ids.dtype.kind in "biu"
+        are_integers = ids.dtype.kind in "iu"
     else:
-        are_integers = "float" not in keras.backend.standardize_dtype(ids.dtype)
+        are_integers = "int" in keras.backend.standardize_dtype(ids.dtype)
     if not are_integers:
         raise ValueError(
             "Ids must be integers: in floating point neighbouring ones are "
-            f"the same. Received: dtype={ids.dtype}. Number them with "
+            "the same, and booleans tell no more than two apart. Received: "
+            f"dtype={ids.dtype}. Number them with "
             "`np.unique(ids, return_inverse=True)[1]`."
         )
     return ids

@@ -579,11 +579,17 @@ def test_other_bad_arguments_are_refused():
         keras_halo.pair_log_odds(np.zeros((2, 9), "float32"))
 
 
-@pytest.mark.parametrize("kind", ["array", "tensor", "names", "loss"])
+@pytest.mark.parametrize(
+    "kind", ["array", "tensor", "names", "loss", "booleans", "boolean tensor"]
+)
 def test_ids_that_are_no_integers_are_refused(kind):
     ids = np.array([16777216.0, 16777217.0], "float64")
     if kind == "names":
         ids = np.array(["a", "b"])
+    if kind.startswith("boolean"):
+        ids = np.array([True, False])
+    if kind == "boolean tensor":
+        ids = ops.convert_to_tensor(ids)
     if kind == "tensor":
         ids = ops.convert_to_tensor(ids.astype("float32"))
     read = keras_halo.pair_labels
@@ -598,13 +604,33 @@ def test_ids_that_are_no_integers_are_refused(kind):
         read(ids)
 
 
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+@pytest.mark.parametrize("read", ["loss", "recall"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_scores_in_the_place_of_ids_are_told(kind, read, bidirectional):
+    pairs = np.eye(4, dtype="float32")
+    scores = HALOSimilarity(bidirectional=bidirectional)([pairs, pairs])
+    ids = np.arange(4)
+    if kind == "array":
+        scores = to_numpy(scores)
+    else:
+        ids = ops.convert_to_tensor(ids)
+    use = {
+        "loss": HALOContrastiveLoss(),
+        "recall": RetrievalRecall().update_state,
+    }[read]
+    with pytest.raises(ValueError, match="Ids come first"):
+        use(scores, ids)
+
+
 def naive_recall(ids, scores, k, weights):
     """Recall@k, query by query."""
     found = []
     for row, own in zip(scores, ids, strict=True):
         logits = row[: len(ids)]
         best = max(logits[j] for j in range(len(ids)) if ids[j] == own)
-        found.append(np.sum(logits > best) < k)
+        ahead = logits[(ids != own) & (logits >= best)]
+        found.append(len(ahead) < k)
     return np.average(found, weights=weights)
 
 
@@ -691,6 +717,38 @@ def test_recall_honours_masks_and_tells_scores_of_others():
     assert np.isnan(float(metric.result()))
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_recall_of_towers_that_have_collapsed_is_zero(bidirectional):
+    pairs = np.ones((6, 8), "float32")
+    scores = HALOSimilarity(bidirectional=bidirectional)([pairs, pairs])
+    ids = np.array([3, 1, 4, 1, 5, 9])
+    for k, expected in ((1, 0.0), (4, 0.0), (5, 2 / 6), (np.int64(6), 1.0)):
+        metric = RetrievalRecall(k)
+        metric.update_state(ids, scores)
+        assert float(metric.result()) == pytest.approx(expected)
+        assert type(metric.get_config()["k"]) is int
+    # Keys that tie and match are found all the same.
+    metric = RetrievalRecall()
+    metric.update_state(np.full(6, 7), scores)
+    assert float(metric.result()) == 1.0
+
+
+def test_wide_ids_of_an_array_beside_a_tensor_are_compared_or_refused():
+    wide = (np.arange(4) + 1) * 2**32
+    tensor = ops.convert_to_tensor(np.arange(4, dtype="int32"))
+    for pair in ((wide, tensor), (tensor, wide)):
+        if keras.backend.backend() == "jax":
+            # As int32 all of them would be zero, which is an id of the tensor.
+            with pytest.raises(ValueError, match="int32.*np.unique"):
+                keras_halo.pair_labels(*pair)
+        else:
+            assert not to_numpy(keras_halo.pair_labels(*pair)).any()
+    np.testing.assert_array_equal(
+        to_numpy(keras_halo.pair_labels(np.arange(4), tensor)), np.eye(4)
+    )
+    np.testing.assert_array_equal(keras_halo.pair_labels(wide), np.eye(4))
+
+
 def test_recall_of_one_pair_is_one():
     metric = RetrievalRecall()
     assert np.isnan(float(metric.result()))
@@ -716,6 +774,16 @@ def test_recall_of_one_pair_is_one():
                 np.array([0.5, 1.5]), np.zeros((2, 8), "float32")
             ),
             "Ids must be integers",
+        ),
+        (
+            lambda: RetrievalRecall().update_state(np.arange(3), None),
+            "`y_pred` must be an array of real numbers",
+        ),
+        (
+            lambda: RetrievalRecall().update_state(
+                np.arange(3), np.zeros((3, 9), "float32"), np.ones(2)
+            ),
+            "Expected sample_weight of shape",
         ),
     ],
 )

@@ -430,6 +430,20 @@ def test_an_ignored_class_that_int32_cannot_hold_is_refused(ignored):
             make(ignore_class=ignored)
 
 
+@pytest.mark.parametrize("kind", ["integers", "floats", "one-hot"])
+@pytest.mark.parametrize("loss", [HALOLoss(), halo_loss])
+def test_scores_in_the_place_of_labels_are_told(kind, loss):
+    labels = {
+        "integers": _labels(),
+        "floats": _labels().astype("float32"),
+        "one-hot": np.eye(K, dtype="float32")[_labels()],
+    }[kind]
+    scores = to_numpy(_scores())
+    for convert in (np.asarray, ops.convert_to_tensor):
+        with pytest.raises(ValueError, match="Labels come first"):
+            loss(convert(scores), convert(labels))
+
+
 def test_ignore_class_with_one_hot_labels_is_refused():
     with pytest.raises(
         ValueError, match="needs integer labels.*ignore_class=1"

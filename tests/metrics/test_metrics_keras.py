@@ -364,6 +364,8 @@ def test_top_k_accuracy_keeps_its_arguments_and_checks_k():
     copy = keras.saving.deserialize_keras_object(config)
     assert copy.get_config() == metric.get_config()
     assert (copy.k, copy.ignore_class) == (2, 1)
+    config = metrics.BestClassTopKAccuracy(k=np.int64(2)).get_config()
+    assert type(config["k"]) is int
     for k in (0, 2.5, True, None):
         with pytest.raises(ValueError, match="`k` must be a positive integer"):
             metrics.BestClassTopKAccuracy(k)
