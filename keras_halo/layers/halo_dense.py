@@ -14,6 +14,7 @@ from keras_halo.utils.checks import (
     check_embedding_dim,
     check_floating,
     check_label_smoothing,
+    check_not_taken,
     check_units,
     to_array,
 )
@@ -106,8 +107,10 @@ class HALODense(TemperatureLayer):
             Defaults to `True`.
         kernel_initializer: Initializer for the `kernel` of the embedding.
             `None`, the default, means `"glorot_uniform"`, times the factor by
-            which `normalize` shortens many features.
-        kernel_regularizer: Regularizer function applied to this `kernel`.
+            which `normalize` shortens many features. Not with
+            `embedding_dim=None`, which has no kernel.
+        kernel_regularizer: Regularizer function applied to this `kernel`. Not
+            with `embedding_dim=None` either.
         centroid_initializer: Initializer for the `centroids` weights matrix.
             `None`, the default, means a normal distribution with standard
             deviation 0.3: class logits start near zero.
@@ -163,10 +166,15 @@ class HALODense(TemperatureLayer):
         **kwargs: Any,
     ) -> None:
         units = check_units(units)
+        if _is_activation(embedding_dim):
+            # The second argument of `Dense`.
+            kwargs["activation"] = embedding_dim
+        check_not_taken(kwargs, _NOT_TAKEN, "HALODense")
         embedding_dim = check_embedding_dim(embedding_dim)
         abstain_rate = check_abstain_rate(abstain_rate)
         normalize = as_boolean(normalize, "normalize")
-        _check_not_of_dense(kwargs)
+        if embedding_dim is None:
+            _check_has_kernel(kernel_initializer, kernel_regularizer)
         if label_smoothing is not None:
             label_smoothing = check_label_smoothing(label_smoothing)
             if abstain_rate is not None:
@@ -526,6 +534,17 @@ class HALODense(TemperatureLayer):
         return config
 
     @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        if config.get("embedding_dim", "auto") is None:
+            # Files from when it was taken without a kernel, and ignored.
+            config = {
+                **config,
+                "kernel_initializer": None,
+                "kernel_regularizer": None,
+            }
+        return super().from_config(config)
+
+    @classmethod
     def _config_of_version_1(cls, config):
         # The published method is all that there was.
         return {
@@ -554,10 +573,30 @@ _NOT_TAKEN = {
 }
 
 
-def _check_not_of_dense(kwargs):
-    for name, reason in _NOT_TAKEN.items():
-        if name in kwargs:
+def _is_activation(value):
+    """Whether the second argument is what `Dense` takes there."""
+    if callable(value):
+        return True
+    if not isinstance(value, str) or value == "auto":
+        return False
+    try:
+        keras.activations.get(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_has_kernel(kernel_initializer, kernel_regularizer):
+    """Raises `ValueError` for what a head without a kernel would ignore."""
+    for name, value in (
+        ("kernel_initializer", kernel_initializer),
+        ("kernel_regularizer", kernel_regularizer),
+    ):
+        if value is not None:
             raise ValueError(
-                f"`HALODense` takes no `{name}`: {reason}. Received: "
-                f"{name}={kwargs[name]!r:.100}."
+                f"`{name}` belongs to the kernel of the embedding. Received: "
+                f"{name}={value!r:.100} with embedding_dim=None, which takes "
+                "the input as the embedding. Leave it out, or choose an "
+                "`embedding_dim`; for the centroids there is "
+                f"`{name.replace('kernel', 'centroid')}`."
             )

@@ -48,6 +48,8 @@ class HALOContrastiveLoss(PackedScoresLoss):
         reduction: As in `HALOLoss`. Defaults to `"sum_over_batch_size"`.
         name: Optional name for the loss instance.
         dtype: As in `HALOLoss`. Defaults to `None`.
+        **kwargs: No others. Those of Keras's cross-entropies, such as
+            `from_logits`, are refused with the reason.
 
     Call arguments:
         y_true: Ids, integers of shape `(B,)` or `(B, 1)`.
@@ -85,9 +87,16 @@ class HALOContrastiveLoss(PackedScoresLoss):
         reduction: str | None = "sum_over_batch_size",
         name: str | None = "halo_contrastive_loss",
         dtype: DType = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
-            label_smoothing, distill, radial_weight, reduction, name, dtype
+            label_smoothing,
+            distill,
+            radial_weight,
+            reduction,
+            name,
+            dtype,
+            kwargs,
         )
 
     def __call__(

@@ -182,6 +182,8 @@ class HALOLoss(PackedScoresLoss):
         dtype: The dtype of the loss's computations; 16-bit dtypes are raised
             to float32. Defaults to `None`, which means the compute dtype of
             `keras.config.dtype_policy()`.
+        **kwargs: No others. Those of Keras's cross-entropies, such as
+            `from_logits`, are refused with the reason.
 
     Call arguments:
         y_true: Integers of shape `(batch_size, ...)` or
@@ -228,11 +230,18 @@ class HALOLoss(PackedScoresLoss):
         reduction: str | None = "sum_over_batch_size",
         name: str | None = "halo_loss",
         dtype: DType = None,
+        **kwargs: Any,
     ) -> None:
         ignore_class = check_ignore_class(ignore_class)
         block_size = check_block_size(block_size)
         super().__init__(
-            label_smoothing, distill, radial_weight, reduction, name, dtype
+            label_smoothing,
+            distill,
+            radial_weight,
+            reduction,
+            name,
+            dtype,
+            kwargs,
         )
         self.ignore_class = ignore_class
         self.block_size = block_size

@@ -10,6 +10,7 @@ from keras_halo.utils.checks import (
     as_boolean,
     as_number,
     check_label_smoothing,
+    check_not_taken,
     number_array,
 )
 from keras_halo.utils.keras_private import mask_of
@@ -28,9 +29,12 @@ class PackedScoresLoss(keras.losses.Loss):
         name: String, the name of the loss instance.
         dtype: The dtype of the loss's computations, or `None`; 16-bit dtypes
             are raised to float32.
+        kwargs: Dictionary of name to value, what else was given: there is
+            nothing else, and an error says so of what Keras's losses take.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or one of Keras's losses.
+        TypeError: If there is no such argument.
     """
 
     def __init__(
@@ -41,7 +45,9 @@ class PackedScoresLoss(keras.losses.Loss):
         reduction: str | None,
         name: str | None,
         dtype: DType,
+        kwargs: dict[str, Any],
     ) -> None:
+        _check_no_others(kwargs, type(self).__name__)
         label_smoothing = check_label_smoothing(label_smoothing)
         distill = as_boolean(distill, "distill")
         radial_weight = check_radial_weight(radial_weight)
@@ -69,6 +75,22 @@ class PackedScoresLoss(keras.losses.Loss):
             "radial_weight": self.radial_weight,
             "dtype": self.dtype,
         }
+
+
+# What the cross-entropies of Keras take, and why there is no such thing here.
+_NOT_TAKEN = {
+    "from_logits": "packed scores always are logits. Leave it out",
+    "axis": "classes are on the last axis. Leave it out",
+}
+
+
+def _check_no_others(kwargs, owner):
+    check_not_taken(kwargs, _NOT_TAKEN, owner)
+    for name in kwargs:
+        # As Python says it.
+        raise TypeError(
+            f"{owner}.__init__() got an unexpected keyword argument {name!r}"
+        )
 
 
 def check_radial_weight(radial_weight):

@@ -119,6 +119,30 @@ def as_boolean(value, argument, remedy=""):
     return bool(value)
 
 
+def check_not_taken(given, reasons, owner):
+    """Raises `ValueError` for arguments of Keras that make no sense here.
+
+    Args:
+        given: Dictionary of name to value, the arguments beside the known ones.
+        reasons: Dictionary of name to string, why there is no such argument
+            and what to do.
+        owner: String, what the arguments are given to.
+
+    Example:
+
+    >>> check_not_taken({"axis": 1}, {"axis": "classes are last"}, "HALOLoss")
+    Traceback (most recent call last):
+        ...
+    ValueError: `HALOLoss` takes no `axis`: classes are last. Received: axis=1.
+    """
+    for name, reason in reasons.items():
+        if name in given:
+            raise ValueError(
+                f"`{owner}` takes no `{name}`: {reason}. Received: "
+                f"{name}={given[name]!r:.100}."
+            )
+
+
 def check_units(units):
     """Returns the number of classes; raises `ValueError` below 2."""
     return as_integer(

@@ -508,6 +508,28 @@ def test_the_statistics_are_saved_and_go_on(tmp_path):
 # What keras_halo 0.1.0 saved --------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["kernel_initializer", "kernel_regularizer"])
+def test_a_head_without_a_kernel_refuses_what_belongs_to_one(name):
+    value = {"kernel_initializer": "zeros", "kernel_regularizer": "l2"}[name]
+    for make in (HALODense.reference, lambda *a, **k: HALODense(*a, None, **k)):
+        with pytest.raises(ValueError, match=f"`{name}` belongs.*centroid_"):
+            make(3, **{name: value})
+    # A file from when it was ignored loads as what it was.
+    config = HALODense(3, None).get_config()
+    layer = HALODense.from_config({**config, name: value})
+    assert layer.get_config() == config
+
+
+@pytest.mark.parametrize(
+    "activation", ["softmax", "relu", keras.activations.softmax]
+)
+def test_an_activation_in_the_second_place_is_named(activation):
+    with pytest.raises(ValueError, match="takes no `activation`.*HALOSoftmax"):
+        HALODense(3, activation)
+    with pytest.raises(ValueError, match="`embedding_dim` must be"):
+        HALODense(3, "large")
+
+
 def test_a_configuration_of_0_1_0_is_the_published_head():
     config = HALODense.reference(4, label_smoothing=0.05).get_config()
     for key in (

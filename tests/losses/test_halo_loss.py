@@ -463,6 +463,17 @@ def test_negative_radial_weight_is_refused(weight):
         HALOLoss(radial_weight=weight)
 
 
+@pytest.mark.any_backend
+@pytest.mark.parametrize("loss", [HALOLoss, keras_halo.HALOContrastiveLoss])
+def test_arguments_of_other_losses_are_explained(loss):
+    with pytest.raises(ValueError, match=f"`{loss.__name__}`.*are logits"):
+        loss(from_logits=True)
+    with pytest.raises(ValueError, match="last axis.*Received: axis=1"):
+        loss(axis=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'smooth'"):
+        loss(smooth=0.1)
+
+
 def test_unknown_reduction_is_refused():
     with pytest.raises(ValueError, match="reduction"):
         HALOLoss(reduction="median")
