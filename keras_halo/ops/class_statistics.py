@@ -11,7 +11,10 @@ from keras_halo.utils.types import Array, ArrayLike
 
 # A feature that varies less than this many units in its last place does not
 # vary: layers round more than once.
-_ROUNDINGS = 16.0
+ROUNDINGS = 16.0
+
+# Nor does one that float32 can hardly tell from zero: its inverse overflows.
+_SMALLEST = ROUNDINGS * float(np.finfo("float32").tiny)
 
 # How many embeddings are turned into products at once.
 _CHUNK = 4096
@@ -97,7 +100,6 @@ class ClassStatistics:
             )
         labels = class_indices(labels, num_classes, embeddings.shape[:-1])
         embeddings, labels = embeddings.reshape(-1, dim), labels.reshape(-1)
-        epsilon = _epsilon(embeddings.dtype)
         finite = np.isfinite(embeddings)
         if not finite.all():
             raise ValueError(
@@ -110,9 +112,8 @@ class ClassStatistics:
             part = slice(start, start + _CHUNK)
             self._add(embeddings[part].astype("float64"), labels[part])
         if len(embeddings):
-            largest = np.abs(embeddings).max(axis=0).astype("float64")
             self.resolution = np.maximum(
-                self.resolution, _ROUNDINGS * epsilon * largest
+                self.resolution, resolution_of(embeddings)
             )
 
     def _add(self, embeddings, labels):
@@ -241,6 +242,14 @@ class ClassStatistics:
         scatter = self.scatter if self.pooled else self.scatter.sum(axis=0)
         return scatter / max(self.total, 1)
 
+    def deviations(self) -> Array:
+        """Standard deviations of features within classes, as measured."""
+        if self.pooled:
+            variances = np.diagonal(self.scatter).copy()
+        else:
+            variances = np.einsum("kii->i", self.scatter)
+        return np.sqrt(variances / max(self.total, 1))
+
     def scales(self) -> Array | None:
         """Standard deviations of features within classes, of shape `(D,)`.
 
@@ -251,11 +260,7 @@ class ClassStatistics:
         Returns:
             Array of shape `(D,)`, or `None` where no feature varies.
         """
-        if self.pooled:
-            variances = np.diagonal(self.scatter).copy()
-        else:
-            variances = np.einsum("kii->i", self.scatter)
-        deviations = np.sqrt(variances / max(self.total, 1))
+        deviations = self.deviations()
         varies = deviations > self.resolution
         if not varies.any():
             return None
@@ -428,13 +433,41 @@ def whitening(statistics, least=0.0):
     return transform / np.sqrt(residual), center
 
 
-def _epsilon(dtype):
-    """The unit in the last place of one, for floats of every width."""
+def resolution_of(rows):
+    """What must be exceeded by the deviation of a feature that varies.
+
+    Args:
+        rows: Array of shape `(N, D)` of at least one row.
+
+    Returns:
+        Array of shape `(D,)`, float64: a few units in the last place of the
+        largest value of each feature.
+
+    Example:
+
+    >>> resolution_of(np.array([[1.0, 2.0]], "float32")).tolist()
+    [1.9073486328125e-06, 3.814697265625e-06]
+    """
+    largest = np.abs(rows).max(axis=0).astype("float64")
+    return np.maximum(ROUNDINGS * epsilon(rows.dtype) * largest, _SMALLEST)
+
+
+def epsilon(dtype):
+    """The unit in the last place of one, for floats of every width.
+
+    Args:
+        dtype: NumPy dtype.
+
+    Example:
+
+    >>> epsilon(np.dtype("float16"))
+    0.0009765625
+    """
     if dtype.kind not in "fV":
         return 0.0
     # Also for the 16-bit floats that NumPy does not know.
     one = np.ones((), dtype)
-    epsilon = 1.0
-    while one + np.asarray(epsilon / 2.0, dtype) != one:
-        epsilon /= 2.0
-    return epsilon
+    unit = 1.0
+    while one + np.asarray(unit / 2.0, dtype) != one:
+        unit /= 2.0
+    return unit

@@ -12,7 +12,11 @@ from keras import ops
 from keras_halo.layers.block_features import BlockFeatures
 from keras_halo.layers.precise_dense import PreciseDense
 from keras_halo.losses.halo_loss import HALOLoss
-from keras_halo.ops.class_statistics import ClassStatistics, check_counts
+from keras_halo.ops.class_statistics import (
+    ClassStatistics,
+    check_counts,
+    resolution_of,
+)
 from keras_halo.ops.labels import class_indices
 from keras_halo.utils.batches import check_readable, labelled_data
 from keras_halo.utils.checks import (
@@ -26,6 +30,7 @@ from keras_halo.workflows.blocks import blocks_and_features
 from keras_halo.workflows.collecting import check_labels, collect
 from keras_halo.workflows.convert_head import (
     convert_head,
+    new_head,
     whitened_centroids,
 )
 from keras_halo.workflows.graph import free_name, input_structure
@@ -187,6 +192,8 @@ def add_abstention(
             "pixels use `keras_halo.convert_head`."
         )
     num_classes = max(old_head.units, 2)
+    # Bad arguments show here, before the data are read.
+    new_head(num_classes, **kwargs)
     tensors, last = _blocks(model, last, blocks)
     features = BlockFeatures(name=free_name(model, "halo_blocks"))(tensors)
     data = labelled_data(x, y, sample_weight)
@@ -207,7 +214,7 @@ def add_abstention(
         logits = _dense("given_logits", last.shape[-1], *linear)(last)
         both = keras.layers.Concatenate(dtype="float32")([features, logits])
     parts = []
-    collect(
+    repetition = collect(
         keras.Model(inputs, both),
         data,
         batch_size,
@@ -218,12 +225,13 @@ def add_abstention(
     labels = class_indices(labels, num_classes, labels.shape[:1])
     check_counts(np.bincount(labels, minlength=num_classes), 1)
     check_finite(rows, "features")
+    resolution = repetition.resolution(_moments(rows)[1], resolution_of(rows))
     reduced, logits = rows[:, :width], rows[:, width:]
     limit = min(max_features, _features_for(len(rows), num_classes))
     # What the logits say must not be lost among the other components.
     num_given = min(logits.shape[-1], limit // 2)
     limit = min(limit - num_given, width)
-    kernel, bias = principal_components(reduced, limit)
+    kernel, bias = principal_components(reduced, limit, resolution[:width])
     kept = _best_count(reduced @ kernel + bias, labels, num_classes)
     if kept < width:
         reduction = _dense(
@@ -237,7 +245,9 @@ def add_abstention(
     targets = labels
     if num_given:
         targets = _targets(old_head.probabilities(logits), labels)
-        kernel, bias = principal_components(logits, num_given)
+        kernel, bias = principal_components(
+            logits, num_given, resolution[width:]
+        )
         reduced = np.concatenate([reduced, logits @ kernel + bias], axis=-1)
         of_given = _dense(
             free_name(model, "halo_given"),
@@ -358,7 +368,7 @@ def _best_count(components, labels, num_classes):
     return counts[-1]
 
 
-def principal_components(rows, count):
+def principal_components(rows, count, resolution=0.0):
     """Kernel and bias of the map to the first principal components.
 
     Features are scaled to a variance of one before, and components after. Found
@@ -367,6 +377,8 @@ def principal_components(rows, count):
     Args:
         rows: Array of shape `(N, F)`.
         count: Integer, at most `F` and at most `N`.
+        resolution: Array of shape `(F,)`. A feature that deviates by no more
+            does not vary and has no part in any component. Defaults to `0.0`.
 
     Returns:
         Tuple of arrays of shapes `(F, count)` and `(count,)`, float32.
@@ -384,8 +396,9 @@ def principal_components(rows, count):
       Randomness: Probabilistic Algorithms for Constructing Approximate Matrix
       Decompositions, 2011.
     """
-    mean, deviation = rows.mean(axis=0), rows.std(axis=0)
-    scale = 1.0 / np.where(deviation > 0.0, deviation, 1.0)
+    mean, deviation = _moments(rows)
+    scale = np.zeros_like(mean)
+    np.divide(1.0, deviation, out=scale, where=deviation > resolution)
     rows = (rows - mean) * scale
     rng = np.random.default_rng(0)
     width = min(count + _OVERSAMPLED, *rows.shape)
@@ -398,6 +411,15 @@ def principal_components(rows, count):
     kernel = basis @ (vectors / np.sqrt(np.maximum(values, floor)))
     kernel = scale[:, None] * kernel[:, ::-1][:, :count]
     return kernel.astype("float32"), -(mean @ kernel).astype("float32")
+
+
+def _moments(rows):
+    """Mean of features in their dtype, and standard deviation in float64."""
+    # A sum of many float32 numbers in float32 is off by more than rounding.
+    mean = rows.mean(axis=0, dtype="float64").astype(rows.dtype)
+    apart = rows - mean
+    squares = np.einsum("nf,nf->f", apart, apart, dtype="float64")
+    return mean, np.sqrt(squares / len(rows))
 
 
 def _train(model, rows, targets, epochs, verbose):

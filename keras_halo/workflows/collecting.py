@@ -6,11 +6,18 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_halo.ops.class_statistics import check_counts
+from keras_halo.ops.class_statistics import (
+    ROUNDINGS,
+    check_counts,
+    epsilon,
+)
 from keras_halo.ops.labels import class_indices
 from keras_halo.utils.batches import count_batches, counted_positions
-from keras_halo.workflows.predicting import embedded_batches
-from keras_halo.workflows.predictor import may_mask
+from keras_halo.workflows.predicting import embedded_batches, inference_mode
+from keras_halo.workflows.predictor import Predictor, may_mask
+
+# How many inputs are predicted once more to measure rounding.
+_REPEATED = 16
 
 
 def check_labels(data, model, num_classes, rank, least, option=""):
@@ -52,6 +59,9 @@ def collect(embedder, data, batch_size, verbose, *updates):
         verbose: `"auto"`, 0, 1 or 2, as in `model.predict`.
         *updates: Functions of embeddings of shape `(..., D)` and labels.
 
+    Returns:
+        `Repetition` of the first inputs.
+
     Raises:
         ValueError: If there are no data, or labels or weights do not fit.
     """
@@ -60,7 +70,9 @@ def collect(embedder, data, batch_size, verbose, *updates):
         total, verbose=1 if verbose == "auto" else verbose
     )
     seen = 0
-    found = embedded_batches(embedder, data, batch_size)
+    predictor = Predictor(embedder, read=lambda embeddings: embeddings)
+    repetition = Repetition(predictor)
+    found = embedded_batches(predictor, data, batch_size, repetition.keep)
     with contextlib.closing(found) as batches:
         for embeddings, labels in batches:
             for update in updates:
@@ -74,3 +86,69 @@ def collect(embedder, data, batch_size, verbose, *updates):
         )
     if total is None:
         progress.update(seen, finalize=True)
+    return repetition
+
+
+class Repetition:
+    """Predicts inputs again, one by one, to see what rounding does to them.
+
+    What a network computes carries the rounding of its largest intermediate
+    values, which a feature does not show. In a batch of another size they are
+    summed in another order.
+
+    Args:
+        predictor: `Predictor` of a model from inputs to features.
+    """
+
+    def __init__(self, predictor):
+        self._predictor = predictor
+        self._inputs = self._features = None
+
+    def keep(self, inputs, features):
+        """Keeps some of the first inputs, and the features found of them."""
+        if self._inputs is None:
+            self._inputs = keras.tree.map_structure(
+                lambda array: array[:_REPEATED], inputs
+            )
+            self._features = np.array(features[:_REPEATED])
+
+    def resolution(self, deviations, resolution):
+        """What must be exceeded by the deviation of a feature that varies.
+
+        Nothing is predicted where no feature varies so little that rounding
+        could be all of it. What differs by more, as with dropout that stays
+        on, is no rounding.
+
+        Args:
+            deviations: Array of shape `(D,)`.
+            resolution: Array of shape `(D,)`, what is known without a
+                repetition.
+
+        Returns:
+            Array of shape `(D,)`.
+        """
+        features = self._features
+        largest = float(np.abs(features).max(initial=0.0))
+        limit = largest * np.sqrt(epsilon(features.dtype))
+        if not ((deviations > resolution) & (deviations < limit)).any():
+            return resolution
+        measured = ROUNDINGS * self._differences().astype("float64")
+        return np.maximum(resolution, np.minimum(measured, limit))
+
+    def _differences(self):
+        """The largest difference of each feature, of shape `(D,)`."""
+        # What came alone is given company.
+        copies = 2 if len(self._features) == 1 else 1
+        again = []
+        with inference_mode(self._predictor.model):
+            for i in range(len(self._features)):
+                inputs = keras.tree.map_structure(
+                    lambda array, i=i: np.concatenate(
+                        [array[i : i + 1]] * copies
+                    ),
+                    self._inputs,
+                )
+                found, _ = self._predictor.predict_on_batch(inputs)
+                again.append(found[:1])
+        apart = np.abs(np.concatenate(again) - self._features)
+        return apart.reshape(-1, apart.shape[-1]).max(axis=0)

@@ -59,11 +59,13 @@ def convert_head(
     other, turns that space such that the classes become the unit Gaussians that
     HALO expects, with the origin amidst them; the means become the
     centroids. So the converted model answers as linear discriminant analysis
-    on these embeddings does, whatever the units of their features, and its
-    squared radii are about one. Where classes are no ellipsoids of one shape,
-    a linear layer can tell more of them apart: a warning says so if, on up to
-    4,096 of the given samples, the new head is right two points less often than
-    the old one.
+    with a shrunk covariance does on these embeddings, whatever the units of
+    their features, and its squared radii are about one. The shrinkage is at
+    least 0.1: where classes differ in directions in which they hardly vary, the
+    answers are not those of an analysis without it. There, and where classes
+    are no ellipsoids of one shape, a linear layer can tell more of them apart:
+    a warning says so if, on up to 4,096 of the given samples, the new head is
+    right two points less often than the old one.
 
     The new model shares all other layers with the given one, which keeps
     working as it did; fine-tuning the new model trains the layers of both. To
@@ -102,7 +104,9 @@ def convert_head(
 
     with the oracle approximating shrinkage, at least 0.1, and `a` such that
     `mean(|W @ (x - mean_y)|^2) = 1`, a mean over components too. A feature that
-    does not vary beyond rounding gets the median of the other scales.
+    does not vary beyond rounding gets the median of the other scales. Where
+    features vary so little that rounding may be all of it, some inputs are
+    predicted again, one by one, to measure what it is.
 
     Args:
         model: A trained functional or sequential model with one output that
@@ -142,8 +146,9 @@ def convert_head(
 
     Raises:
         ValueError: If the model does not end as described, labels are out of
-            range or missing, a class has no sample, or embeddings are not
-            finite or all the same. The given model is never changed.
+            range or missing, a class has no sample, embeddings are not finite
+            or, to rounding, all the same, or classes lie too far apart for
+            float32. The given model is never changed.
 
     Example:
 
@@ -180,9 +185,8 @@ def convert_head(
         )
     num_classes = max(units or old_head.units, 2)
     # Bad arguments show here, before the data are read.
-    head = HALODense(
+    head = new_head(
         num_classes,
-        embedding_dim=None,
         abstain_rate=abstain_rate,
         label_smoothing=label_smoothing,
         **kwargs,
@@ -193,7 +197,7 @@ def convert_head(
     inputs = input_structure(model)
     statistics = ClassStatistics(num_classes, dim, pooled=True)
     sample = _Sample(_SAMPLE_SIZE, num_classes)
-    collect(
+    repetition = collect(
         keras.Model(inputs, embeddings),
         data,
         batch_size,
@@ -202,12 +206,21 @@ def convert_head(
         sample.update,
     )
     check_counts(statistics.counts, 1)
+    statistics.resolution = repetition.resolution(
+        statistics.deviations(), statistics.resolution
+    )
     transform, center, centroids = whitened_centroids(statistics)
     whitened = PreciseDense(dim, name=free_name(model, "halo_embedding"))
     converted = keras.Model(inputs, head(whitened(embeddings)))
-    whitened.set_weights([transform.T, -transform @ center])
-    head.centroids.assign(centroids)
     rows = (sample.rows - center) @ transform.T
+    with np.errstate(over="ignore", invalid="ignore"):
+        whitened.set_weights([transform.T, -transform @ center])
+        head.centroids.assign(centroids)
+        _check_finite(
+            ops.convert_to_numpy(head(whitened(sample.rows))),
+            statistics,
+            centroids,
+        )
     if abstain_rate is not None:
         parts = packing.unpack(head(rows))
         head.assign_evidence(
@@ -220,6 +233,58 @@ def convert_head(
     if old_head is not None:
         _compare(old_head.answers(sample.rows), rows, centroids, sample.labels)
     return converted
+
+
+def new_head(units, /, **kwargs):
+    """A head on embeddings as they are.
+
+    Args:
+        units: Integer, the number of classes.
+        **kwargs: Arguments of `HALODense`.
+
+    Returns:
+        `HALODense`.
+
+    Raises:
+        ValueError: If an argument is not one of them, or is not to be chosen.
+
+    Example:
+
+    >>> new_head(3, embedding_dim=16)
+    Traceback (most recent call last):
+        ...
+    ValueError: The head reads features as they are. Received: ...
+    """
+    if "embedding_dim" in kwargs:
+        raise ValueError(
+            "The head reads features as they are. Received: embedding_dim="
+            f"{kwargs['embedding_dim']!r:.100}. Leave it out. For smaller "
+            "embeddings put a `Dense` of that size before the last layer of "
+            "the given model, and train it."
+        )
+    if "units" in kwargs:
+        raise ValueError(
+            f"The given model says how many classes there are, {units}. "
+            f"Received: units={kwargs['units']!r:.100}. Leave it out."
+        )
+    return HALODense(units, embedding_dim=None, **kwargs)
+
+
+def _check_finite(scores, statistics, centroids):
+    """Raises `ValueError` where float32 cannot hold what was found."""
+    if np.isfinite(scores).all():
+        return
+    apart = np.sqrt(np.square(centroids).mean(axis=-1).max())
+    deviations = statistics.deviations()
+    raise ValueError(
+        "The classes lie so far apart that scores of the new head would be "
+        "infinite or NaN. Received: a class mean that lies "
+        f"{apart:.1e} standard deviations from the middle of all, and features "
+        "that deviate within their classes by "
+        f"{deviations.min():.1e} to {deviations.max():.1e}. Leave out features "
+        "that hold the label or have overflowed, or train the model with a "
+        "`BatchNormalization` before its last layer."
+    )
 
 
 def whitened_centroids(statistics):

@@ -18,7 +18,6 @@ from keras_halo.ops.model_output import (
 from keras_halo.ops.ood_scores import OOD_METHODS, check_method, ood_score
 from keras_halo.utils.batches import counted, read_batches
 from keras_halo.utils.weights import counted_positions
-from keras_halo.workflows.predictor import Predictor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -268,15 +267,16 @@ def _score(packed, fitted, method, where):
     return score.astype("float64")
 
 
-def embedded_batches(embedder, data, batch_size):
+def embedded_batches(predictor, data, batch_size, keep):
     """Embeddings and labels of what counts, batch by batch; to be closed.
 
-    Positions that the embedder masks do not count.
+    Positions that the model masks do not count.
 
     Args:
-        embedder: Keras model from inputs to embeddings.
+        predictor: `Predictor` of a Keras model from inputs to embeddings.
         data: Arrays or a dataset with labels, see `read_batches`.
         batch_size: Optional integer, for arrays.
+        keep: Function that is called with inputs and all of their embeddings.
 
     Yields:
         Pairs of NumPy arrays, see `counted`.
@@ -284,9 +284,8 @@ def embedded_batches(embedder, data, batch_size):
     Raises:
         ValueError: If labels are missing, or they or weights do not fit.
     """
-    predictor = Predictor(embedder, read=lambda embeddings: embeddings)
     with (
-        inference_mode(embedder),
+        inference_mode(predictor.model),
         contextlib.closing(read_batches(data, batch_size)) as batches,
     ):
         for batch, labels, weights in batches:
@@ -296,4 +295,5 @@ def embedded_batches(embedder, data, batch_size):
                     "y=None. Pass `y`, or a dataset of batches `(x, y)`."
                 )
             embeddings, mask = predictor.predict_on_batch(batch)
+            keep(batch, embeddings)
             yield counted(embeddings, labels, weights, mask)

@@ -1,5 +1,7 @@
 """Any trained classifier learns to say that it does not know."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -338,6 +340,28 @@ def test_principal_components_are_those_of_scikit_learn():
     found = rows @ kernel + bias
     signs = np.sign((found * expected).sum(axis=0))
     np.testing.assert_allclose(found * signs, expected, rtol=0.02, atol=0.02)
+
+
+def test_features_that_do_not_vary_beyond_rounding_are_no_components():
+    rng = np.random.default_rng(0)
+    y = np.arange(300) % 3
+    x = rng.normal(size=(300, 206)).astype("float32")
+    x[np.arange(300), y] += 5.0
+    x[:, 6:] = np.float32(1000.0)
+    x[:, 6:] += rng.integers(-1, 2, (300, 200)) * np.float32(6e-5)
+    inputs = keras.Input((206,))
+    features = keras.layers.Identity(name="features")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(3)(features))
+    with warnings.catch_warnings():
+        # The given head was not trained.
+        warnings.simplefilter("ignore")
+        guarded = keras_halo.add_abstention(
+            model, x, y, blocks=["features"], epochs=0, verbose=0
+        )
+    kernel = guarded.get_layer("halo_reduction").get_weights()[0]
+    # Beside such features the others are a thousandth in length.
+    assert np.abs(kernel).max() < 1e4
+    assert np.abs(kernel[6:206]).max() == 0.0
 
 
 def test_what_cannot_be_done_is_refused(digits):

@@ -449,6 +449,85 @@ def test_classes_that_lie_far_apart_stay_finite():
     np.testing.assert_array_equal(scores[:, :2].argmax(axis=-1), y)
 
 
+class Rounding(keras.layers.Layer):
+    """Changes features by what depends on the number of rows.
+
+    As networks round: by the units of their largest values, not by those of the
+    features, and otherwise in batches of another size.
+    """
+
+    def __init__(self, amount, **kwargs):
+        super().__init__(**kwargs)
+        self.amount = amount
+
+    def call(self, inputs):
+        rows = keras.ops.cast(keras.ops.shape(inputs)[0], "float32")
+        noise = keras.ops.sin(37.0 * rows + 1e3 * inputs[:, :1])
+        return inputs + noise * keras.ops.convert_to_tensor(
+            np.array(self.amount, "float32")
+        )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_features_that_are_rounding_in_all_but_name_are_no_directions(
+    batch_size,
+):
+    rng = np.random.default_rng(0)
+    y = np.arange(90) % 2
+    x = rng.normal(size=(90, 4)).astype("float32")
+    x[:, 0] += 6.0 * y
+    # Hundreds of units in the last place of these features themselves.
+    x[:, 2:] = 1e-3
+    model = keras.Sequential([keras.Input((4,)), Rounding([0, 0, 1e-7, 1e-8])])
+    given = (model, x, y)
+    converted = convert_head(*given, units=2, batch_size=batch_size, verbose=0)
+    kernel = converted.layers[-2].get_weights()[0]
+    assert np.abs(kernel).max() < 10.0
+    scores = converted.predict(x, batch_size=32, verbose=0)
+    np.testing.assert_allclose(
+        scores, converted.predict(x, batch_size=7, verbose=0), rtol=1e-3
+    )
+    assert np.mean(scores[:, :2].argmax(axis=-1) == y) > 0.97
+    x[:, :2] = 1e-3
+    with pytest.raises(ValueError, match="the same to rounding"):
+        convert_head(*given, units=2, batch_size=batch_size, verbose=0)
+
+
+def test_noise_that_is_more_than_rounding_belongs_to_the_features():
+    rng = np.random.default_rng(0)
+    y = np.arange(90) % 2
+    x = rng.normal(size=(90, 3)).astype("float32")
+    x[:, 0] += 6.0 * y
+    x[:, 2] *= 1e-4
+    noisy = Rounding([0.3, 0.3, 0.0])
+    model = keras.Sequential([keras.Input((3,)), noisy])
+    converted = convert_head(model, x, y, units=2, verbose=0)
+    # The scale of a feature is found however small it is beside the others.
+    assert np.abs(converted.layers[-2].get_weights()[0][2]).max() > 5e3
+
+
+def test_features_below_the_numbers_of_float32_are_no_directions():
+    rng = np.random.default_rng(0)
+    y = np.arange(90) % 2
+    x = rng.normal(size=(90, 3)).astype("float32")
+    x[:, 0] += 6.0 * y
+    x[:, 2] = 1e-40 * rng.random(90)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Identity()])
+    converted = convert_head(model, x, y, units=2, verbose=0)
+    assert np.abs(converted.layers[-2].get_weights()[0]).max() < 10.0
+
+
+@pytest.mark.parametrize("distance", [1e19, 1e20, 1e30])
+def test_classes_too_far_apart_for_the_head_are_refused(distance):
+    rng = np.random.default_rng(0)
+    y = np.arange(100) % 2
+    x = rng.normal(size=(100, 3)).astype("float32")
+    x[:, 0] = distance * y
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Identity()])
+    with pytest.raises(ValueError, match="infinite or NaN"):
+        convert_head(model, x, y, units=2, verbose=0)
+
+
 def test_what_is_wrong_with_arrays_shows_before_anything_is_predicted(trained):
     calls = []
 
@@ -522,6 +601,11 @@ def test_what_cannot_be_converted_is_refused(digits, trained):
         convert_head(trained, x, y, label_smoothing=2.0)
     with pytest.raises(ValueError, match="the same to rounding"):
         convert_head(linear, np.ones_like(x), y)
+    for tool in (convert_head, keras_halo.add_abstention):
+        with pytest.raises(ValueError, match="features as they are"):
+            tool(trained, x, y, embedding_dim=16)
+    with pytest.raises(ValueError, match="how many classes there are, 10"):
+        keras_halo.add_abstention(trained, x, y, units=3)
 
 
 @pytest.mark.parametrize(
