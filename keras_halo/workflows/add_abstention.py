@@ -33,11 +33,12 @@ from keras_halo.workflows.convert_head import (
     new_head,
     whitened_centroids,
 )
-from keras_halo.workflows.graph import free_name, input_structure
-from keras_halo.workflows.last_layer import (
-    embeddings_before_head,
+from keras_halo.workflows.graph import (
+    free_name,
+    input_structure,
     warn_of_preprocessor,
 )
+from keras_halo.workflows.last_layer import embeddings_before_head
 
 # Targets are smooth by themselves. Those of HALO's own distillation would be
 # surer than the given network, which has seen these data.

@@ -7,7 +7,12 @@ from keras_halo.utils.batches import check_readable, labelled_data
 from keras_halo.utils.checks import as_boolean, check_batch_size
 from keras_halo.utils.types import Data
 from keras_halo.workflows.collecting import check_labels, collect
-from keras_halo.workflows.graph import find_head, head_tensors, input_structure
+from keras_halo.workflows.graph import (
+    find_head,
+    head_tensors,
+    input_structure,
+    warn_of_preprocessor,
+)
 
 
 def collect_statistics(
@@ -65,6 +70,7 @@ def collect_statistics(
     batch_size = check_batch_size(batch_size)
     pooled = as_boolean(pooled, "pooled")
     embeddings, scores = head_tensors(model)
+    warn_of_preprocessor(model)
     units = find_head(model).units
     data = labelled_data(x, y, sample_weight)
     check_labels(data, model, units, len(scores.shape) - 1, 0)

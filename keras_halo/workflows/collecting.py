@@ -130,7 +130,13 @@ class Repetition:
         features = self._features
         largest = float(np.abs(features).max(initial=0.0))
         limit = largest * np.sqrt(epsilon(features.dtype))
-        if not ((deviations > resolution) & (deviations < limit)).any():
+        doubtful = (deviations > resolution) & (deviations < limit)
+        # Batches of one size, as of a stateful network, have no other size.
+        fixed = any(
+            tensor.shape[0] is not None
+            for tensor in self._predictor.model.inputs
+        )
+        if fixed or not doubtful.any():
             return resolution
         measured = ROUNDINGS * self._differences().astype("float64")
         return np.maximum(resolution, np.minimum(measured, limit))

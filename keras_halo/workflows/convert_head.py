@@ -21,11 +21,12 @@ from keras_halo.utils.batches import check_readable, labelled_data
 from keras_halo.utils.checks import check_batch_size, check_model, check_units
 from keras_halo.utils.types import Data
 from keras_halo.workflows.collecting import check_labels, collect
-from keras_halo.workflows.graph import free_name, input_structure
-from keras_halo.workflows.last_layer import (
-    embeddings_before_head,
+from keras_halo.workflows.graph import (
+    free_name,
+    input_structure,
     warn_of_preprocessor,
 )
+from keras_halo.workflows.last_layer import embeddings_before_head
 
 # How many embeddings the biases of the head are placed by.
 _SAMPLE_SIZE = 4096

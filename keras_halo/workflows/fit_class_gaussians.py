@@ -8,7 +8,12 @@ from keras_halo.utils.batches import check_readable, labelled_data
 from keras_halo.utils.checks import check_batch_size
 from keras_halo.utils.types import Data
 from keras_halo.workflows.collecting import check_labels, collect
-from keras_halo.workflows.graph import find_head, head_tensors, input_structure
+from keras_halo.workflows.graph import (
+    find_head,
+    head_tensors,
+    input_structure,
+    warn_of_preprocessor,
+)
 
 
 def fit_class_gaussians(
@@ -92,6 +97,7 @@ def fit_class_gaussians(
     """
     batch_size = check_batch_size(batch_size)
     embeddings, scores = head_tensors(model)
+    warn_of_preprocessor(model)
     units, dim = find_head(model).units, embeddings.shape[-1]
     layer = ClassGaussians(units, name="class_gaussians")
     # Built before the pass, so that what cannot work fails at once.

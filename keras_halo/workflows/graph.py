@@ -77,6 +77,25 @@ def warn_of_idle_statistics(model):
             )
 
 
+def warn_of_preprocessor(model):
+    """Warns where a model preprocesses inputs before its graph sees them.
+
+    So do the tasks of KerasHub. A model that is made of their graph does not.
+
+    Args:
+        model: `keras.Model`.
+    """
+    preprocessor = getattr(model, "preprocessor", None)
+    if preprocessor is not None:
+        warnings.warn(
+            f"{type(model).__name__} preprocesses what it is given. Its graph "
+            "does not, which is all that is used here: pass inputs that are "
+            "preprocessed, `x = model.preprocessor(x)`, here and to a model "
+            "that this returns.",
+            stacklevel=3,
+        )
+
+
 def _statistics_stand_still(head):
     if not head.built or head.abstain_rate is None:
         return False

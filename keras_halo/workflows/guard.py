@@ -21,6 +21,7 @@ from keras_halo.workflows.graph import (
     free_name,
     input_structure,
     warn_of_idle_statistics,
+    warn_of_preprocessor,
 )
 
 _GUARD = "keras_halo>Guard"
@@ -100,6 +101,7 @@ def guard(model: keras.Model, rule: RejectionRule) -> keras.Model:
         )
     rule.check_head(_fingerprint(find_head(model)))
     warn_of_idle_statistics(model)
+    warn_of_preprocessor(model)
     layer = Guard(certificate, name=free_name(model, "guard"))
     output = model.outputs[0] if len(model.outputs) == 1 else model.output
     return keras.Model(input_structure(model), layer(output))

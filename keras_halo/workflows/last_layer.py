@@ -1,7 +1,6 @@
 """Finds the last layer of a classifier, and what enters it."""
 
 import math
-import warnings
 
 import keras
 import numpy as np
@@ -107,24 +106,6 @@ class OldHead:
         top = logits.max(axis=-1, keepdims=True)
         exponentials = np.exp(logits - top)
         return exponentials / exponentials.sum(axis=-1, keepdims=True)
-
-
-def warn_of_preprocessor(model):
-    """Warns where a model preprocesses inputs before its graph sees them.
-
-    So do the tasks of KerasHub. A model that is made of their graph does not.
-
-    Args:
-        model: `keras.Model`.
-    """
-    preprocessor = getattr(model, "preprocessor", None)
-    if preprocessor is not None:
-        warnings.warn(
-            f"{type(model).__name__} preprocesses what it is given, and the "
-            "new model does not. Pass `x = model.preprocessor(x)`, here and "
-            "to the new model, as it takes inputs that are preprocessed.",
-            stacklevel=3,
-        )
 
 
 def embeddings_before_head(model, units=None):

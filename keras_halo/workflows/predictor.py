@@ -1,6 +1,7 @@
 """Predictions of a model together with the mask that Keras gave them."""
 
 import contextlib
+import warnings
 
 import keras
 
@@ -15,7 +16,8 @@ class Predictor:
     `Masking` make a mask that travels with the tensors, and that losses and
     metrics honour. `model.predict` drops it; here it is returned beside what
     `model.predict` returns. Models without a layer that can make a mask are
-    asked as they are.
+    asked as they are. So are models that predict in a way of their own, such as
+    tasks that preprocess their inputs: no mask is taken of them.
 
     One predictor serves any number of batches and data sets of a model, which
     is compiled once.
@@ -40,6 +42,7 @@ class Predictor:
         self.model = model
         self._read = _packed_scores if read is None else read
         self._masked = None
+        self._has_warned = False
 
     def predict_on_batch(self, x):
         """Returns predictions and a boolean mask, or `None` without one.
@@ -62,7 +65,14 @@ class Predictor:
         )
 
     def _predict(self, method, x, **kwargs):
-        if not may_mask(self.model):
+        own = own_predictions(self.model)
+        if own:
+            self._warn_of_masks()
+            if method not in own and "predict" in own:
+                # Whatever `predict` does to its inputs is done to these too.
+                method = "predict"
+                kwargs = {"batch_size": _num_rows(x), "verbose": 0}
+        if own or not may_mask(self.model):
             return getattr(self.model, method)(x, **kwargs), None
         has_own_step = (
             type(self.model).predict_step is not keras.Model.predict_step
@@ -72,6 +82,19 @@ class Predictor:
         found, masks = getattr(self._with_mask(), method)(x, **kwargs)
         mask = masks[0].astype(bool) if masks else None
         return (output if has_own_step else found), mask
+
+    def _warn_of_masks(self):
+        if self._has_warned or not _makes_masks(self.model):
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"{type(self.model).__name__} predicts in a way of its own, so "
+            "that its masks cannot be told: padding counts like everything "
+            "else. Give it a `sample_weight` of zero, or pass the model of its "
+            "graph, `keras.Model(model.inputs, model.outputs)`, with inputs as "
+            "that takes them.",
+            stacklevel=2,
+        )
 
     def _with_mask(self):
         if self._masked is None:
@@ -109,6 +132,39 @@ def _packed_scores(outputs):
     return read_model_output(outputs).scores
 
 
+def own_predictions(model):
+    """Names of the methods by which a class predicts otherwise than Keras.
+
+    Args:
+        model: Keras model.
+
+    Returns:
+        Tuple of some of `"predict"` and `"predict_on_batch"`.
+
+    Example:
+
+    >>> own_predictions(keras.Sequential())
+    ()
+    """
+    return tuple(
+        name
+        for name in ("predict", "predict_on_batch")
+        if getattr(type(model), name) is not getattr(keras.Model, name)
+    )
+
+
+def _num_rows(x):
+    return len(keras.tree.flatten(x)[0])
+
+
+def _makes_masks(model):
+    return any(
+        isinstance(layer, keras.layers.Masking)
+        or getattr(layer, "mask_zero", False)
+        for layer in flat_layers(model)
+    )
+
+
 def may_mask(model):
     """Whether a model has a layer that can make a mask.
 
@@ -128,9 +184,8 @@ def may_mask(model):
     >>> may_mask(keras.Sequential([keras.Input((2, 4)), masking, dense]))
     True
     """
-    return any(
-        isinstance(layer, (keras.layers.Masking, keras.layers.Lambda))
-        or getattr(layer, "mask_zero", False)
+    return _makes_masks(model) or any(
+        isinstance(layer, keras.layers.Lambda)
         or type(layer).__module__.partition(".")[0]
         not in ("keras", "keras_halo")
         for layer in flat_layers(model)

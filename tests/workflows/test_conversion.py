@@ -608,23 +608,47 @@ def test_what_cannot_be_converted_is_refused(digits, trained):
         keras_halo.add_abstention(trained, x, y, units=3)
 
 
-@pytest.mark.parametrize(
-    "convert", [keras_halo.convert_head, keras_halo.add_abstention]
-)
-def test_a_preprocessor_that_is_left_behind_is_named(convert):
+def _guard(model, x, y, verbose):
+    rule = keras_halo.rejection.CoverageRule(0.9)
+    return keras_halo.guard(model, rule.fit(model.predict(x, verbose=verbose)))
+
+
+GRAPH_READERS = {
+    convert_head: keras.layers.Dense,
+    keras_halo.add_abstention: keras.layers.Dense,
+    keras_halo.fit_class_gaussians: HALODense,
+    keras_halo.collect_statistics: HALODense,
+    _guard: HALODense,
+}
+
+
+@pytest.mark.parametrize("tool", GRAPH_READERS)
+def test_a_preprocessor_that_is_left_behind_is_named(tool):
     class Task(keras.Model):
         """As those of KerasHub: a graph, and what comes before it."""
 
         def __init__(self):
             inputs = keras.Input((4,))
             features = keras.layers.Dense(8, activation="relu")(inputs)
-            super().__init__(inputs, keras.layers.Dense(3)(features))
+            super().__init__(inputs, GRAPH_READERS[tool](3)(features))
             self.preprocessor = keras.layers.Rescaling(1 / 255.0)
 
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 4)).astype("float32"), np.arange(60) % 3
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        convert(Task(), x, y, verbose=0)
+        tool(Task(), x, y, verbose=0)
     messages = [str(w.message) for w in caught]
     assert any("model.preprocessor(x)" in message for message in messages)
+
+
+def test_networks_of_one_batch_size_are_converted():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(96, 3)).astype("float32"), np.arange(96) % 2
+    x[:, 0] += 6.0 * y
+    x[:, 2] *= 1e-4
+    inputs = keras.Input(batch_shape=(32, 3))
+    model = keras.Model(inputs, keras.layers.Identity()(inputs))
+    converted = convert_head(model, x, y, units=2, verbose=0)
+    scores = converted.predict(x, verbose=0)
+    assert np.mean(scores[:, :2].argmax(axis=-1) == y) > 0.97

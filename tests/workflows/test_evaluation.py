@@ -831,6 +831,83 @@ def test_a_converted_head_is_measured_without_what_is_masked():
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+class PredictsItsWay:
+    """As the tasks of KerasHub, which preprocess what they are given."""
+
+    def predict(self, x, **kwargs):
+        return super().predict(np.asarray(x) / 255.0, **kwargs)
+
+
+class PredictsBatchesItsWay:
+    def predict_on_batch(self, x):
+        return super().predict_on_batch(np.asarray(x) / 255.0)
+
+
+class Task(PredictsItsWay, PredictsBatchesItsWay, keras.Model):
+    pass
+
+
+class TaskOfOneMethod(PredictsItsWay, keras.Model):
+    pass
+
+
+class TaskOfBatches(PredictsBatchesItsWay, keras.Model):
+    pass
+
+
+@pytest.mark.parametrize("cls", [Task, TaskOfOneMethod, TaskOfBatches])
+@pytest.mark.parametrize("may_mask", [False, True])
+def test_a_model_that_predicts_its_own_way_is_asked_itself(
+    cls, may_mask, model, reference
+):
+    inputs = keras.Input((DIM,))
+    features = keras.layers.Lambda(lambda x: x)(inputs) if may_mask else inputs
+    task = cls(inputs, head()(features))
+    raw = {name: 255.0 * x for name, x in UNKNOWN.items()}
+    for known in ((255.0 * X, Y), Batches(255.0 * X, Y)):
+        report = evaluate_ood(task, known, raw, verbose=0)
+        # The data set shuffles itself.
+        np.testing.assert_allclose(
+            np.sort(report.known.scores),
+            np.sort(reference.known.scores),
+            rtol=1e-3,
+            atol=1e-3,
+        )
+    monitor = keras_halo.OODMonitor(255.0 * X, raw)
+    monitor.set_model(task)
+    assert monitor.measure()["ood_auroc"] == pytest.approx(
+        reference.mean.auroc, abs=1e-3
+    )
+    pytest.importorskip("scipy", reason="needs SciPy")
+    expected = keras_halo.calibrate(model, X, Y, unknown=X, verbose=0)
+    expected.undo()
+    # Arrays are what `predict` makes of them; datasets come in batches.
+    for x, y in ((255.0 * X, Y), (Batches(255.0 * X, Y), None)):
+        if cls is TaskOfBatches and y is not None:
+            continue
+        found = keras_halo.calibrate(task, x, y, unknown=255.0 * X, verbose=0)
+        found.undo()
+        assert found.temperature == pytest.approx(expected.temperature, 1e-3)
+
+
+def test_masks_of_a_model_that_predicts_its_own_way_are_missed():
+    inputs = keras.Input((4,), dtype="int32")
+    masking = token_model("functional")
+
+    class Own(keras.Model):
+        def predict_on_batch(self, x):
+            return super().predict_on_batch(x)
+
+    with pytest.warns(UserWarning, match="masks cannot be told"):
+        report = evaluate_ood(
+            Own(inputs, masking(inputs)),
+            (TOKENS, TOKEN_LABELS.clip(0)),
+            {"tokens": TOKENS[:30]},
+            verbose=0,
+        )
+    assert report["tokens"].count == 120
+
+
 @pytest.mark.parametrize(
     "name", ["two\nlines", "a | b", "a \\| b", "carriage\rreturn", "\u2028 x"]
 )
