@@ -127,6 +127,8 @@ def count_batches(data, batch_size=None):
     """
     if isinstance(data, types.GeneratorType):
         return None
+    if is_list_of_batches(data):
+        return len(data)
     return _to_adapter(data, batch_size).num_batches
 
 
@@ -137,7 +139,7 @@ def read_batches(data, batch_size=None):
         data: A tuple `(x,)`, `(x, y)` or `(x, y, sample_weight)` of arrays; an
             array, or a list or dictionary of arrays for a model with many
             inputs; a `tf.data.Dataset`, a torch `DataLoader`, a
-            `keras.utils.PyDataset` or a generator of such tuples.
+            `keras.utils.PyDataset`, a generator or a list of such tuples.
         batch_size: Optional integer, for arrays. Defaults to `None`, which
             means 32.
 
@@ -165,6 +167,9 @@ def read_batches(data, batch_size=None):
 
 
 def _to_adapter(data, batch_size):
+    if is_list_of_batches(data):
+        # Keras would take a list for the inputs of one batch.
+        data = (tuple(batch) for batch in data)
     # A tuple is a batch in Keras's sense; a list is a list of inputs.
     x, y, sample_weight = (
         keras.utils.unpack_x_y_sample_weight(data)
@@ -202,7 +207,23 @@ def is_dataset(x):
         or keras_private.is_tf_dataset(x)
         or keras_private.is_torch_dataloader(x)
         or hasattr(x, "as_numpy_iterator")
-        or (isinstance(x, list) and any(isinstance(b, tuple) for b in x))
+        or is_list_of_batches(x)
+    )
+
+
+def is_list_of_batches(x):
+    """Whether `x` is a list of batches, and no list of inputs.
+
+    Example:
+
+    >>> x, y = np.zeros((3, 2)), np.zeros(3)
+    >>> is_list_of_batches([(x, y), (x, y)]), is_list_of_batches([x, x])
+    (True, False)
+    """
+    return (
+        isinstance(x, list)
+        and all(isinstance(batch, (tuple, list)) for batch in x)
+        and any(hasattr(leaf, "shape") for leaf in keras.tree.flatten(x))
     )
 
 
@@ -231,13 +252,13 @@ def labelled_data(x, y=None, sample_weight=None):
         ...
     ValueError: `y` belongs to arrays `x`. Received: y beside a generator, ...
     """
-    is_list_of_batches = (
-        isinstance(x, list)
-        and y is None
-        and bool(x)
-        and all(isinstance(batch, (tuple, list)) for batch in x)
+    # With labels beside them, lists in a list are inputs that are nested.
+    are_nested = (
+        y is not None
+        and is_list_of_batches(x)
+        and not any(isinstance(part, tuple) for part in x)
     )
-    if is_list_of_batches or is_dataset(x):
+    if is_dataset(x) and not are_nested:
         for name, value in (("y", y), ("sample_weight", sample_weight)):
             if value is not None:
                 raise ValueError(
@@ -246,8 +267,7 @@ def labelled_data(x, y=None, sample_weight=None):
                     "shuffle. Let it yield batches `(x, y)` or `(x, y, "
                     "sample_weight)`."
                 )
-        # A list would be the arrays of a model with many inputs.
-        return (tuple(batch) for batch in x) if isinstance(x, list) else x
+        return x
     if isinstance(x, tuple) and y is None and sample_weight is None:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x)
     if y is None:

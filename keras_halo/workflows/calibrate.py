@@ -261,7 +261,7 @@ def calibrate(
         odds = new.log_odds(gamma * distances, gamma * norms, special)
         num_mistakes = int(wrong.sum())
         if unknown is not None:
-            if is_dataset(unknown):
+            if is_dataset(unknown) or isinstance(unknown, tuple):
                 others = predict_answers(
                     predictor, unknown, "unknown", "abstain", batch_size
                 ).packed

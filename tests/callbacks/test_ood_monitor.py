@@ -247,7 +247,14 @@ def as_data_loader(x, y):
     return torch.utils.data.DataLoader(dataset, batch_size=32, shuffle=True)
 
 
-@pytest.mark.parametrize("read", [Batches, as_tf_dataset, as_data_loader])
+def as_list(x, y):
+    batches = Batches(x, y)
+    return [batches[i] for i in range(len(batches))]
+
+
+@pytest.mark.parametrize(
+    "read", [Batches, as_list, as_tf_dataset, as_data_loader]
+)
 def test_datasets_are_read_every_epoch(read, trained):
     known = read(*TEST)
     unknown = {n: read(x, np.zeros(len(x))) for n, x in UNKNOWN.items()}

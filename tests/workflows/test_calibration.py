@@ -382,6 +382,21 @@ def test_a_dataset_calibrates_as_its_arrays_do(kind):
     assert result.abstain_bias == pytest.approx(expected.abstain_bias, rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["tuple", "list of batches", "lists"])
+def test_unknown_data_of_every_kind_give_the_same_bias(kind):
+    x, y = validation_data()
+    unknown = (-x[:50], y[:50])
+    expected = calibrate(
+        aligned_model(), x, y, unknown=unknown[0], verbose=0
+    ).abstain_bias
+    if kind != "tuple":
+        cls = tuple if kind == "list of batches" else list
+        parts = [np.array_split(array, 3) for array in unknown]
+        unknown = [cls(batch) for batch in zip(*parts, strict=True)]
+    found = calibrate(aligned_model(), x, y, unknown=unknown, verbose=0)
+    assert found.abstain_bias == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize(
     ("labels", "message"),

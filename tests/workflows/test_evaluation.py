@@ -205,6 +205,8 @@ READERS = {
     "pydataset": Batches,
     "workers": lambda *a: Batches(*a, workers=2),
     "generator": as_generator,
+    "list": lambda *a: list(as_generator(*a)),
+    "list of lists": lambda *a: [list(batch) for batch in as_generator(*a)],
     "tensors": as_tensors,
     "tf.data": as_tf_dataset,
     "DataLoader": as_data_loader,
