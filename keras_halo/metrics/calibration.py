@@ -407,15 +407,46 @@ def _checked(labels, probabilities):
     """Integer labels or distributions, and the probabilities, as they are."""
     probabilities = _checked_probabilities(probabilities)
     num_samples, num_classes = probabilities.shape
-    labels = read_labels(
+    labels = read_targets(
         labels,
-        (num_samples,),
         num_classes,
+        (num_samples,),
         remedy="Leave samples of no class out.",
     )
-    if labels.ndim > 1:
-        _check_no_zeros(labels)
     return labels, probabilities
+
+
+def read_targets(
+    labels, num_classes, leading_shape, ignore_class=None, remedy=None
+):
+    """Reads labels that every sample must have, hard or soft.
+
+    Args:
+        labels: Integers of shape `leading_shape` or `(*leading_shape, 1)`, or
+            a distribution of shape `(*leading_shape, num_classes)`.
+        num_classes: Integer `K`.
+        leading_shape: Tuple, the shape that one label a sample has.
+        ignore_class: Optional integer, one more label that is allowed.
+            Defaults to `None`.
+        remedy: As in `read_labels`.
+
+    Returns:
+        Array of shape `leading_shape`, or `(*leading_shape, num_classes)`.
+
+    Raises:
+        ValueError: If labels do not fit, or a row of a distribution is zero.
+
+    Example:
+
+    >>> read_targets([0, 255], 3, (2,), ignore_class=255).tolist()
+    [0, 255]
+    """
+    labels = read_labels(
+        labels, leading_shape, num_classes, ignore_class, remedy=remedy
+    )
+    if labels.ndim > len(leading_shape):
+        _check_no_zeros(labels)
+    return labels
 
 
 def _checked_probabilities(probabilities):

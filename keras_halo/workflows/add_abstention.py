@@ -198,7 +198,7 @@ def add_abstention(
     tensors, last = _blocks(model, last, blocks)
     features = BlockFeatures(name=free_name(model, "halo_blocks"))(tensors)
     data = labelled_data(x, y, sample_weight)
-    check_labels(data, model, num_classes, 1, 1)
+    check_labels(data, model, num_classes, last.shape[:-1], 1)
     check_readable(data, "x")
     inputs = input_structure(model)
 

@@ -20,8 +20,9 @@ from keras_halo.utils.batches import (
 from keras_halo.utils.checks import check_batch_size, check_model
 from keras_halo.utils.extras import require
 from keras_halo.utils.types import Data
+from keras_halo.workflows.collecting import check_labels
 from keras_halo.workflows.graph import find_head
-from keras_halo.workflows.predicting import predict_answers
+from keras_halo.workflows.predicting import predict_answers, scores_shape
 from keras_halo.workflows.predictor import Predictor
 
 BIAS_METHODS = ("mistakes", "margin", "keep")
@@ -219,6 +220,9 @@ def calibrate(
     if unknown is not None:
         check_readable(unknown, "unknown")
     data = labelled_data(x, y, sample_weight)
+    shape = scores_shape(model)
+    if shape is not None:
+        check_labels(data, model, head.units, shape[:-1], 0)
     predictor = Predictor(model)
     mask = None
     if isinstance(data, tuple):

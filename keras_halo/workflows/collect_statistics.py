@@ -73,7 +73,7 @@ def collect_statistics(
     warn_of_preprocessor(model)
     units = find_head(model).units
     data = labelled_data(x, y, sample_weight)
-    check_labels(data, model, units, len(scores.shape) - 1, 0)
+    check_labels(data, model, units, scores.shape[:-1], None)
     check_readable(data, "x")
     statistics = ClassStatistics(units, embeddings.shape[-1], pooled)
     collect(

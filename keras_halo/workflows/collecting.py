@@ -11,7 +11,7 @@ from keras_halo.ops.class_statistics import (
     check_counts,
     epsilon,
 )
-from keras_halo.ops.labels import class_indices
+from keras_halo.ops.labels import class_indices, fitting_labels
 from keras_halo.utils.batches import count_batches, counted_positions
 from keras_halo.workflows.predicting import embedded_batches, inference_mode
 from keras_halo.workflows.predictor import Predictor, may_mask
@@ -20,7 +20,16 @@ from keras_halo.workflows.predictor import Predictor, may_mask
 _REPEATED = 16
 
 
-def check_labels(data, model, num_classes, rank, least, option=""):
+def check_labels(
+    data,
+    model,
+    num_classes,
+    positions,
+    least,
+    option="",
+    where="x",
+    read=class_indices,
+):
     """Refuses labels and weights of arrays before anything is predicted.
 
     Args:
@@ -28,25 +37,51 @@ def check_labels(data, model, num_classes, rank, least, option=""):
         model: Keras model of the data. One that may mask positions tells which
             of their labels count only when it predicts.
         num_classes: Integer, the number `K` of classes.
-        rank: Integer, how many axes one label a sample or position has.
-        least: Integer, how many samples every class needs; 0 for no check.
+        positions: Tuple, the shape `(batch_size, ...)` of one label a sample
+            or position. Lengths may be `None`.
+        least: Integer, how many samples every class needs; 0 where some may
+            have none, `None` where all may.
         option: String, see `check_counts`. Defaults to `""`.
+        where: String, the name by which an error calls the data. Defaults to
+            `"x"`.
+        read: Function of labels, `num_classes` and the shape of one label a
+            position, which returns checked labels. Defaults to
+            `class_indices`.
 
     Raises:
         ValueError: If labels or weights do not fit, or a class has too few.
     """
-    if not isinstance(data, tuple) or (rank > 1 and may_mask(model)):
+    if not isinstance(data, tuple):
         return
     _, y, sample_weight = data
     y = np.asarray(ops.convert_to_numpy(y))
-    shape = y.shape[:rank]
+    shape = _filled(positions, y.shape)
+    fitting_labels(y, shape, num_classes, f"`{where}`")
+    if len(shape) > 1 and may_mask(model):
+        return
     if sample_weight is not None:
         weights = ops.convert_to_numpy(sample_weight)
-        y = y[counted_positions(weights, shape, "x")]
+        y = y[counted_positions(weights, shape, where)]
         shape = y.shape[:1]
-    labels = class_indices(y, num_classes, shape)
+        if least is not None and not y.size:
+            raise ValueError(
+                f"`{where}` must hold at least one sample with a weight other "
+                "than zero. Received: none. Look for what made the weights."
+            )
+    labels = read(y, num_classes, shape)
+    if not least:
+        return
     counts = np.bincount(labels.ravel(), minlength=num_classes)
     check_counts(counts, least, option)
+
+
+def _filled(positions, shape):
+    """Positions with lengths that are not known taken from a shape."""
+    known = (*shape, *(None for _ in positions))
+    return tuple(
+        known[axis] if length is None else length
+        for axis, length in enumerate((None, *positions[1:]))
+    )
 
 
 def collect(embedder, data, batch_size, verbose, *updates):

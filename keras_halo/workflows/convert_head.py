@@ -193,7 +193,7 @@ def convert_head(
         **kwargs,
     )
     data = labelled_data(x, y, sample_weight)
-    check_labels(data, model, num_classes, len(embeddings.shape) - 1, 1)
+    check_labels(data, model, num_classes, embeddings.shape[:-1], 1)
     check_readable(data, "x")
     inputs = input_structure(model)
     statistics = ClassStatistics(num_classes, dim, pooled=True)

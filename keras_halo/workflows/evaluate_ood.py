@@ -6,6 +6,7 @@ import numpy as np
 
 from keras_halo import metrics
 from keras_halo.ops import packing
+from keras_halo.ops.labels import check_ignorable
 from keras_halo.utils.batches import (
     check_readable,
     count_batches,
@@ -18,6 +19,7 @@ from keras_halo.utils.checks import (
 )
 from keras_halo.utils.progress import Progress
 from keras_halo.utils.types import Data
+from keras_halo.workflows.collecting import check_labels
 from keras_halo.workflows.graph import warn_of_idle_statistics
 from keras_halo.workflows.ood_report import (
     KnownResult,
@@ -29,8 +31,13 @@ from keras_halo.workflows.predicting import (
     check_sets,
     name_of_method,
     predict_answers,
+    scores_shape,
 )
 from keras_halo.workflows.predictor import Predictor
+
+# How many nats ahead of the best class abstaining is taken to be at most where
+# there are to be probabilities: with more, float64 would hold zeros only.
+_MOST_AHEAD = 600.0
 
 
 def evaluate_ood(
@@ -119,6 +126,7 @@ def evaluate_ood(
     if isinstance(known, tuple) and len(known) > 1:
         # Labels and weights that are none show before anything is predicted.
         known = labelled_data(known)
+        _check_known(known, model, ignore_class)
 
     warn_of_idle_statistics(model)
     predictor = Predictor(model)
@@ -160,9 +168,32 @@ def evaluate_ood(
     )
 
 
-# How many nats ahead of the best class abstaining is taken to be at most where
-# there are to be probabilities: with more, float64 would hold zeros only.
-_MOST_AHEAD = 600.0
+def _check_known(known, model, ignore_class):
+    """Refuses labels and weights of arrays before anything is predicted."""
+    shape = scores_shape(model)
+    if shape is None:
+        return
+
+    def read(labels, num_classes, leading_shape):
+        labels = metrics.calibration.read_targets(
+            labels, num_classes, leading_shape, ignore_class
+        )
+        check_ignorable(
+            ignore_class,
+            labels.ndim == len(leading_shape),
+            "`known` with a distribution",
+        )
+        return labels
+
+    check_labels(
+        known,
+        model,
+        packing.count_classes(shape),
+        shape[:-1],
+        0,
+        where="known",
+        read=read,
+    )
 
 
 def _known_result(answers, num_bins):

@@ -109,7 +109,7 @@ def fit_class_gaussians(
         return keras.Model(inputs, {"scores": scores, "ood": ood})
     data = labelled_data(x, y, sample_weight)
     least = 0 if skip_missing else 2
-    check_labels(data, model, units, len(scores.shape) - 1, least, OR_SKIP)
+    check_labels(data, model, units, scores.shape[:-1], least, OR_SKIP)
     check_readable(data, "x")
     inputs = input_structure(model)
     statistics = ClassStatistics(units, dim)

@@ -116,6 +116,31 @@ def check_sets(unknown, reserved=()):
             )
 
 
+def scores_shape(model):
+    """The shape of the packed scores of a model, or `None`.
+
+    Args:
+        model: Keras model. One without a graph says only when it predicts, and
+            what is wrong with the outputs of another shows then too.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras_halo.HALODense(3)])
+    >>> scores_shape(model)
+    (None, 9)
+    """
+    outputs = getattr(model, "outputs", None)
+    if not outputs:
+        return None
+    output = outputs[0] if len(outputs) == 1 else model.output
+    try:
+        shape = tuple(read_model_output(output).scores.shape)
+        packing.count_classes(shape)
+    except ValueError:
+        return None
+    return shape
+
+
 def predict_answers(
     predictor,
     data,

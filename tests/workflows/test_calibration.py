@@ -420,6 +420,89 @@ def test_bad_labels_are_refused_before_anything_is_predicted(
         TOOLS[tool](aligned_model(), x, labels)
 
 
+def _evaluate(model, x, y, sample_weight=None, **kwargs):
+    known = (x, y) if sample_weight is None else (x, y, sample_weight)
+    return keras_halo.evaluate_ood(model, known, {"far": 9 * x}, **kwargs)
+
+
+READERS_OF_LABELS = {
+    **TOOLS,
+    "collect_statistics": keras_halo.collect_statistics,
+    "evaluate_ood": _evaluate,
+}
+
+ONES = np.ones(200)
+
+BAD_ARRAYS = {
+    "one too large": (lambda y: (y + 97 * (y == 1), None), "integers in"),
+    "negative": (lambda y: (y - 1, None), "integers in"),
+    "from one": (lambda y: (y + 1, None), "subtract 1"),
+    "fractions": (lambda y: (y + 0.5, None), "integers in"),
+    "several at once": (
+        lambda y: (np.ones((200, 3)), None),
+        "one-hot|distributions",
+    ),
+    "of other classes": (lambda y: (np.eye(5)[y], None), "Labels do not fit"),
+    "two columns": (lambda y: (np.stack([y, y], 1), None), "do not fit"),
+    "rows of zeros": (lambda y: (np.zeros((200, 3)), None), "one-hot|zeros"),
+    "weights of positions": (lambda y: (y, np.ones((200, 4))), "weights"),
+    "no weight": (lambda y: (y, 0.0 * ONES), "other than zero|Every class"),
+    "negative weights": (lambda y: (y, -ONES), "not negative"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ARRAYS)
+@pytest.mark.parametrize("tool", READERS_OF_LABELS)
+def test_bad_values_are_refused_before_anything_is_predicted(
+    tool, bad, monkeypatch
+):
+    x, y = validation_data()
+    make, message = BAD_ARRAYS[bad]
+    labels, weights = make(y)
+    if (tool, bad) == ("collect_statistics", "no weight"):
+        pytest.skip("a part of the data may have no sample that counts")
+
+    def predict(*args, **kwargs):
+        raise AssertionError("predicted before the labels were looked at")
+
+    monkeypatch.setattr(keras.Model, "predict", predict)
+    monkeypatch.setattr(keras.Model, "predict_on_batch", predict)
+    model = aligned_model()
+    with pytest.raises(ValueError, match=message):
+        READERS_OF_LABELS[tool](
+            model, x, labels, sample_weight=weights, verbose=0
+        )
+
+
+@pytest.mark.parametrize("shape", [(40, 4), (40,), (40, 5, 4), (40, 4, 3)])
+@pytest.mark.parametrize("tool", READERS_OF_LABELS)
+def test_labels_of_other_positions_are_refused_before_anything_is_predicted(
+    tool, shape, monkeypatch
+):
+    def predict(*args, **kwargs):
+        raise AssertionError("predicted before the labels were looked at")
+
+    monkeypatch.setattr(keras.Model, "predict", predict)
+    monkeypatch.setattr(keras.Model, "predict_on_batch", predict)
+    model = keras.Sequential([keras.Input((5, 4)), keras_halo.HALODense(3)])
+    with pytest.raises(ValueError, match=r"Labels do not fit.*\(40, 5\)"):
+        READERS_OF_LABELS[tool](
+            model, np.ones((40, 5, 4), "float32"), np.zeros(shape), verbose=0
+        )
+
+
+def test_soft_and_ignored_labels_are_taken_where_they_have_a_meaning():
+    x, y = validation_data()
+    soft = 0.9 * np.eye(3)[y] + 0.1 / 3.0
+    ignored = np.where(np.arange(200) < 50, 255, y)
+    model = aligned_model()
+    assert _evaluate(model, x, soft, verbose=0).known.count == 200
+    report = _evaluate(model, x, ignored, verbose=0, ignore_class=255)
+    assert report.known.count == 150
+    with pytest.raises(ValueError, match="needs integer labels"):
+        _evaluate(model, x, soft, verbose=0, ignore_class=255)
+
+
 def test_labels_that_begin_at_one_are_named():
     x, y = validation_data()
     with pytest.raises(ValueError, match="from zero: subtract 1"):
