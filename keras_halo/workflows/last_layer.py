@@ -144,10 +144,12 @@ def embeddings_before_head(model, units=None):
     if units is not None:
         return outputs[0], None
     embeddings, old_head, shapes = _walk(model, outputs[0])
-    for shape in reversed(shapes):
+    if shapes:
         # Where positions are arranged anew, they are before the head as well.
+        # They keep their order, so that the last of several shapes is enough.
+        positions = (-1 if n is None else n for n in shapes[0])
         embeddings = layers.Reshape(
-            (*(-1 if n is None else n for n in shape), embeddings.shape[-1]),
+            (*positions, embeddings.shape[-1]),
             name=free_name(model, "reshaped_features"),
         )(embeddings)
     return embeddings, old_head
@@ -196,6 +198,7 @@ def _walk(model, tensor):
             or type(operation).__name__ in _PASSED_OPERATIONS
         ):
             raise _no_classifier(model, operation)
+        _check_axis(operation, tensor)
         tensor = features
     return embeddings, head, [_positions(s, embeddings, head) for s in shapes]
 
@@ -251,6 +254,23 @@ def _check_convolution(layer):
             f"{layer.kernel_size}, strides={layer.strides}, groups="
             f"{layer.groups}, data_format={layer.data_format!r}. Convert the "
             "part of the model that ends in features, with `units=`."
+        )
+
+
+def _check_axis(operation, tensor):
+    """Refuses a softmax over anything but the classes."""
+    if type(operation).__name__ not in ("Softmax", "LogSoftmax"):
+        return
+    axes = operation.axis
+    axes = tuple(axes) if isinstance(axes, (list, tuple)) else (axes,)
+    if axes not in ((-1,), (len(tensor.shape) - 1,)):
+        raise ValueError(
+            "A softmax at the end of a classifier must be over the classes, "
+            f"the last axis. Received: {operation.name!r} with axis="
+            f"{operation.axis} on a tensor of shape {tensor.shape}, which "
+            "compares other things and changes which class is largest. "
+            "Convert the model that ends in its logits: `keras.Model("
+            "model.input, model.get_layer(name).output)`."
         )
 
 

@@ -367,6 +367,20 @@ ENDINGS = {
             )
         )
     ),
+    "two shapes": lambda x: keras.layers.Flatten()(
+        keras.layers.Reshape((1, 3))(keras.layers.Dense(3, name="logits")(x))
+    ),
+    "three shapes": lambda x: keras.layers.Softmax(axis=1)(
+        keras.layers.Reshape((3,))(
+            keras.layers.Softmax(axis=2)(
+                keras.layers.Reshape((1, 3))(
+                    keras.layers.Flatten()(
+                        keras.layers.Dense(3, name="logits")(x)
+                    )
+                )
+            )
+        )
+    ),
     "convolution over time": lambda x: keras.layers.Reshape((3,))(
         keras.layers.Conv1D(3, 1, name="logits")(
             keras.layers.Reshape((1, 8))(x)
@@ -556,6 +570,29 @@ def test_what_is_wrong_with_arrays_shows_before_anything_is_predicted(trained):
             with pytest.raises(ValueError, match=message):
                 tool(model, x, labels, sample_weight=weight, verbose=0)
     assert not calls
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "softmax",
+    [
+        lambda x: keras.ops.softmax(x, axis=0),
+        lambda x: keras.ops.softmax(x, axis=1),
+        lambda x: keras.ops.softmax(x, axis=None),
+        lambda x: keras.ops.log_softmax(x, axis=-2),
+        keras.layers.Softmax(axis=1),
+        keras.layers.Softmax(axis=(1, 2)),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_softmax_over_positions_is_no_end_of_a_classifier(softmax, nested):
+    inputs = keras.Input((5, 4))
+    model = keras.Model(inputs, softmax(keras.layers.Dense(3)(inputs)))
+    if nested:
+        outer = keras.Input((5, 4))
+        model = keras.Model(outer, model(outer))
+    with pytest.raises(ValueError, match="over the classes"):
+        convert_head(model, np.ones((20, 5, 4)), np.ones((20, 5)), verbose=0)
 
 
 def test_what_cannot_be_converted_is_refused(digits, trained):
