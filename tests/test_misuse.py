@@ -103,6 +103,8 @@ INPUTS = {
     "masked": np.ma.masked_less(X, 0.0),
     "no arrays": [],
     "list of tuples": [("a", "b")],
+    "strings": np.full((N, D), "a"),
+    "objects": np.full((N, D), None),
 }
 NAME = {"number": 3, "object": Opaque(), "list": ["a"]}
 PATH = {"none": None, "number": 3, "object": Opaque()}
@@ -450,6 +452,7 @@ CALLS = {
             "x": INPUTS,
             "y": LABELS,
             "sample_weight": optional(WEIGHTS),
+            "skip_missing": BOOLEAN,
         },
     ),
     "collect_statistics": (
@@ -542,7 +545,7 @@ CALLS = {
         {
             "log": PATH,
             "guarded": MODEL,
-            "x": without(INPUTS, "masked"),
+            "x": without(INPUTS, "masked", "strings", "objects"),
             "references": optional(VECTOR),
             "batch_size": optional(INTEGER),
             "max_differences": INTEGER,

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_halo import metrics
-from keras_halo.utils.batches import check_readable
+from keras_halo.utils.batches import check_readable, count_batches
 from keras_halo.utils.checks import as_integer, check_batch_size
 from keras_halo.utils.types import Data
 from keras_halo.workflows.predicting import (
@@ -95,9 +95,10 @@ class OODMonitor(keras.callbacks.Callback):
             frequency, "frequency", 1, ", a number of epochs"
         )
         batch_size = check_batch_size(batch_size)
-        check_readable(known, "known", again=True)
-        for name, data in unknown.items():
-            check_readable(data, f"unknown[{name!r}]", again=True)
+        sets = {f"unknown[{name!r}]": data for name, data in unknown.items()}
+        for where, data in {"known": known, **sets}.items():
+            check_readable(data, where, again=True)
+            count_batches(data)
         self.known = known
         self.unknown = dict(unknown)
         self.method = method

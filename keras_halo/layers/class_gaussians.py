@@ -8,7 +8,7 @@ from keras import ops
 from keras_halo.layers.score_layer import ScoreLayer
 from keras_halo.ops import geometry, ood_scores, packing
 from keras_halo.ops.class_statistics import ClassStatistics, check_counts
-from keras_halo.utils.checks import check_not_masked, check_units
+from keras_halo.utils.checks import as_boolean, check_not_masked, check_units
 from keras_halo.utils.types import Shape, Tensor
 
 # What there is to do about classes without samples, besides more data.
@@ -252,6 +252,7 @@ class ClassGaussians(ScoreLayer):
             ValueError: If a class has fewer than two samples, or embeddings do
                 not vary inside of their classes. The layer is left as it was.
         """
+        skip_missing = as_boolean(skip_missing, "skip_missing")
         num_classes, dim = statistics.means.shape
         if num_classes != self.units or statistics.pooled:
             raise ValueError(

@@ -117,6 +117,32 @@ def check_arrays(x, where):
             )
 
 
+def check_numbers(x):
+    """Raises `ValueError` for arrays of strings or objects.
+
+    Keras makes no tensors of them. Data sets may yield strings.
+
+    Args:
+        x: Arrays, or a data set.
+
+    Example:
+
+    >>> check_numbers(np.array(["a", "b"]))
+    Traceback (most recent call last):
+        ...
+    ValueError: Inputs must be arrays of numbers. Received: dtype=<U1, ...
+    """
+    for leaf in keras.tree.flatten(x):
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSU":
+            raise ValueError(
+                "Inputs must be arrays of numbers. Received: "
+                f"dtype={leaf.dtype}, shape={leaf.shape}. Convert them with "
+                '`np.asarray(x, "float32")`; rows of different lengths need '
+                "padding first. For a model that takes strings pass a "
+                "`tf.data.Dataset`."
+            )
+
+
 def count_batches(data, batch_size=None):
     """Returns the number of batches, or `None` if it cannot be known.
 
@@ -176,6 +202,7 @@ def _to_adapter(data, batch_size):
         if isinstance(data, tuple)
         else (data, None, None)
     )
+    check_numbers(x)
     return keras_private.data_adapter(
         x, _listed(y), _listed(sample_weight), check_batch_size(batch_size)
     )

@@ -6,6 +6,7 @@ import warnings
 import keras
 
 from keras_halo.ops.model_output import read_model_output
+from keras_halo.utils.batches import check_numbers
 from keras_halo.utils.keras_private import flat_layers, mask_of
 
 
@@ -72,6 +73,8 @@ class Predictor:
                 # Whatever `predict` does to its inputs is done to these too.
                 method = "predict"
                 kwargs = {"batch_size": _num_rows(x), "verbose": 0}
+        elif method == "predict":
+            check_numbers(x)
         if own or not may_mask(self.model):
             return getattr(self.model, method)(x, **kwargs), None
         has_own_step = (

@@ -450,6 +450,9 @@ def test_bad_input_is_refused_and_changes_nothing():
         layer.adapt(x, np.full((300, 3), 1 / 3))
     with pytest.raises(ValueError, match="Labels do not fit"):
         layer.adapt(x, y[:-1])
+    # A string would be true whatever it says.
+    with pytest.raises(ValueError, match="`skip_missing` must be True or"):
+        layer.adapt(x, y, skip_missing="no")
     for weight, value in zip(layer.weights, before, strict=True):
         np.testing.assert_array_equal(weight.numpy(), value)
     with pytest.raises(ValueError, match="input and the output"):

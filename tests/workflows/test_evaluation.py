@@ -833,6 +833,24 @@ def test_a_converted_head_is_measured_without_what_is_masked():
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_models_of_strings_are_measured():
+    tf = pytest.importorskip("tensorflow", reason="needs TensorFlow")
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("only tensors of TensorFlow hold strings")
+    words = np.array([["a b"], ["c d"], ["a d"]] * 10, dtype=object)
+    labels = np.arange(30) % 3
+    vectorize = keras.layers.TextVectorization(output_mode="multi_hot")
+    vectorize.adapt(words[:, 0].astype(str))
+    inputs = keras.Input((1,), dtype="string")
+    features = keras.layers.Dense(8)(vectorize(inputs))
+    model = keras.Model(inputs, keras_halo.HALODense(3)(features))
+    tensor = tf.constant(words)
+    dataset = tf.data.Dataset.from_tensor_slices((words, labels)).batch(8)
+    for known in ((tensor, labels), dataset):
+        report = evaluate_ood(model, known, {"u": dataset}, verbose=0)
+        assert report.known.count == report["u"].count == 30
+
+
 class PredictsItsWay:
     """As the tasks of KerasHub, which preprocess what they are given."""
 
