@@ -15,6 +15,10 @@ from keras_halo.workflows.graph import (
     warn_of_preprocessor,
 )
 
+# For every class and pair of dimensions: the sums of the pass in float64, and
+# the layer in float32, twice while it is filled.
+_BYTES = 8 + 2 * 4
+
 
 def fit_class_gaussians(
     model: keras.Model,
@@ -48,7 +52,7 @@ def fit_class_gaussians(
     however many samples there are; the layer takes 4 more and, while it is
     filled, another 4. For 1,000 classes in 512 dimensions that is 4.2 GB, and
     the file 1 GB: a smaller `embedding_dim` of the head makes both smaller, by
-    its square.
+    its square. With `verbose` it is said before it is taken.
 
     Args:
         model: A trained functional or sequential model with one `HALODense`
@@ -100,6 +104,11 @@ def fit_class_gaussians(
     embeddings, scores = head_tensors(model)
     warn_of_preprocessor(model)
     units, dim = find_head(model).units, embeddings.shape[-1]
+    if verbose and not isinstance(x, ClassStatistics):
+        print(
+            f"Gaussians of {units} classes in {dim} dimensions: "
+            f"{_BYTES * units * dim**2 / 1e6:.1f} MB."
+        )
     layer = ClassGaussians(units, name="class_gaussians")
     # Built before the pass, so that what cannot work fails at once.
     ood = layer(embeddings, scores)

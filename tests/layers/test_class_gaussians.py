@@ -1,5 +1,6 @@
 """Fitted Gaussians against SciPy and scikit-learn, and inside of models."""
 
+import re
 import tracemalloc
 
 import keras
@@ -145,6 +146,25 @@ def test_the_memory_of_a_fit_does_not_grow_with_the_data():
         tracemalloc.stop()
     # The embeddings of all samples would be 5 MB.
     assert peaks[1] - peaks[0] < 1_000_000
+
+
+@pytest.mark.parametrize(("num_classes", "dim"), [(4, 256), (64, 64)])
+def test_the_memory_of_a_fit_is_what_is_said_before(num_classes, dim, capsys):
+    model = keras.Sequential(
+        [keras.Input((dim,)), HALODense(num_classes, embedding_dim=None)]
+    )
+    rng = np.random.default_rng(0)
+    y = np.arange(2 * num_classes) % num_classes
+    x = rng.normal(size=(len(y), dim)).astype("float32")
+    fit_class_gaussians(model, x, y, verbose=0)
+    assert not capsys.readouterr().out
+    tracemalloc.start()
+    fit_class_gaussians(model, x, y, verbose=2)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    said = re.search(r"dimensions: ([\d.]+) MB", capsys.readouterr().out)
+    # What a backend takes for the layer is not traced.
+    assert 0.5 < peak / (1e6 * float(said.group(1))) < 2.0
 
 
 def test_fewer_samples_than_dimensions_are_enough():
