@@ -106,6 +106,16 @@ INPUTS = {
     "strings": np.full((N, D), "a"),
     "objects": np.full((N, D), None),
 }
+# Bad labels and weights beside good inputs, of which no labels are read.
+WITH_INPUTS = {
+    "a single label": (X, np.array(1)),
+    "a number for labels": (X, 1),
+    **{
+        f"weights: {name}": (X, Y, bad)
+        for name, bad in WEIGHTS.items()
+        if name not in ("none", "three axes")
+    },
+}
 NAME = {"number": 3, "object": Opaque(), "list": ["a"]}
 PATH = {"none": None, "number": 3, "object": Opaque()}
 METHOD = {"text": "typo", "number": 3, "list": ["abstain"], "none": None}
@@ -384,12 +394,12 @@ CALLS = {
         keras_halo.OODMonitor,
         {"known": X, "unknown": {"far": X}},
         {
-            "known": INPUTS,
+            "known": {**INPUTS, **WITH_INPUTS},
             "unknown": {
                 **INPUTS,
                 **{
                     f"set of {name}": {"far": bad}
-                    for name, bad in INPUTS.items()
+                    for name, bad in {**INPUTS, **WITH_INPUTS}.items()
                 },
             },
             "method": without(METHOD, "list"),
@@ -421,7 +431,7 @@ CALLS = {
                 **INPUTS,
                 **{
                     f"set of {name}": {"far": bad}
-                    for name, bad in INPUTS.items()
+                    for name, bad in {**INPUTS, **WITH_INPUTS}.items()
                 },
             },
             "method": without(METHOD, "list"),

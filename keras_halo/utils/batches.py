@@ -25,8 +25,8 @@ def check_readable(data, where, again=False):
             to `False`.
 
     Raises:
-        ValueError: If the data are none, empty or infinite, or a generator is
-            to be read again.
+        ValueError: If the data are none, empty or infinite, a generator is to
+            be read again, or labels or weights are no arrays.
 
     Example:
 
@@ -44,10 +44,19 @@ def check_readable(data, where, again=False):
             )
         return
     if not is_dataset(data):
-        x = data
-        if isinstance(data, tuple):
-            x = keras.utils.unpack_x_y_sample_weight(data)[0]
+        x, y, sample_weight = _unpacked(data)
         check_arrays(x, where)
+        is_list = isinstance(y, (dict, list, tuple))
+        if y is not None and not is_list and np.ndim(y) == 0:
+            raise ValueError(
+                f"The labels of `{where}` must be an array with one label a "
+                f"sample. Received: {y!r:.100}. Leave them out where they are "
+                "not known."
+            )
+        if sample_weight is not None:
+            _checked_weights(
+                sample_weight, len(keras.tree.flatten(x)[0]), where
+            )
         return
     infinite = (
         isinstance(data, keras.utils.PyDataset) and data.num_batches is None
@@ -197,15 +206,18 @@ def _to_adapter(data, batch_size):
         # Keras would take a list for the inputs of one batch.
         data = (tuple(batch) for batch in data)
     # A tuple is a batch in Keras's sense; a list is a list of inputs.
-    x, y, sample_weight = (
-        keras.utils.unpack_x_y_sample_weight(data)
-        if isinstance(data, tuple)
-        else (data, None, None)
-    )
+    x, y, sample_weight = _unpacked(data)
     check_numbers(x)
     return keras_private.data_adapter(
         x, _listed(y), _listed(sample_weight), check_batch_size(batch_size)
     )
+
+
+def _unpacked(data):
+    """Inputs, labels and weights of arrays, `None` for what is not there."""
+    if isinstance(data, tuple):
+        return keras.utils.unpack_x_y_sample_weight(data)
+    return data, None, None
 
 
 def _listed(values):
@@ -296,7 +308,7 @@ def labelled_data(x, y=None, sample_weight=None):
                 )
         return x
     if isinstance(x, tuple) and y is None and sample_weight is None:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(x)
+        x, y, sample_weight = _unpacked(x)
     if y is None:
         if sample_weight is not None:
             raise ValueError(
@@ -322,14 +334,20 @@ def labelled_data(x, y=None, sample_weight=None):
             f"{len(leaves[0])} inputs and {len(y)} labels."
         )
     if sample_weight is not None:
-        sample_weight = weight_array(sample_weight)
-        if len(sample_weight) != len(y):
-            raise ValueError(
-                "The sample weights of `x` must be one for every label. "
-                f"Received: {len(y)} labels and {len(sample_weight)} weights. "
-                "Give what must not count a weight of zero."
-            )
+        sample_weight = _checked_weights(sample_weight, len(y), "x")
     return x, y, sample_weight
+
+
+def _checked_weights(sample_weight, count, where):
+    """Sample weights as an array, one for each of so many samples."""
+    weights = weight_array(sample_weight)
+    if len(weights) != count:
+        raise ValueError(
+            f"The sample weights of `{where}` must be one for every sample. "
+            f"Received: {count} samples and {len(weights)} weights. Give what "
+            "must not count a weight of zero."
+        )
+    return weights
 
 
 def counted(values, labels, sample_weight, mask=None):
