@@ -7,7 +7,7 @@ from keras_halo.losses.halo_loss import halo_loss
 from keras_halo.losses.packed_scores_loss import (
     PackedScoresLoss,
     fitting_weights,
-    without_masked_labels,
+    without_uncounted_labels,
 )
 from keras_halo.ops import packing
 from keras_halo.ops.labels import ids_and_scores
@@ -120,7 +120,7 @@ class HALOContrastiveLoss(PackedScoresLoss):
                 # That of a pair is that of both directions.
                 positions = y_pred.shape[:-1]
                 sample_weight = weight_tensor(sample_weight, positions)
-        labels = without_masked_labels(labels, y_pred)
+        labels = without_uncounted_labels(labels, y_pred)
         return super().__call__(labels, y_pred, sample_weight=sample_weight)
 
     def call(self, y_true: Any, y_pred: Tensor) -> Tensor:

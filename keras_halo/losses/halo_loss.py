@@ -8,7 +8,7 @@ from keras_halo.losses.packed_scores_loss import (
     PackedScoresLoss,
     check_radial_weight,
     fitting_weights,
-    without_masked_labels,
+    without_uncounted_labels,
 )
 from keras_halo.ops import packing
 from keras_halo.ops.labels import (
@@ -29,7 +29,7 @@ from keras_halo.utils.checks import (
     label_array,
     number_array,
 )
-from keras_halo.utils.keras_private import mask_of, set_mask
+from keras_halo.utils.keras_private import set_mask
 from keras_halo.utils.precision import computation_dtype
 from keras_halo.utils.types import DType, Tensor
 
@@ -257,9 +257,8 @@ class HALOLoss(PackedScoresLoss):
         y_true, y_pred = labels_and_scores(y_true, y_pred)
         if sample_weight is not None:
             sample_weight = fitting_weights(sample_weight, y_pred.shape[:-1])
-        if mask_of(y_pred) is not None:
-            y_true = without_masked_labels(y_true, y_pred)
-        elif isinstance(y_true, np.ndarray):
+        y_true = without_uncounted_labels(y_true, y_pred, sample_weight)
+        if isinstance(y_true, np.ndarray):
             y_true = _checked_labels(y_true, y_pred.shape, self.ignore_class)
         return super().__call__(y_true, y_pred, sample_weight=sample_weight)
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_halo.ops.labels import label_tensor
+from keras_halo.ops.labels import are_integer_labels, label_tensor
 from keras_halo.ops.model_output import is_symbolic_or_tensor
 from keras_halo.utils.checks import (
     as_boolean,
@@ -114,28 +114,63 @@ def check_radial_weight(radial_weight):
     )
 
 
-def without_masked_labels(y_true, y_pred):
-    """Replaces labels at masked positions, often -1, by a harmless class.
+def without_uncounted_labels(y_true, y_pred, sample_weight=None):
+    """Replaces labels that do not count by a harmless class.
+
+    At masked positions they are often -1, and void ones, with a weight of zero,
+    255. The loss of such a label is NaN, which a weight of zero leaves NaN.
 
     Args:
         y_true: Labels that fit the scores.
         y_pred: Packed scores, with or without a mask of Keras.
+        sample_weight: Tensor or array of weights that fit the scores, or
+            `None`. Defaults to `None`.
 
     Returns:
-        The labels as they are where there is no mask, otherwise a tensor.
+        The labels as they are where all of them count, an array for arrays of
+        labels and weights without a mask, otherwise a tensor.
 
     Example:
 
-    >>> without_masked_labels([0, 1], ops.zeros((2, 16)))
-    [0, 1]
+    >>> scores, weights = ops.zeros((2, 16)), np.array([1.0, 0.0])
+    >>> without_uncounted_labels(np.array([3, 255]), scores, weights).tolist()
+    [3, 0]
     """
     mask = mask_of(y_pred)
-    if mask is None:
+    if mask is None and isinstance(y_true, np.ndarray):
+        # What is wrong with an array is said before anything is computed.
+        if not isinstance(sample_weight, np.ndarray):
+            return y_true
+        counts = sample_weight != 0
+    elif sample_weight is not None:
+        counts = ops.not_equal(ops.convert_to_tensor(sample_weight), 0)
+        if mask is not None:
+            mask = ops.cast(mask, "bool")
+            counts = _as_positions(counts, len(mask.shape))
+            counts = ops.logical_and(counts, mask)
+    elif mask is not None:
+        counts = mask
+    else:
         return y_true
+    counts = _as_positions(counts, len(y_pred.shape) - 1)
+    if isinstance(counts, np.ndarray):
+        are_integers = are_integer_labels(y_true.shape, y_pred.shape)
+        if not are_integers or y_true.ndim == len(y_pred.shape):
+            counts = counts[..., None]
+        return np.where(counts, y_true, np.zeros_like(y_true))
     y_true, are_integers = label_tensor(y_true, y_pred.shape)
     if not are_integers:
-        mask = ops.expand_dims(mask, axis=-1)
-    return ops.where(mask, y_true, ops.zeros_like(y_true))
+        counts = ops.expand_dims(counts, axis=-1)
+    return ops.where(counts, y_true, ops.zeros_like(y_true))
+
+
+def _as_positions(values, rank):
+    """Values with one axis for each of the positions, as Keras aligns them."""
+    if len(values.shape) > rank:
+        return values[..., 0]
+    while len(values.shape) < rank:
+        values = values[..., None]
+    return values
 
 
 def fitting_weights(sample_weight, shape):

@@ -212,6 +212,44 @@ def test_sample_weight_of_zero_and_one_selects():
     )
 
 
+@pytest.mark.parametrize("tensors", [False, True])
+@pytest.mark.parametrize("shape", [(8,), (8, 1)])
+@pytest.mark.parametrize("kind", ["void", "column", "rows", "tokens"])
+def test_labels_of_weight_zero_may_be_anything(kind, shape, tensors):
+    """255 for void, or -1: NaN times zero would be NaN."""
+    scores, labels = to_numpy(_scores()), to_numpy(_labels()).astype("int32")
+    weights = np.array([1, 0, 1, 2, 0, 0, 1, 0], "float32")
+    loss = HALOLoss(reduction="sum")
+    expected = float(loss(labels, scores, sample_weight=weights))
+    bad = np.where(weights > 0, labels, [255, -1] * 4)
+    if kind == "column":
+        bad = bad[:, None]
+    elif kind == "rows":
+        bad = np.eye(K, dtype="float32")[labels]
+        bad[weights == 0] = 7.0
+    elif kind == "tokens":
+        bad, scores, weights = bad[:, None], scores[:, None], weights[:, None]
+        shape = (8, 1)
+    given = weights.reshape(shape)
+    if tensors:
+        bad, scores, given = map(ops.convert_to_tensor, (bad, scores, given))
+    assert float(loss(bad, scores, sample_weight=given)) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_void_labels_of_weight_zero_train():
+    x = np.random.default_rng(0).normal(size=(40, 4)).astype("float32")
+    y = np.where(np.arange(40) % 4 == 3, 255, np.arange(40) % 4)
+    model = keras.Sequential([keras.Input((4,)), HALODense(3)])
+    model.compile("sgd", HALOLoss())
+    history = model.fit(
+        x, y, sample_weight=(y < 255).astype("float32"), verbose=0
+    )
+    assert np.isfinite(history.history["loss"][0])
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 6)])
 def test_sample_weights_broadcast_as_for_keras_losses(shape):
     scores, labels = _scores((4, 6)), _labels((4, 6))
