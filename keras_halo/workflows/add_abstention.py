@@ -70,8 +70,10 @@ _TEMPERATURES = np.geomspace(0.01, 1.0, 15)
 _POWER_STEPS = 3
 _OVERSAMPLED = 16
 
-# A loss of accuracy, on the given data, that nobody expects.
-_WARN_BELOW = 0.01
+# A loss of accuracy, on the given data, that nobody expects. The given network
+# may know these by heart: on a pretrained one, a head that was right two points
+# less often was right two points more often on new images.
+_WARN_BELOW = 0.03
 
 
 def add_abstention(
@@ -441,8 +443,9 @@ def _compare(given, new, labels):
     old, new = np.mean(given == labels), np.mean(new == labels)
     if new < old - _WARN_BELOW:
         warnings.warn(
-            f"On the {len(labels)} given samples the new head is right in "
-            f"{new:.1%}, the given one in {old:.1%}. Pass more samples or more "
-            "`epochs`, or other `blocks`.",
+            f"On the {len(labels)} given samples, which the given model may "
+            f"have memorised, it is right in {old:.1%}, the new head in "
+            f"{new:.1%}. Compare them on other data; if the head is behind "
+            "there, pass more samples or more `epochs`, or other `blocks`.",
             stacklevel=3,
         )
