@@ -577,8 +577,8 @@ On JAX the three seeds gave, in %:
 The gain is large for scenes and textures. For the classes of CIFAR-100, which
 resemble those of CIFAR-10 and of which a pickup truck nearly is one, the AUROC
 is two points above that of the energy. Accuracy is two points higher, and the
-ECE is a little lower. "nearest" is no better than the default anywhere, and much
-worse on CIFAR-100.
+ECE is a little lower. "nearest" is hardly better than the default anywhere, and
+much worse on CIFAR-100.
 
 Scenes and textures come from other collections than CIFAR-10 and were made
 smaller by other means, and a network can see that, too.
