@@ -71,8 +71,8 @@ _POWER_STEPS = 3
 _OVERSAMPLED = 16
 
 # A loss of accuracy, on the given data, that nobody expects. The given network
-# may have memorised these: on a pretrained one, a head that was right two points
-# less often was right two points more often on new images.
+# may have memorised these: beside a pretrained one, a head that was right two
+# points less often on them was right two points more often on new images.
 _WARN_BELOW = 0.03
 
 
