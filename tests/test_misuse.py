@@ -15,6 +15,7 @@ import pytest
 
 import keras_halo
 from keras_halo import layers, losses, metrics, plots, rejection, workflows
+from keras_halo.ops.packing import packed_width
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 pytest.importorskip("scipy", reason="needs SciPy")
@@ -63,7 +64,7 @@ VECTOR = {
     "complex": np.full(N, 1j),
     "ragged": [[1.0], [1.0, 2.0]] * (N // 2),
     "masked": np.ma.masked_less(np.arange(float(N)), 3.0),
-    "masked rows": list(np.ma.masked_less(np.ones((N, K + 6)), 3.0)),
+    "masked rows": list(np.ma.masked_less(np.ones((N, packed_width(K))), 3.0)),
     "masked numbers": [0.5] * (N - 1) + [np.ma.masked],
     "masked names": np.ma.array(["cat"] * N, mask=Y == 0),
     "huge integers": np.arange(N) + 2**60,
@@ -88,9 +89,9 @@ PACKED = {
     **VECTOR,
     "dictionary": {"probabilities": np.zeros((N, K))},
     "probabilities": PROBABILITIES,
-    "softmax": np.full((N, K + 6), 1.0 / (K + 6)),
-    "integers": np.zeros((N, K + 6), "int64"),
-    "16 bits": np.zeros((N, K + 6), "float16"),
+    "softmax": np.full((N, packed_width(K)), 1.0 / (packed_width(K))),
+    "integers": np.zeros((N, packed_width(K)), "int64"),
+    "16 bits": np.zeros((N, packed_width(K)), "float16"),
 }
 MODEL = {**ANYTHING, "none": None, "layer": keras.layers.Dense(3)}
 INPUTS = {
@@ -259,7 +260,7 @@ PAIR_CASES = {
         **without(VECTOR, "huge integers", "large unsigned"),
         "too few": np.arange(N - 1),
         "booleans": np.arange(N) < 3,
-        "scores": np.zeros((N, N + 6), "float32"),
+        "scores": np.zeros((N, packed_width(N)), "float32"),
     },
     "y_pred": {
         **optional(PACKED),

@@ -131,7 +131,7 @@ class ClassGaussians(ScoreLayer):
     Call arguments:
         embeddings: Tensor of shape `(batch_size, ..., D)`, the input of the
             `HALODense` head.
-        scores: Tensor of shape `(batch_size, ..., units + 6)`, its output.
+        scores: Tensor of shape `(batch_size, ..., packed_width)`, its output.
 
     Output shape:
         `(batch_size, ...)`. float32 whatever the dtype policy, float64 under a

@@ -56,9 +56,10 @@ class Decision(ScoreLayer):
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
 
     Call arguments:
-        scores: Packed scores, a tensor of shape `(batch_size, ..., K + 6)`;
-            with `method="fitted"` a dictionary of these, `"scores"`, and of
-            what is compared with the threshold, `"ood"`.
+        scores: Packed scores, a tensor of shape
+            `(batch_size, ..., packed_width)`; with
+            `method="fitted"` a dictionary of these, `"scores"`, and of what is
+            compared with the threshold, `"ood"`.
         ood: Tensor of shape `(batch_size, ...)`, larger for outliers. Only,
             and always, with `method=None`.
 

@@ -47,8 +47,9 @@ class Guard(Decision):
         **kwargs: Base layer keyword arguments, such as `name`.
 
     Call arguments:
-        scores: Packed scores, a tensor of shape `(batch_size, ..., K + 6)`;
-            of a model of `keras_halo.fit_class_gaussians` its dictionary.
+        scores: Packed scores, a tensor of shape
+            `(batch_size, ..., packed_width)`; of a model of
+            `keras_halo.fit_class_gaussians` its dictionary.
 
     Output shape:
         Dictionary: `"label"`, int32 of shape `(batch_size, ...)`, -1 for

@@ -43,11 +43,11 @@ class HALODense(TemperatureLayer):
     narrow one at the origin, onto which the centroids are centred, and a wide
     one around it, which wins far out.
 
-    The output is one tensor of *packed scores* with `units + 6` columns. It
-    can be treated as logits of the `units` classes followed by the logit of
-    abstaining: the remaining five columns, from which `HALOLoss` and the
-    functions of this package read the geometry, are so negative that `softmax`
-    gives them probability zero and `argmax` and top-k never choose them. So
+    The output is one tensor of *packed scores*. It can be treated as logits of
+    the `units` classes followed by the logit of abstaining: the remaining
+    columns, from which `HALOLoss` and the functions of this package read the
+    geometry, are so negative that `softmax` gives them probability zero and
+    `argmax` and top-k never choose them. So
     `metrics=["accuracy"]` works as before, and `argmax(scores, axis=-1) ==
     units` means: abstained.
 
@@ -126,7 +126,7 @@ class HALODense(TemperatureLayer):
         is made dense.
 
     Output shape:
-        N-D tensor with shape `(batch_size, ..., units + 6)`.
+        N-D tensor with shape `(batch_size, ..., packed_width)`.
 
     Raises:
         ValueError: If an argument is out of range, an `activity_regularizer` is

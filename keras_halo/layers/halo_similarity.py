@@ -39,7 +39,7 @@ def similarity_scores(queries, keys, temperature, label_smoothing):
         label_smoothing: Float in `[0, 1)`.
 
     Returns:
-        Tensor of shape `(B, K + 6)`.
+        Tensor of shape `(B, packed_width)`.
 
     Example:
 
@@ -155,8 +155,8 @@ class HALOSimilarity(TemperatureLayer):
         the last one of an epoch may be that small.
 
     Output shape:
-        `(B, K + 6)`; with `bidirectional=True`, `(B, 2, B + 6)`: queries to
-        keys first, then keys to queries.
+        `(B, packed_width)`; with `bidirectional=True`, `(B, 2, packed_width)`:
+        queries to keys first, then keys to queries.
 
     Raises:
         ValueError: If `label_smoothing` is outside `[0, 1)`, the input is not

@@ -31,7 +31,7 @@ class HALOSoftmax(ScoreLayer):
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
 
     Input shape:
-        Packed scores of shape `(batch_size, ..., K + 6)`.
+        Packed scores of shape `(batch_size, ..., packed_width)`.
 
     Output shape:
         `(batch_size, ..., K + 1)`, or `(batch_size, ..., K)` with

@@ -23,7 +23,7 @@ class OODScore(ScoreLayer):
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
 
     Input shape:
-        Packed scores of shape `(batch_size, ..., K + 6)`.
+        Packed scores of shape `(batch_size, ..., packed_width)`.
 
     Output shape:
         `(batch_size, ...)`. float32 whatever the dtype policy, float64 under a

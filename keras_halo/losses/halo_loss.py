@@ -55,7 +55,7 @@ def halo_loss(
     Args:
         y_true: Labels: integers of shape `(...)` or `(..., 1)`, or a
             distribution (one-hot or soft) of shape `(..., K)`.
-        y_pred: Packed scores of shape `(..., K + 6)`, the output of
+        y_pred: Packed scores of shape `(..., packed_width)`, the output of
             `HALODense`.
         label_smoothing: Float in `[0, 1)`. Defaults to `0.1`.
         distill: Boolean, distilled or plain soft targets. Defaults to `True`.
@@ -189,7 +189,7 @@ class HALOLoss(PackedScoresLoss):
         y_true: Integers of shape `(batch_size, ...)` or
             `(batch_size, ..., 1)`, or a distribution, one-hot or soft, of
             shape `(batch_size, ..., K)`.
-        y_pred: Packed scores of shape `(batch_size, ..., K + 6)`.
+        y_pred: Packed scores of shape `(batch_size, ..., packed_width)`.
         sample_weight: Optional weights, as for every Keras loss.
 
     Bad labels: a NumPy array that holds a label neither an integer in `[0, K)`

@@ -117,7 +117,7 @@ class PackedMean(keras.Metric):
             y_true: Labels: integers of shape `(...)` or `(..., 1)`, or a
                 distribution of shape `(..., K)`. `None` where the metric does
                 not read labels.
-            y_pred: Packed scores of shape `(..., K + 6)`; their mask is
+            y_pred: Packed scores of shape `(..., packed_width)`; their mask is
                 honoured.
             sample_weight: Optional weights of shape `(...)`, or of its first
                 axes. Defaults to `None`.

@@ -164,7 +164,7 @@ class ProbabilityMetric(keras.Metric):
         Args:
             y_true: Labels: integers of shape `(...)` or `(..., 1)`, or a
                 distribution of shape `(..., K)`.
-            y_pred: Packed scores of shape `(..., K + 6)`; their mask is
+            y_pred: Packed scores of shape `(..., packed_width)`; their mask is
                 honoured.
             sample_weight: Optional weights of shape `(...)`, or of its first
                 axes. Defaults to `None`.

@@ -96,8 +96,8 @@ class RetrievalRecall(PackedMean):
 
         Args:
             y_true: Ids, integers of shape `(B,)` or `(B, 1)`.
-            y_pred: Packed scores of shape `(B, B + 6)`, or `(B, 2, B + 6)` of
-                both directions.
+            y_pred: Packed scores of shape `(B, packed_width)`, or
+                `(B, 2, packed_width)` of both directions.
             sample_weight: Optional weights of shape `(B,)`, or `(B, 2)` to
                 weigh the directions by themselves. Defaults to `None`.
         """

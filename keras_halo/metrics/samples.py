@@ -52,8 +52,8 @@ def to_samples(
     Args:
         y_true: Labels: integers of shape `(...)` or `(..., 1)`, or a
             distribution of shape `(..., K)`, or `None` for no labels.
-        y_pred: Packed scores of shape `(..., K + 6)`; a mask that Keras put on
-            them is honoured.
+        y_pred: Packed scores of shape `(..., packed_width)`; a mask that Keras
+            put on them is honoured.
         sample_weight: Optional weights of shape `(...)` or `(..., 1)`, or of
             fewer axes, which are those of the front. Defaults to `None`.
         ignore_class: Optional integer, a label that does not count. Needs

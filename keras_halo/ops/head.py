@@ -51,7 +51,7 @@ def packed_scores(embeddings, centroids, temperature, abstain_bias):
         abstain_bias: Tensor, a scalar.
 
     Returns:
-        Tensor of shape `(N, K + 6)`.
+        Tensor of shape `(N, packed_width)`.
 
     Example:
 
@@ -206,12 +206,12 @@ def with_far_background(scores, far_bias, far_scale):
     ```
 
     Args:
-        scores: Packed scores, a tensor of shape `(N, K + 6)`.
+        scores: Packed scores, a tensor of shape `(N, packed_width)`.
         far_bias: Tensor, a scalar, a constant for gradients.
         far_scale: Tensor, a positive scalar, a constant for gradients.
 
     Returns:
-        Tensor of shape `(N, K + 6)`.
+        Tensor of shape `(N, packed_width)`.
 
     Example:
 

@@ -28,8 +28,9 @@ def are_integer_labels(y_true_shape, y_pred_shape):
     Args:
         y_true_shape: Tuple, the shape of the labels: `(...)` or `(..., 1)` for
             integers, `(..., K)` for a distribution.
-        y_pred_shape: Tuple, the shape `(..., K + 6)` of the packed scores. The
-            width may be `None`, where a batch of keys are the classes.
+        y_pred_shape: Tuple, the shape `(..., packed_width)` of the packed
+            scores. The width may be `None`, where a batch of keys are the
+            classes.
 
     Returns:
         Boolean, true for integer labels.
@@ -41,7 +42,7 @@ def are_integer_labels(y_true_shape, y_pred_shape):
 
     >>> are_integer_labels((8, 1), (8, 14))
     True
-    >>> are_integer_labels((8, 10), (8, 16))
+    >>> are_integer_labels((8, 10), (8, packing.packed_width(10)))
     False
     """
     num_classes = None
@@ -84,7 +85,8 @@ def label_tensor(y_true, y_pred_shape):
     Args:
         y_true: Labels: integers of shape `(...)` or `(..., 1)`, or a
             distribution of shape `(..., K)`; a tensor or an array.
-        y_pred_shape: Tuple, the shape `(..., K + 6)` of the packed scores.
+        y_pred_shape: Tuple, the shape `(..., packed_width)` of the packed
+            scores.
 
     Returns:
         Tuple: a tensor of shape `(...)` or `(..., K)`, and whether the labels
@@ -479,8 +481,9 @@ def ids_and_scores(ids, y_pred, dtype, remedy):
 
     Args:
         ids: Ids of the pairs, see `pair_labels`.
-        y_pred: Packed scores of shape `(B, B + 6)`, or `(B, 2, B + 6)` of both
-            directions: a tensor, or what NumPy makes an array of.
+        y_pred: Packed scores of shape `(B, packed_width)`, or
+            `(B, 2, packed_width)` of both directions: a tensor, or what NumPy
+            makes an array of.
         dtype: String, the dtype of the labels.
         remedy: String, what to do where keys are not paired with queries.
 

@@ -77,7 +77,7 @@ def best_block_size(scores):
     accelerator each of them is as many kernels to launch.
 
     Args:
-        scores: Packed scores, a tensor of shape `(..., K + 6)`.
+        scores: Packed scores, a tensor of shape `(..., packed_width)`.
     """
     if not tensors.WRITES or scores.device.type != "cpu":
         return None
@@ -106,7 +106,7 @@ def integer_label_losses(
     Args:
         labels: Tensor `y` of shape `(...)`, of an integer dtype or integers in
             floating point.
-        scores: Packed scores, a tensor of shape `(..., K + 6)`.
+        scores: Packed scores, a tensor of shape `(..., packed_width)`.
         label_smoothing: Float in `[0, 1)`.
         distill: Boolean, distilled or plain soft targets.
         radial_weight: Non-negative float.
@@ -350,7 +350,7 @@ def distribution_losses(
 
     Args:
         labels: Tensor `Y` of shape `(..., K)`, of the dtype of `scores`.
-        scores: Packed scores, a tensor of shape `(..., K + 6)`.
+        scores: Packed scores, a tensor of shape `(..., packed_width)`.
         label_smoothing: Float in `[0, 1)`.
         distill: Boolean, distilled or plain soft targets.
         radial_weight: Non-negative float.

@@ -19,7 +19,7 @@ ModelOutput = collections.namedtuple("ModelOutput", ["scores", "fitted"])
 ModelOutput.__doc__ = """What a model says of its inputs.
 
 Args:
-    scores: Packed scores of shape `(..., K + 6)`, an array or a tensor.
+    scores: Packed scores of shape `(..., packed_width)`, an array or a tensor.
     fitted: A score of shape `(...)` that the model emits beside them, larger
         for outliers; `None` without one.
 """

@@ -67,7 +67,7 @@ def abstain_log_odds(scores):
     what the probability rounds to zero or one.
 
     Args:
-        scores: Packed scores, a tensor of shape `(..., K + 6)`.
+        scores: Packed scores, a tensor of shape `(..., packed_width)`.
 
     Returns:
         Tensor of shape `(..., 1)`.
@@ -98,7 +98,7 @@ def class_radii(scores):
     ```
 
     Args:
-        scores: Packed scores, a tensor of shape `(..., K + 6)`.
+        scores: Packed scores, a tensor of shape `(..., packed_width)`.
 
     Returns:
         Tensor of shape `(..., K)`.
@@ -425,9 +425,9 @@ def ood_score(scores: Scores, method: str = "abstain") -> Array:
     sum, ranks as `"gap"` does.
 
     Args:
-        scores: Packed scores of shape `(..., K + 6)`, as `HALODense` emits
-            them: an array, or a tensor, also inside a graph. Or what a model
-            of `keras_halo.fit_class_gaussians` returned.
+        scores: Packed scores of shape `(..., packed_width)`, as `HALODense`
+            emits them: an array, or a tensor, also inside a graph. Or what a
+            model of `keras_halo.fit_class_gaussians` returned.
         method: String, one of `keras_halo.OOD_METHODS`, or `"fitted"` for the
             score that such a model emits. Defaults to `"abstain"`.
 

@@ -2,14 +2,14 @@
 
 A Keras loss sees `y_pred` and nothing else, yet the radial term needs the
 embedding's norm, the inverse temperature and the embedding size. The head
-therefore emits one tensor of `K + 6` columns,
+therefore emits one tensor of more columns than classes,
 
 ```
 [ s_1 ... s_K | a | neutral(|x|^2) | neutral(gamma) | neutral(D)
                   | neutral(kappa) | neutral(layout) ]
 ```
 
-with `neutral(u) = -2^40 * (1 + u)`. The last five columns are so negative that
+with `neutral(u) = -2^40 * (1 + u)`. The columns after `a` are so negative that
 a softmax gives them probability exactly zero and neither an argmax nor a top-k
 ever picks them. Code written for ordinary logits keeps working on packed
 scores.
@@ -44,7 +44,7 @@ from keras_halo.utils.checks import check_finite, number_array
 from keras_halo.utils.shapes import axis_length
 from keras_halo.utils.types import Array, ArrayLike, DType, Tensor
 
-# Abstain logit and the five neutral columns.
+# Abstain logit and the neutral columns.
 NUM_EXTRA_COLUMNS = 6
 
 _NUM_NEUTRAL = NUM_EXTRA_COLUMNS - 1
@@ -107,7 +107,7 @@ def packed_width(num_classes: int) -> int:
         num_classes: Integer, the number `K` of classes.
 
     Returns:
-        Integer, `K + 6`.
+        Integer, `num_classes` and the columns that are no class.
 
     Example:
 
@@ -121,9 +121,9 @@ def count_classes(scores: Tensor) -> Any:
     """Returns the number of classes in packed scores.
 
     Args:
-        scores: Tensor or array of shape `(..., K + 6)`; or a tuple, its shape.
-            With a tensor `K` may be known only when a graph runs: where the
-            classes are a batch of keys.
+        scores: Tensor or array of shape `(..., packed_width)`; or a tuple, its
+            shape. With a tensor `K` may be known only when a graph runs: where
+            the classes are a batch of keys.
 
     Returns:
         Integer, `K`; or a scalar tensor of the dtype of `scores` where it is
@@ -187,7 +187,7 @@ def pack(
             far background.
 
     Returns:
-        Tensor of shape `(..., K + 6)`.
+        Tensor of shape `(..., packed_width)`.
 
     Example:
 
@@ -217,7 +217,7 @@ def unpack(scores: Tensor) -> PackedScores:
     """Splits packed scores into logits and geometry; the inverse of `pack`.
 
     Args:
-        scores: Tensor of shape `(..., K + 6)`.
+        scores: Tensor of shape `(..., packed_width)`.
 
     Returns:
         `PackedScores`.
@@ -259,7 +259,7 @@ def with_abstaining(
     """Packed scores with another logit of abstaining.
 
     Args:
-        scores: Tensor of packed scores with shape `(..., K + 6)`.
+        scores: Tensor of packed scores with shape `(..., packed_width)`.
         abstain_logit: Tensor of shape `(..., 1)`.
         far_radius: Tensor of shape `(..., 1)`.
 
@@ -304,7 +304,7 @@ def pack_gradient(
         temperature: Tensor of shape `(..., 1)`.
 
     Returns:
-        Tensor of shape `(..., K + 6)`.
+        Tensor of shape `(..., packed_width)`.
 
     Example:
 
@@ -332,7 +332,7 @@ def unpack_gradient(scores: Tensor) -> PackedScores:
     The chain rule through `pack`.
 
     Args:
-        scores: Tensor of shape `(..., K + 6)`, a gradient.
+        scores: Tensor of shape `(..., packed_width)`, a gradient.
 
     Returns:
         `PackedScores` of gradients.
@@ -351,7 +351,7 @@ def answer_logits(scores: Tensor) -> Tensor:
     """Returns the logits of the `K` classes and of abstaining, in that order.
 
     Args:
-        scores: Tensor of shape `(..., K + 6)`.
+        scores: Tensor of shape `(..., packed_width)`.
 
     Returns:
         Tensor of shape `(..., K + 1)`.
@@ -376,7 +376,7 @@ def best_class(scores: Tensor, members: Tensor = None) -> Tensor:
     converters to ONNX and OpenVINO do not know.
 
     Args:
-        scores: Tensor of shape `(..., K + 6)`, without NaN.
+        scores: Tensor of shape `(..., packed_width)`, without NaN.
         members: Boolean tensor of shape `(..., K)`, the classes that are
             looked at, or `None` for all. Defaults to `None`.
 
@@ -436,12 +436,12 @@ def check_packed(scores: Array, argument: str = "scores") -> None:
     """Checks that a NumPy array holds packed scores, by value.
 
     Args:
-        scores: Array of shape `(..., K + 6)`.
+        scores: Array of shape `(..., packed_width)`.
         argument: String, the name by which an error calls the array.
 
     Raises:
-        ValueError: If the width, a non-finite value, or the last five columns
-            show that the array did not come from a HALO head.
+        ValueError: If the width, a non-finite value, or the columns of
+            geometry show that the array did not come from a HALO head.
 
     Example:
 
@@ -525,7 +525,8 @@ def upgrade_scores(scores: ArrayLike) -> Array:
             0.1.0 predicted it.
 
     Returns:
-        NumPy array of shape `(..., K + 6)` with the same logits and geometry.
+        NumPy array of shape `(..., packed_width)` with the same logits and
+        geometry.
 
     Raises:
         ValueError: If the array does not hold such scores.

@@ -100,7 +100,8 @@ class ConformalRule(RejectionRule):
 
         Args:
             scores: Scores of the kind and the model that the rule was fitted
-                on: packed of shape `(..., K + 6)`, or plain of shape `(...)`.
+                on: packed of shape `(..., packed_width)`, or plain of shape
+                `(...)`.
 
         Returns:
             Array of shape `(...)`, small for outliers, at least `1 / (n + 1)`.

@@ -79,8 +79,8 @@ class FalsePositiveRateRule(RejectionRule):
         """Fits the rule on scores of outliers.
 
         Args:
-            scores: Packed scores of outliers, of shape `(..., K + 6)`; with
-                `method=None` plain scores of shape `(...)`.
+            scores: Packed scores of outliers, of shape `(..., packed_width)`;
+                with `method=None` plain scores of shape `(...)`.
             known: Scores of known inputs, of the same kind. With them
                 `summary` tells how many are still accepted; the threshold does
                 not depend on them. Defaults to `None`.

@@ -168,8 +168,8 @@ class GroupwiseRule(RejectionRule):
 
         Args:
             scores: Scores of the kind that the rule takes: packed scores of
-                shape `(..., K + 6)`, or the dictionary of a fitted model; with
-                `method=None` plain scores of shape `(...)`.
+                shape `(..., packed_width)`, or the dictionary of a fitted
+                model; with `method=None` plain scores of shape `(...)`.
             labels: Integers of shape `(...)` or `(..., 1)`, or one-hot of
                 shape `(..., K)`. Defaults to `None`.
             errors: Booleans of shape `(...)`, true where the prediction is
@@ -276,7 +276,8 @@ class GroupwiseRule(RejectionRule):
 
         Args:
             scores: Scores of the kind and the model that the rule was fitted
-                on: packed of shape `(..., K + 6)`, or plain of shape `(...)`.
+                on: packed of shape `(..., packed_width)`, or plain of shape
+                `(...)`.
             groups: As in `fit`. Defaults to `None`.
 
         Returns:

@@ -129,7 +129,7 @@ class JointRule(RejectionRule):
 
         Args:
             scores: Scores of known inputs: packed scores of shape
-                `(..., K + 6)`, or the dictionary of a fitted model; with
+                `(..., packed_width)`, or the dictionary of a fitted model; with
                 `method=None` plain scores of shape `(...)`.
             labels: Integers of shape `(...)` or `(..., 1)`, or one-hot of
                 shape `(..., K)`. A risk needs labels or errors. Defaults to

@@ -148,7 +148,7 @@ class LabelSetRule(RejectionRule):
 
         Args:
             scores: What `model.predict` returned: packed scores of shape
-                `(..., K + 6)`, or the dictionary of a fitted model.
+                `(..., packed_width)`, or the dictionary of a fitted model.
             labels: Integers of shape `(...)` or `(..., 1)`, or one-hot of
                 shape `(..., K)`; needed.
 
@@ -229,7 +229,7 @@ class LabelSetRule(RejectionRule):
 
         Args:
             scores: Scores of the kind and the model that the rule was fitted
-                on, packed of shape `(..., K + 6)`.
+                on, packed of shape `(..., packed_width)`.
 
         Returns:
             `LabelSets`: `members` of shape `(..., K)`; `accepted`, `labels`

@@ -77,8 +77,8 @@ def read_scores(scores, method, argument="scores", to_judge=False):
     """Reads packed or plain scores.
 
     Args:
-        scores: Packed scores of shape `(..., K + 6)`, or the dictionary of a
-            fitted model; with `method=None` plain scores of shape `(...)`.
+        scores: Packed scores of shape `(..., packed_width)`, or the dictionary
+            of a fitted model; with `method=None` plain scores of shape `(...)`.
         method: String, one of `keras_halo.OOD_METHODS`, `"fitted"`, or `None`.
         argument: String, the name by which an error calls the scores.
         to_judge: Boolean, whether the scores are to be judged and not to be

@@ -122,7 +122,7 @@ class RejectionRule:
 
         Args:
             scores: What `model.predict` returned: packed scores of shape
-                `(..., K + 6)`, or the dictionary of a fitted model; with
+                `(..., packed_width)`, or the dictionary of a fitted model; with
                 `method=None` plain scores of shape `(...)`.
             labels: Integers of shape `(...)` or `(..., 1)`, or one-hot of
                 shape `(..., K)`. Needs packed scores. With labels or errors
@@ -212,7 +212,8 @@ class RejectionRule:
 
         Args:
             scores: Scores of the kind and the model that the rule was fitted
-                on: packed of shape `(..., K + 6)`, or plain of shape `(...)`.
+                on: packed of shape `(..., packed_width)`, or plain of shape
+                `(...)`.
 
         Returns:
             `Decisions`: `accepted`, `labels` with -1 for rejected, `scores`,

@@ -75,7 +75,7 @@ def evaluate_ood(
         method: The score, larger for outliers: a name that
             `keras_halo.ood_score` knows; `"fitted"` for the model's own entry
             `"ood"`; or a callable that takes packed scores of shape
-            `(N, K + 6)` and returns `N` scores. Defaults to `"abstain"`.
+            `(N, packed_width)` and returns `N` scores. Defaults to `"abstain"`.
         batch_size: Optional integer, the batch size for arrays. Defaults to
             `None`, which means 32.
         verbose: 0 for silence, 1 for a progress bar for each set, 2 for a line

@@ -113,7 +113,7 @@ def head_tensors(model):
 
     Returns:
         Embeddings of shape `(batch_size, ..., D)` and packed scores of shape
-        `(batch_size, ..., K + 6)`, both symbolic.
+        `(batch_size, ..., packed_width)`, both symbolic.
 
     Raises:
         ValueError: If the model has not exactly one head, or has no graph.

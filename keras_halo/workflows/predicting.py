@@ -25,7 +25,7 @@ class Answers:
     """What a model says of the samples of one data set, flattened.
 
     Args:
-        packed: Array of shape `(N, K + 6)`.
+        packed: Array of shape `(N, packed_width)`.
         score: Array of shape `(N,)`, larger for outliers.
         labels: Integers of shape `(N,)`, a distribution of shape `(N, K)`, or
             `None`.
@@ -225,7 +225,7 @@ def inference_mode(model):
 
 
 def _predict_batch(predictor, x, where):
-    """Packed scores of shape `(B, ..., K + 6)`, fitted scores, and the mask."""
+    """Packed scores, of a batch of any shape, fitted scores, and the mask."""
     output, mask = predictor.predict_on_batch(x)
     output, fitted = read_model_output(output, f"the output on {where}")
     size = len(keras.tree.flatten(x)[0])

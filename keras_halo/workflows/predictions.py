@@ -70,9 +70,9 @@ def decode_predictions(scores: Scores) -> Predictions:
     """Decodes packed scores, e.g. of `model.predict`, into a readable result.
 
     Args:
-        scores: Packed scores with shape `(..., K + 6)`, as `HALODense` emits
-            them: a NumPy array or what converts to one. Or what a model of
-            `keras_halo.fit_class_gaussians` returned.
+        scores: Packed scores with shape `(..., packed_width)`, as `HALODense`
+            emits them: a NumPy array or what converts to one. Or what a model
+            of `keras_halo.fit_class_gaussians` returned.
 
     Returns:
         `Predictions`: labels with -1 for abstained, class probabilities,
@@ -159,7 +159,7 @@ def pair_log_odds(scores: ArrayLike) -> Array:
 
     Args:
         scores: NumPy array (or what converts to one) of packed scores with
-            shape `(..., K + 6)`.
+            shape `(..., packed_width)`.
 
     Returns:
         Array of shape `(..., K)`.

@@ -9,8 +9,10 @@ from keras import ops
 import keras_halo
 from keras_halo import HALODense, HALOLoss
 from keras_halo.losses import halo_loss
+from keras_halo.ops.packing import packed_width
 
 K, D = 5, 6
+WIDTH = packed_width(K)
 
 
 def _scores(shape=(8,), num_classes=K, seed=0, dtype="float32", scale=1.0):
@@ -440,13 +442,13 @@ def test_numpy_scores_that_are_not_packed_are_refused():
 @pytest.mark.parametrize(
     ("labels", "scores"),
     [
-        ((8, 3), (8, K + 6)),  # one-hot of the wrong width
-        ((8, K + 6), (8, K + 6)),  # one-hot as wide as the scores
+        ((8, 3), (8, WIDTH)),  # one-hot of the wrong width
+        ((8, WIDTH), (8, WIDTH)),  # one-hot as wide as the scores
         ((8, K), (8, K)),  # Dense in the place of HALODense
-        ((7,), (8, K + 6)),
-        ((8, 2), (8, 3, K + 6)),
-        ((8, 3, 4, 1), (8, 3, K + 6)),
-        ((), (8, K + 6)),
+        ((7,), (8, WIDTH)),
+        ((8, 2), (8, 3, WIDTH)),
+        ((8, 3, 4, 1), (8, 3, WIDTH)),
+        ((), (8, WIDTH)),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(labels, scores):

@@ -13,6 +13,7 @@ import keras_halo
 from keras_halo import metrics
 from keras_halo.metrics.names_of_0_1_0 import Coverage
 from keras_halo.metrics.packed_mean import compensated_add
+from keras_halo.ops.packing import packed_width
 
 # Keras's confusion matrix asks JAX for int64.
 pytestmark = pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
@@ -51,7 +52,9 @@ def result_of(metric, *batches):
 
 def naive_result(metric_class, labels, scores, weights=None):
     """What a metric is, sample by sample in float64."""
-    scores = np.asarray(scores, "float64").reshape(-1, NUM_CLASSES + 6)
+    scores = np.asarray(scores, "float64").reshape(
+        -1, packed_width(NUM_CLASSES)
+    )
     labels = np.asarray(labels).reshape(-1)
     if weights is None:
         weights = np.ones(labels.size)

@@ -11,6 +11,7 @@ import pytest
 from helpers import naive_softmax, packed
 
 import keras_halo
+from keras_halo.ops.packing import packed_width
 from keras_halo.workflows import OODReport, evaluate_ood
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
@@ -620,7 +621,7 @@ def test_bad_scores_are_refused(method, message, model):
 
 def test_models_without_packed_scores_are_refused():
     inputs = keras.Input((DIM,))
-    dense = keras.layers.Dense(NUM_CLASSES + 6)(inputs)
+    dense = keras.layers.Dense(packed_width(NUM_CLASSES))(inputs)
     with pytest.raises(ValueError, match="HALODense"):
         evaluate_ood(keras.Model(inputs, dense), (X, Y), UNKNOWN, verbose=0)
     two = keras.Model(inputs, [head()(inputs), dense])
@@ -636,7 +637,7 @@ def test_fewer_samples_than_bins_get_fewer_bins(model):
 
 def abstaining(model, nats):
     """The model with abstaining further ahead."""
-    columns = np.zeros(NUM_CLASSES + 6, "float32")
+    columns = np.zeros(packed_width(NUM_CLASSES), "float32")
     columns[NUM_CLASSES] = nats
     ahead = keras.layers.Lambda(lambda scores: keras.ops.add(scores, columns))
     return keras.Model(model.input, ahead(model.output))
