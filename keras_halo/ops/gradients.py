@@ -12,7 +12,10 @@ from collections.abc import Iterator
 import keras
 from keras import ops
 
-from keras_halo.utils.keras_private import in_torch_transform
+from keras_halo.utils.keras_private import (
+    in_torch_transform,
+    is_torch_compiling,
+)
 from keras_halo.utils.precision import full_precision
 
 # One entry for every open scope. No context variable, which `torch.compile`
@@ -69,11 +72,26 @@ def _needs_plain():
     return in_torch_transform()
 
 
-def with_gradient(function, gradient, plain):
+def _keeps_for_backward(x):
+    """Whether there will be a backward pass, of operations one by one."""
+    return (
+        keras.backend.backend() == "torch"
+        and x.requires_grad
+        and not is_torch_compiling()
+    )
+
+
+def _is_recorded(x):
+    """Whether PyTorch records what is done now with a tensor of a gradient."""
+    # A view alone requires a gradient whether or not anything is recorded.
+    return (x[:0] * 1.0).requires_grad
+
+
+def with_gradient(function, gradient, plain, both=None):
     """Joins a function of tensors with its vector-Jacobian product.
 
-    All have to get every tensor as an input, labels included: JAX calls them
-    again when the trace in which a closure was made is long over.
+    The first three have to get every tensor as an input, labels included: JAX
+    calls them again when the trace in which a closure was made is long over.
 
     Args:
         function: Callable, `function(*inputs)` returns a tensor.
@@ -81,13 +99,33 @@ def with_gradient(function, gradient, plain):
             one tensor for every input, or `None` where it has no gradient.
         plain: Callable like `function` that writes into no tensor and that the
             backend can differentiate.
+        both: Callable, `both(*inputs)` returns what `function` returns and a
+            function of `upstream` that is called at most once, for what
+            `gradient` returns. PyTorch, which compiles nothing, is spared what
+            the two have in common. Defaults to `None`, without it.
 
     Returns:
         Callable like `function`.
     """
 
+    def both_once(*inputs):
+        output, slopes = both(*inputs)
+        kept = [slopes]
+
+        def backward(*args, upstream):
+            with full_precision():
+                # A second pass, or a derivative of this one, starts anew.
+                if kept and not _is_recorded(args[0]):
+                    return kept.pop()(upstream)
+                return gradient(args, upstream)
+
+        return output, backward
+
     @ops.custom_gradient
     def joined(*inputs):
+        if both is not None and _keeps_for_backward(inputs[0]):
+            return both_once(*inputs)
+
         def backward(*args, upstream=None):
             # PyTorch passes the inputs on, the others pass upstream alone.
             if upstream is not None:

@@ -10,6 +10,7 @@ unrolled, XLA would work on many blocks at a time and hold them all. At once is
 not a single block: on JAX that takes about three times as long.
 """
 
+import collections
 import math
 from typing import NamedTuple
 
@@ -147,92 +148,185 @@ def integer_label_losses(
     labels, in_range = safe_indices(labels, num_classes)
     terms = _Terms(label_smoothing, distill, radial_weight, num_classes)
     if block_size is None:
-        forward, backward = _at_once(terms)
+        read, slopes_of = _at_once(terms)
     else:
-        forward, backward = _in_blocks(terms, block_size)
+        read, slopes_of = _in_blocks(terms, block_size)
+
+    def losses(scores, labels, in_range):
+        return _losses_of(read(scores, labels, in_range), terms)
+
+    def gradient(inputs, upstream):
+        reading = read(*inputs, with_gaps=False)
+        return slopes_of(reading, upstream), None, None
+
+    def both(scores, labels, in_range):
+        reading = read(scores, labels, in_range)
+
+        def gradient(upstream):
+            return slopes_of(reading, upstream), None, None
+
+        return _losses_of(reading, terms), gradient
 
     def plain(scores, labels, in_range):
         return _plain_losses(labels, in_range, scores, terms)
 
-    losses = with_gradient(forward, backward, plain)(scores, labels, in_range)
-    return losses if shape is None else ops.reshape(losses, shape)
+    found = with_gradient(losses, gradient, plain, both)(
+        scores, labels, in_range
+    )
+    return found if shape is None else ops.reshape(found, shape)
+
+
+_Reading = collections.namedtuple(
+    "_Reading",
+    [
+        "scores",
+        "labels",
+        "parts",
+        "known",
+        "own",
+        "top",
+        "log_total",
+        "near",
+        "itself",
+        "target_total",
+        "gaps",
+    ],
+)
+_Reading.__doc__ = """What the losses and their gradient have in common.
+
+Args:
+    scores: Packed scores of shape `(N, packed_width)`.
+    labels: Integers of shape `(N, 1)`.
+    parts: `PackedScores` of them.
+    known: Boolean, where a loss can be told. This and all that follow but
+        `near` are of shape `(N, 1)`.
+    own: Logits at the labels.
+    top: With `log_total` the logarithm of what softmax divides by, in two
+        parts: see `normalizer`.
+    log_total: The other part.
+    near: With distilled targets the mass near each class, of shape `(N, K)`;
+        `None` in blocks.
+    itself: With distilled targets the mass near the label.
+    target_total: With distilled targets what divides these masses.
+    gaps: With soft targets `sum_k near_k * (own - s_k)`, where plain targets
+        have one for `near_k`. `None` where it is not asked for.
+"""
+
+
+def _losses_of(reading, terms):
+    losses = (reading.top - reading.own) + reading.log_total
+    if terms.label_smoothing and terms.distill:
+        losses += reading.gaps / reading.target_total
+    elif terms.label_smoothing:
+        losses += reading.gaps * (terms.label_smoothing / terms.num_classes)
+    if terms.radial_weight:
+        radial = radial_losses(reading.parts, reading.own)
+        losses += radial * terms.radial_weight
+    losses = ops.where(reading.known, losses, float("nan"))
+    # Not squeezed, which needs a known number of classes.
+    return losses[..., 0]
+
+
+def _slopes_but_of_classes(reading, upstream, terms):
+    """What the gradient of the class columns and of the others is made of.
+
+    Args:
+        reading: `_Reading`.
+        upstream: Gradient of the losses, of shape `(N,)`.
+        terms: `_Terms`.
+
+    Returns:
+        Tuple of tensors of shape `(N, 1)`: `upstream`, zero where no loss can
+        be told; `1 / target_total`, or `None` without distilled targets; what
+        the logit at the label gets beside `p - q` of other classes; and a
+        dictionary of the slopes of the other columns, for `pack_gradient`.
+    """
+    parts = reading.parts
+    upstream = ops.where(reading.known, ops.expand_dims(upstream, axis=-1), 0.0)
+    target = None
+    if terms.label_smoothing and terms.distill:
+        # Targets are constants, also to a second derivative.
+        target = ops.stop_gradient(1.0 / reading.target_total)
+        itself = ops.stop_gradient(reading.itself)
+        own_slope = upstream * (target * (itself - 1.0))
+    else:
+        own_slope = upstream * (terms.label_smoothing - 1.0)
+    radial_slope, norm_slope, gamma_slope = radial_slopes(
+        parts, reading.own, upstream * terms.radial_weight
+    )
+    of_bias = abstain_slope(parts, reading.top, reading.log_total)
+    others = {
+        "abstain_logit": of_bias * upstream,
+        "squared_norm": norm_slope,
+        "temperature": gamma_slope,
+    }
+    return upstream, target, own_slope + radial_slope, others
 
 
 def _at_once(terms):
-    """The loss of all classes at once, and its gradient."""
-    label_smoothing, distill, radial_weight, num_classes = terms
+    """The loss of all classes at once, and its gradient.
 
-    def target_terms(parts, labels):
-        """Mass near each class, that of the label, and what divides it."""
-        near = terms.nearness(parts, parts.logits)
-        itself = at_labels(near, labels)
-        return near, itself, 1.0 + (sum_columns(near) - itself)
+    Returns:
+        Tuple of two functions: one makes a `_Reading` of packed scores, labels
+        and where these are in range; the other makes the gradient of it and of
+        what comes from upstream, and may write into it.
+    """
+    label_smoothing, distill, _, num_classes = terms
 
-    def forward(scores, labels, in_range):
+    def read(scores, labels, in_range, with_gaps=True):
         parts = packing.unpack(scores)
         own = at_labels(parts.logits, labels)
-        top, log_total = normalizer(parts.logits, terms.training_bias(parts))
-        losses = (top - own) + log_total
+        near = itself = total = gaps = None
         if label_smoothing and distill:
-            near, _, total = target_terms(parts, labels)
+            near = terms.nearness(parts, parts.logits)
+            itself = at_labels(near, labels)
+            total = 1.0 + (sum_columns(near) - itself)
+        if label_smoothing and with_gaps:
             gaps = own - parts.logits
-            gaps *= near
-            losses += sum_columns(gaps) / total
-        elif label_smoothing:
-            spread = label_smoothing / num_classes
-            losses += sum_columns(own - parts.logits) * spread
-        if radial_weight:
-            losses += radial_losses(parts, own) * radial_weight
-        losses = ops.where(is_known(parts, in_range), losses, float("nan"))
-        # Not squeezed, which needs a known number of classes.
-        return losses[..., 0]
-
-    def backward(inputs, upstream):
-        scores, labels, in_range = inputs
-        parts = packing.unpack(scores)
-        upstream = ops.where(
-            is_known(parts, in_range), ops.expand_dims(upstream, axis=-1), 0.0
+            if distill:
+                gaps *= near
+            gaps = sum_columns(gaps)
+        return _Reading(
+            scores,
+            labels,
+            parts,
+            is_known(parts, in_range),
+            own,
+            *normalizer(parts.logits, terms.training_bias(parts)),
+            near,
+            itself,
+            total,
+            gaps,
         )
-        top, log_total = normalizer(parts.logits, terms.training_bias(parts))
-        p = ops.exp((parts.logits - top) - log_total)
+
+    def slopes_of(reading, upstream):
+        upstream, target, own_slope, others = _slopes_but_of_classes(
+            reading, upstream, terms
+        )
+        logits = reading.parts.logits
+        slopes = ops.exp((logits - reading.top) - reading.log_total)
         if label_smoothing and distill:
-            # Targets are constants, also to a second derivative.
-            near, itself, total = map(
-                ops.stop_gradient, target_terms(parts, labels)
-            )
-            target = 1.0 / total
+            near = ops.stop_gradient(reading.near)
             near *= target
-            slopes = p - near
-            own_slope = upstream * (target * (itself - 1.0))
+            slopes = slopes - near
         else:
-            slopes = p - label_smoothing / num_classes
-            own_slope = upstream * (label_smoothing - 1.0)
+            slopes = slopes - label_smoothing / num_classes
         # Last, when no slope is so small that the product underflows, which
         # some processors take long for.
         slopes *= upstream
-        radial_slope, norm_slope, gamma_slope = radial_slopes(
-            parts,
-            at_labels(parts.logits, labels),
-            upstream * radial_weight,
-        )
-        own_slope = own_slope + radial_slope
-        return (
-            packing.pack_gradient(
-                logits=plus_at_labels(slopes, labels, own_slope),
-                abstain_logit=abstain_slope(parts, top, log_total) * upstream,
-                squared_norm=norm_slope,
-                temperature=gamma_slope,
-            ),
-            None,
-            None,
-        )
+        slopes = plus_at_labels(slopes, reading.labels, own_slope)
+        return packing.pack_gradient(logits=slopes, **others)
 
-    return forward, backward
+    return read, slopes_of
 
 
 def _in_blocks(terms, block_size):
-    """The loss of a block of classes after the other, and its gradient."""
-    label_smoothing, distill, radial_weight, num_classes = terms
+    """The loss of a block of classes after the other, and its gradient.
+
+    Returns:
+        Tuple of two functions, as those of `_at_once`.
+    """
+    label_smoothing, distill, _, num_classes = terms
 
     def over_blocks(step, carry):
         """`carry = step(start, size, carry)` for one block after the other."""
@@ -246,8 +340,9 @@ def _in_blocks(terms, block_size):
             )
         return step(count * block_size, rest, carry) if rest else carry
 
-    def sums_of(scores, parts, own, with_gaps=True):
-        """What the classes contribute: `log Z`, target mass and gaps."""
+    def read(scores, labels, in_range, with_gaps=True):
+        parts = packing.unpack(scores)
+        own = at_labels(parts.logits, labels)
         batch = ops.shape(scores)[0]
 
         def add_block(start, size, carry):
@@ -269,49 +364,34 @@ def _in_blocks(terms, block_size):
         normalizer, total, gaps = over_blocks(
             add_block, (terms.training_bias(parts), nothing, nothing)
         )
+        itself = None
         if label_smoothing and distill:
-            total = 1.0 + (total - terms.nearness(parts, own))
-        return normalizer, total, gaps
-
-    def forward(scores, labels, in_range):
-        parts = packing.unpack(scores)
-        own = at_labels(parts.logits, labels)
-        normalizer, total, gaps = sums_of(scores, parts, own)
-        losses = normalizer - own
-        if label_smoothing and distill:
-            losses += gaps / total
-        elif label_smoothing:
-            losses += gaps * (label_smoothing / num_classes)
-        if radial_weight:
-            losses += radial_losses(parts, own) * radial_weight
-        losses = ops.where(is_known(parts, in_range), losses, float("nan"))
-        return ops.squeeze(losses, axis=-1)
-
-    def backward(inputs, upstream):
-        scores, labels, in_range = inputs
-        parts = packing.unpack(scores)
-        upstream = ops.where(
-            is_known(parts, in_range), ops.expand_dims(upstream, axis=-1), 0.0
+            itself = terms.nearness(parts, own)
+            total = 1.0 + (total - itself)
+        return _Reading(
+            scores,
+            labels,
+            parts,
+            is_known(parts, in_range),
+            own,
+            normalizer,
+            nothing,
+            None,
+            itself,
+            total,
+            gaps,
         )
-        own = at_labels(parts.logits, labels)
-        normalizer, total, _ = sums_of(scores, parts, own, with_gaps=False)
-        if label_smoothing and distill:
-            # Targets are constants, also to a second derivative.
-            target = ops.stop_gradient(1.0 / total)
-            itself = ops.stop_gradient(terms.nearness(parts, own))
-            own_slope = upstream * (target * (itself - 1.0))
-        else:
-            own_slope = upstream * (label_smoothing - 1.0)
-        radial_slope, norm_slope, gamma_slope = radial_slopes(
-            parts, own, upstream * radial_weight
-        )
-        own_slope = own_slope + radial_slope
 
+    def slopes_of(reading, upstream):
+        upstream, target, own_slope, others = _slopes_but_of_classes(
+            reading, upstream, terms
+        )
+        scores, labels, parts = reading.scores, reading.labels, reading.parts
         batch = ops.shape(scores)[0]
 
         def fill_block(start, size, gradient):
             logits = ops.slice(scores, (0, start), (batch, size))
-            slopes = ops.exp(logits - normalizer)
+            slopes = ops.exp(logits - reading.top)
             if label_smoothing and distill:
                 near = ops.stop_gradient(terms.nearness(parts, logits))
                 slopes = slopes - near * target
@@ -325,15 +405,10 @@ def _in_blocks(terms, block_size):
         gradient = over_blocks(fill_block, ops.zeros_like(scores))
         if tensors.WRITES:
             gradient = plus_at_labels(gradient, labels, own_slope)
-        rest = packing.pack_gradient(
-            logits=parts.logits[:, :0],
-            abstain_logit=abstain_slope(parts, normalizer, 0.0) * upstream,
-            squared_norm=norm_slope,
-            temperature=gamma_slope,
-        )
-        return tensors.with_columns(gradient, num_classes, rest), None, None
+        rest = packing.pack_gradient(logits=parts.logits[:, :0], **others)
+        return tensors.with_columns(gradient, num_classes, rest)
 
-    return forward, backward
+    return read, slopes_of
 
 
 def distribution_losses(

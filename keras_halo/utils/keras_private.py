@@ -251,3 +251,15 @@ def in_torch_transform():
     """
     torch = sys.modules.get("torch")
     return torch is not None and torch._C._are_functorch_transforms_active()
+
+
+def is_torch_compiling():
+    """Tells whether `torch.compile` or `torch.export` is tracing.
+
+    Example:
+
+    >>> is_torch_compiling()
+    False
+    """
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
