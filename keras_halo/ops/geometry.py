@@ -24,6 +24,7 @@ from typing import Any
 
 from keras import backend, ops
 
+from keras_halo.ops import tensors
 from keras_halo.utils.shapes import axis_length
 from keras_halo.utils.types import Tensor
 
@@ -302,7 +303,7 @@ def to_temperature(raw_gamma: Tensor) -> Tensor:
     else:
         # A log-sigmoid loses half of its digits in onnxruntime.
         gamma = ops.softplus(raw_gamma)
-    return ops.clip(gamma, MIN_TEMPERATURE, math.inf)
+    return tensors.bounded(gamma, MIN_TEMPERATURE, math.inf)
 
 
 def centered(centroids: Tensor) -> Tensor:
@@ -351,7 +352,7 @@ def mean_square(vectors: Tensor) -> Tensor:
     >>> float(mean_square(ops.array([[3.0, 4.0]]))[0, 0])
     12.5
     """
-    total = ops.sum(vectors * vectors, axis=-1, keepdims=True)
+    total = tensors.sum_columns(vectors * vectors)
     return total / vectors.shape[-1]
 
 
@@ -444,7 +445,7 @@ def floored_log(squared_radius: Tensor) -> Tensor:
     >>> round(float(floored_log(ops.array(0.0))), 4)
     -7.9078
     """
-    floored = ops.clip(squared_radius, RADIUS_FLOOR, math.inf)
+    floored = tensors.bounded(squared_radius, RADIUS_FLOOR, math.inf)
     return ops.log(floored) + (squared_radius - floored) / RADIUS_FLOOR
 
 
@@ -502,7 +503,8 @@ def radial_slope(squared_radius: Tensor, embedding_dim: int | Tensor) -> Tensor:
     0.375
     """
     volume = 0.5 - 1.0 / embedding_dim
-    return 0.5 - volume / ops.clip(squared_radius, RADIUS_FLOOR, math.inf)
+    floored = tensors.bounded(squared_radius, RADIUS_FLOOR, math.inf)
+    return 0.5 - volume / floored
 
 
 def log_probabilities(logits: Tensor, abstain_logit: Tensor) -> Tensor:

@@ -26,7 +26,13 @@ from keras import ops
 
 from keras_halo.ops import geometry, packing, tensors
 from keras_halo.ops.gradients import with_gradient
-from keras_halo.ops.tensors import at_labels, plus_at_labels, sum_columns
+from keras_halo.ops.tensors import (
+    at_labels,
+    plus_at_labels,
+    sum_columns,
+    sum_entries,
+    sum_rows,
+)
 
 # Zero would say that there is no far background.
 _MIN_FAR_RADIUS = 1e-3
@@ -141,13 +147,13 @@ def _packed_scores_backward(inputs, upstream):
     g = upstream.logits
     scale = gamma * (2.0 / dim)
 
-    of_class = ops.sum(g, axis=0, keepdims=True)
+    of_class = sum_rows(g)
     of_sample = sum_columns(g)
     # sum_k g_nk c_k, and the sum of these over the samples.
     pulls = g @ centroids
     pulls -= of_sample * mean
-    of_centered = ops.sum(pulls, axis=0, keepdims=True)
-    of_raw = of_centered + ops.sum(of_class) * mean
+    of_centered = sum_rows(pulls)
+    of_raw = of_centered + sum_entries(of_class) * mean
     drift = ops.transpose(of_sample) @ x - of_centered
 
     dx = pulls * scale
@@ -162,13 +168,12 @@ def _packed_scores_backward(inputs, upstream):
         drift * (scale * (1.0 / num_classes)),
     )
     # sum_k of_class_k |c_k|^2, times D.
-    spread = ops.sum(of_class * squared_norms) - ops.sum(
+    spread = sum_entries(of_class * squared_norms) - sum_entries(
         (of_raw + of_centered) * mean
     )
-    dgamma = (2.0 * ops.sum(x * pulls) - spread) * (1.0 / dim) + ops.sum(
-        upstream.temperature
-    )
-    dbias = ops.sum(upstream.abstain_logit)
+    dgamma = (2.0 * sum_entries(x * pulls) - spread) * (1.0 / dim)
+    dgamma += sum_entries(upstream.temperature)
+    dbias = sum_entries(upstream.abstain_logit)
     return dx, dcentroids, dgamma, dbias, None, None, None
 
 
