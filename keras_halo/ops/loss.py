@@ -186,6 +186,7 @@ _Reading = collections.namedtuple(
         "own",
         "top",
         "log_total",
+        "masses",
         "near",
         "itself",
         "target_total",
@@ -199,11 +200,12 @@ Args:
     labels: Integers of shape `(N, 1)`.
     parts: `PackedScores` of them.
     known: Boolean, where a loss can be told. This and all that follow but
-        `near` are of shape `(N, 1)`.
+        `masses` and `near` are of shape `(N, 1)`.
     own: Logits at the labels.
     top: With `log_total` the logarithm of what softmax divides by, in two
         parts: see `normalizer`.
     log_total: The other part.
+    masses: `exp(s - top)` of shape `(N, K)`; `None` in blocks.
     near: With distilled targets the mass near each class, of shape `(N, K)`;
         `None` in blocks.
     itself: With distilled targets the mass near the label.
@@ -303,14 +305,13 @@ def _at_once(terms):
         upstream, target, own_slope, others = _slopes_but_of_classes(
             reading, upstream, terms
         )
-        logits = reading.parts.logits
-        slopes = ops.exp((logits - reading.top) - reading.log_total)
+        slopes = reading.masses * ops.exp(-reading.log_total)
         if label_smoothing and distill:
             near = ops.stop_gradient(reading.near)
             near *= target
-            slopes = slopes - near
+            slopes -= near
         else:
-            slopes = slopes - label_smoothing / num_classes
+            slopes -= label_smoothing / num_classes
         # Last, when no slope is so small that the product underflows, which
         # some processors take long for.
         slopes *= upstream
@@ -376,6 +377,7 @@ def _in_blocks(terms, block_size):
             own,
             normalizer,
             nothing,
+            None,
             None,
             itself,
             total,
@@ -515,12 +517,13 @@ def normalizer(logits, bias):
         bias: Tensor `b` of shape `(N, 1)`.
 
     Returns:
-        Tuple of two tensors of shape `(N, 1)`.
+        Tuple of two tensors of shape `(N, 1)`, and of `exp(s - top)`.
     """
     top = tensors.max_of_rows(logits)
     top = ops.stop_gradient(ops.where(bias > top, bias, top))
-    total = sum_columns(ops.exp(logits - top)) + ops.exp(bias - top)
-    return top, ops.log(total)
+    masses = ops.exp(logits - top)
+    total = sum_columns(masses) + ops.exp(bias - top)
+    return top, ops.log(total), masses
 
 
 def abstain_slope(parts, top, log_total):
