@@ -288,17 +288,22 @@ def _at_once(terms):
             if distill:
                 gaps *= near
             gaps = sum_columns(gaps)
+        top, log_total, masses = normalizer(
+            parts.logits, terms.training_bias(parts)
+        )
         return _Reading(
-            scores,
-            labels,
-            parts,
-            is_known(parts, in_range),
-            own,
-            *normalizer(parts.logits, terms.training_bias(parts)),
-            near,
-            itself,
-            total,
-            gaps,
+            scores=scores,
+            labels=labels,
+            parts=parts,
+            known=is_known(parts, in_range),
+            own=own,
+            top=top,
+            log_total=log_total,
+            masses=masses,
+            near=near,
+            itself=itself,
+            target_total=total,
+            gaps=gaps,
         )
 
     def slopes_of(reading, upstream):
@@ -370,18 +375,18 @@ def _in_blocks(terms, block_size):
             itself = terms.nearness(parts, own)
             total = 1.0 + (total - itself)
         return _Reading(
-            scores,
-            labels,
-            parts,
-            is_known(parts, in_range),
-            own,
-            normalizer,
-            nothing,
-            None,
-            None,
-            itself,
-            total,
-            gaps,
+            scores=scores,
+            labels=labels,
+            parts=parts,
+            known=is_known(parts, in_range),
+            own=own,
+            top=normalizer,
+            log_total=nothing,
+            masses=None,
+            near=None,
+            itself=itself,
+            target_total=total,
+            gaps=gaps,
         )
 
     def slopes_of(reading, upstream):

@@ -97,6 +97,27 @@ def coverage_rank(num_samples, coverage, delta=None):
     return int(binomial.isf(delta, num_samples, coverage)) + 1
 
 
+def coverage_threshold(scores, coverage, delta=None):
+    """The lowest threshold that keeps a coverage.
+
+    Args:
+        scores: Array of shape `(n,)`, of at least `samples_for_coverage`.
+        coverage: Float in `(0, 1)`.
+        delta: As in `coverage_rank`.
+
+    Returns:
+        Float.
+
+    Example:
+
+    >>> round(coverage_threshold(np.arange(100.0), 0.95), 2)
+    95.0
+    """
+    rank = coverage_rank(len(scores), coverage, delta)
+    largest = float(np.partition(scores, rank - 1)[rank - 1])
+    return threshold_above(largest, scores)
+
+
 def coverage_bound(rank, num_samples, delta):
     """Coverage that a rank keeps with a given confidence.
 

@@ -2,7 +2,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_halo.rejection import bounds
 from keras_halo.rejection.readings import check_fraction
@@ -97,9 +96,8 @@ class CoverageRule(RejectionRule):
         self, scores: Array, wrong: Array | None
     ) -> tuple[float, Array | None]:
         self.require_samples(len(scores))
-        rank = bounds.coverage_rank(len(scores), self.coverage, self.delta)
-        largest = float(np.partition(scores, rank - 1)[rank - 1])
-        return bounds.threshold_above(largest, scores), None
+        threshold = bounds.coverage_threshold(scores, self.coverage, self.delta)
+        return threshold, None
 
     def state_guarantee(self) -> str:
         if self.delta is None:

@@ -220,9 +220,8 @@ class LabelSetRule(RejectionRule):
         self, scores: Array, wrong: Array | None
     ) -> tuple[float, Array | None]:
         self.require_samples(len(scores))
-        rank = bounds.coverage_rank(len(scores), self.coverage, self.delta)
-        largest = float(np.partition(scores, rank - 1)[rank - 1])
-        return bounds.threshold_above(largest, scores), None
+        threshold = bounds.coverage_threshold(scores, self.coverage, self.delta)
+        return threshold, None
 
     def predict(self, scores: Scores) -> LabelSets:
         """Finds the labels that each input may have.

@@ -309,6 +309,48 @@ def test_second_derivatives_are_those_of_the_formulas(
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="others keep no graph"
+)
+@pytest.mark.parametrize(
+    ("smoothing", "distill", "block_size"),
+    [(0.2, True, None), (0.2, False, None), (0.0, True, None), (0.2, True, 2)],
+)
+def test_every_backward_pass_over_one_graph_gives_the_same_gradient(
+    smoothing, distill, block_size
+):
+    import torch
+
+    x, centroids, gamma, bias = arrays((6, 5, 3), "float64")
+    labels = np.array([0, 1, 2, 3, 4, 7], "int32")  # the last one is no class
+    with float64():
+        scores = plain_scores(
+            *map(ops.convert_to_tensor, (x, centroids, gamma, bias))
+        ).requires_grad_()
+        losses = losses_of(
+            labels, scores, smoothing, distill, 1.0, block_size=block_size
+        )
+        slope = functools.partial(
+            torch.autograd.grad, losses[:5].sum(), scores, retain_graph=True
+        )
+        (first,), (second,) = slope(), slope()
+        (third,) = slope(create_graph=True)
+        plain = ops.sum(
+            plain_losses(labels[:5], scores[:5], smoothing, distill, 1.0)
+        )
+        (formula,) = torch.autograd.grad(plain, scores)
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    columns = slice(0, 6)
+    np.testing.assert_allclose(
+        to_numpy(first[:, columns]),
+        to_numpy(formula[:, columns]),
+        rtol=1e-10,
+        atol=1e-12,
+    )
+    assert not first[5].any()
+
+
 @pytest.mark.parametrize("shift", [1.0, 30.0])
 def test_a_large_mean_of_the_centroids_costs_what_is_said(shift):
     x, centroids, gamma, bias = arrays((50, 6, 8), "float32")
