@@ -36,8 +36,15 @@ import numpy as np
 from keras import layers, ops
 from networks import convnet, resnet18
 
-from keras_halo import HALODense, HALOLoss, decode_predictions, ood_score
+from keras_halo import (
+    HALODense,
+    HALOLoss,
+    decode_predictions,
+    guard,
+    ood_score,
+)
 from keras_halo.ops import geometry, packing
+from keras_halo.rejection import CoverageRule
 
 BACKEND = keras.backend.backend()
 SIZES = ((256, 10, 10), (256, 512, 1000), (64, 768, 50_000))
@@ -321,12 +328,17 @@ def bench_inference(arguments):
     def scores(method):
         return models[method].predict(x, batch_size=256, verbose=0)
 
+    rule = CoverageRule(0.95).fit(scores(WITH_EMBEDDING))
+    guarded = guard(models[WITH_EMBEDDING], rule)
     functions = {
         "predict + softmax": lambda: ops.convert_to_numpy(
             ops.softmax(scores(TWO_DENSE))
         ),
         "predict + score": lambda: ood_score(scores(WITH_EMBEDDING)),
         "predict + decode": lambda: decode_predictions(scores(WITH_EMBEDDING)),
+        "predict of a guarded model": lambda: guarded.predict(
+            x, batch_size=256, verbose=0
+        ),
     }
     times = interleaved(functions, arguments.rounds, 0.3)
     show("inference, convnet, 1024 images", times, "predict + softmax")
