@@ -13,11 +13,17 @@ together, for each group, or for sets of labels, over ten populations with ties,
 discrete scores, rare classes and rare errors:
 
     python benchmarks/rejection_guarantees.py --deployments 100000
+
+With `--mapie` it compares what joint rules answer with what the Learn then Test
+procedure of MAPIE answers at the same guarantees; `pip install mapie`:
+
+    python benchmarks/rejection_guarantees.py --mapie 100
 """
 
 import argparse
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 
 import keras
@@ -219,47 +225,146 @@ class Quantiles:
         return np.searchsorted(self.scores, threshold, side="right") / GRID
 
 
-def joint_deployments(population, number, delta, rng):
-    """How many joint rules were fitted and how many broke a guarantee."""
-    grid = (np.arange(GRID) + 0.5) / GRID
-    risks = np.cumsum(population.error_rate(grid)) / np.arange(1, GRID + 1)
-    quantile_of = Quantiles(population.score)
+class JointTask:
+    """What joint rules are asked for in one population, and what is true."""
 
-    def truth(threshold):
-        quantile = quantile_of(threshold)
+    def __init__(self, population):
+        self.population = population
+        grid = (np.arange(GRID) + 0.5) / GRID
+        risks = np.cumsum(population.error_rate(grid))
+        self.risks = risks / np.arange(1, GRID + 1)
+        self.quantile_of = Quantiles(population.score)
+        limit = population.score(np.array([population.limit]))[0]
+        self.at_limit = self.truth(limit)
+
+    def truth(self, threshold):
+        quantile = self.quantile_of(threshold)
         return {
-            "risk": risks[max(round(quantile * GRID) - 1, 0)],
+            "risk": self.risks[max(round(quantile * GRID) - 1, 0)],
             "coverage": quantile,
-            "false_positive_rate": quantile**population.outliers,
+            "false_positive_rate": quantile**self.population.outliers,
         }
 
-    at_limit = truth(population.score(np.array([population.limit]))[0])
-    fitted = broken = 0
-    for place in range(number):
+    def wanted(self, place):
         slack = SLACK[place % len(SLACK)]
-        wanted = {
+        return {
             name: value + (-1 if name == "coverage" else 1) * slack.get(name, 0)
-            for name, value in at_limit.items()
+            for name, value in self.at_limit.items()
         }
-        rule = JointRule(**wanted, delta=delta, method=None)
+
+    def draw(self, rng):
+        """Scores of known inputs, which answers are wrong, and outliers."""
         u = rng.random(1000)
-        wrong = rng.random(1000) < population.error_rate(u)
-        outliers = rng.random(500) ** (1.0 / population.outliers)
-        try:
-            threshold, _ = rule.find_threshold(
-                population.score(u), wrong, population.score(outliers)
-            )
-        except ValueError:
-            continue
-        true = truth(threshold)
-        fitted += 1
-        broken += (
+        wrong = rng.random(1000) < self.population.error_rate(u)
+        outliers = rng.random(500) ** (1.0 / self.population.outliers)
+        score = self.population.score
+        return score(u), wrong, score(outliers)
+
+    def breaks(self, threshold, wanted):
+        true = self.truth(threshold)
+        return (
             true["risk"] > wanted["risk"] + 1e-9
             or true["coverage"] < wanted["coverage"] - 1e-9
             or true["false_positive_rate"]
             > wanted["false_positive_rate"] + 1e-9
         )
+
+
+def joint_deployments(population, number, delta, rng):
+    """How many joint rules were fitted and how many broke a guarantee."""
+    task = JointTask(population)
+    fitted = broken = 0
+    for place in range(number):
+        wanted = task.wanted(place)
+        rule = JointRule(**wanted, delta=delta, method=None)
+        try:
+            threshold, _ = rule.find_threshold(*task.draw(rng))
+        except ValueError:
+            continue
+        fitted += 1
+        broken += task.breaks(threshold, wanted)
     return fitted, broken
+
+
+def mapie_threshold(drawn, wanted, delta, fwer_method):
+    """The threshold of MAPIE's Learn then Test, or `None`."""
+    from mapie.risk_control import BinaryClassificationController, BinaryRisk
+
+    scores, wrong, outliers = drawn
+    right, outlier = 1, 2
+    kinds = np.where(wrong, 0, right)
+    kinds = np.concatenate([kinds, np.full(len(outliers), outlier)])
+    coverage = BinaryRisk(
+        lambda y, accepted: accepted == 1,
+        lambda y, accepted: y != outlier,
+        higher_is_better=True,
+    )
+    risks = {
+        "risk": BinaryRisk(
+            lambda y, accepted: y != right,
+            lambda y, accepted: (accepted == 1) & (y != outlier),
+            higher_is_better=False,
+        ),
+        "coverage": coverage,
+        "false_positive_rate": BinaryRisk(
+            lambda y, accepted: accepted == 1,
+            lambda y, accepted: y == outlier,
+            higher_is_better=False,
+        ),
+    }
+    controller = BinaryClassificationController(
+        # It accepts what is at least its threshold.
+        lambda x: np.stack([x, 1.0 - x], axis=-1),
+        [risks[name] for name in wanted],
+        [float(level) for level in wanted.values()],
+        confidence_level=1.0 - delta,
+        best_predict_param_choice=coverage,
+        fwer_method=fwer_method,
+    )
+    x = np.concatenate([scores, outliers])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if fwer_method == "split_fixed_sequence":
+            # The order of its tests comes from every other sample.
+            controller.learn_fixed_sequence_order(x[::2], kinds[::2])
+            x, kinds = x[1::2], kinds[1::2]
+        controller.calibrate(x, kinds)
+    found = controller.best_predict_param
+    # Scores in steps may equal it.
+    return None if found is None else 1.0 - found + 1e-9
+
+
+def compare_with_mapie(draws, delta):
+    """Prints what share of inputs is answered, by procedure."""
+    methods = ("bonferroni_holm", "split_fixed_sequence")
+    names = ["`JointRule`", *(f"MAPIE, {name}" for name in methods)]
+    print("Answered, % of inputs on average over draws, and (broken, %).")
+    print()
+    print("| population |", " | ".join(names), "|")
+    print("|---|" + "---|" * len(names))
+    for seed, (title, population) in enumerate(DEPLOYED.items()):
+        task = JointTask(population)
+        answered, broken = np.zeros((2, len(names)))
+        rng = np.random.default_rng(seed)
+        for place in range(draws):
+            wanted, drawn = task.wanted(place), task.draw(rng)
+            rule = JointRule(**wanted, delta=delta, method=None)
+            try:
+                thresholds = [rule.find_threshold(*drawn)[0]]
+            except ValueError:
+                thresholds = [None]
+            thresholds += [
+                mapie_threshold(drawn, wanted, delta, name) for name in methods
+            ]
+            for column, threshold in enumerate(thresholds):
+                if threshold is not None:
+                    answered[column] += task.quantile_of(threshold)
+                    broken[column] += task.breaks(threshold, wanted)
+        cells = [
+            f"{100 * share / draws:.1f} ({100 * wrong / draws:.1f})"
+            for share, wrong in zip(answered, broken, strict=True)
+        ]
+        print(f"| {title} | {' | '.join(cells)} |", flush=True)
 
 
 def group_deployments(population, number, delta, rng):
@@ -385,7 +490,17 @@ def main():
         help="count broken guarantees of so many deployments of each rule "
         "instead",
     )
+    parser.add_argument(
+        "--mapie",
+        type=int,
+        default=0,
+        help="compare so many joint rules of each population with MAPIE's "
+        "Learn then Test instead; needs `mapie`",
+    )
     arguments = parser.parse_args()
+    if arguments.mapie:
+        compare_with_mapie(arguments.mapie, arguments.delta)
+        return
     if arguments.deployments:
         count_deployments(arguments.deployments, arguments.delta)
         return
