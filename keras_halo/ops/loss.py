@@ -162,10 +162,10 @@ def integer_label_losses(
     def both(scores, labels, in_range):
         reading = read(scores, labels, in_range)
 
-        def gradient(upstream):
+        def gradient_of_it(upstream):
             return slopes_of(reading, upstream), None, None
 
-        return _losses_of(reading, terms), gradient
+        return _losses_of(reading, terms), gradient_of_it
 
     def plain(scores, labels, in_range):
         return _plain_losses(labels, in_range, scores, terms)
