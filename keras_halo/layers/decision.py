@@ -57,9 +57,9 @@ class Decision(ScoreLayer):
 
     Call arguments:
         scores: Packed scores, a tensor of shape
-            `(batch_size, ..., packed_width)`; with
-            `method="fitted"` a dictionary of these, `"scores"`, and of what is
-            compared with the threshold, `"ood"`.
+            `(batch_size, ..., packed_width)`, or the dictionary of a model of
+            `keras_halo.fit_class_gaussians`. With `method="fitted"` its entry
+            `"ood"` is compared with the threshold.
         ood: Tensor of shape `(batch_size, ...)`, larger for outliers. Only,
             and always, with `method=None`.
 
@@ -109,20 +109,23 @@ class Decision(ScoreLayer):
         self.method = method
         self.supports_masking = True
 
+    @property
+    def reads_fitted_score(self) -> bool:
+        return self.method == FITTED
+
     def build(self, scores_shape: Shape, ood_shape: Shape = None) -> None:
         self._check_shapes(*self._both(scores_shape, ood_shape))
         self.built = True
 
     def _both(self, scores, ood):
         """Packed scores and the given score, or their shapes."""
+        if not self.reads_fitted_score:
+            return scores, ood
         is_dictionary = isinstance(scores, Mapping)
-        if is_dictionary != (self.method == FITTED) or (
-            is_dictionary and not {"scores", "ood"} <= set(scores)
-        ):
+        if not is_dictionary or not {"scores", "ood"} <= set(scores):
             raise ValueError(
-                "The layer takes a dictionary with the entries 'scores' and "
-                "'ood' with `method='fitted'`, and only then. Received: "
-                f"method={self.method!r} and "
+                "With `method='fitted'` the layer takes a dictionary with the "
+                "entries 'scores' and 'ood'. Received: "
                 + (
                     f"the entries {sorted(scores)}."
                     if is_dictionary
@@ -131,11 +134,7 @@ class Decision(ScoreLayer):
                 + " Call it on the output of the model that the rule was "
                 "fitted on."
             )
-        return (
-            (scores["scores"], scores["ood"])
-            if is_dictionary
-            else (scores, ood)
-        )
+        return scores["scores"], scores["ood"]
 
     def _check_shapes(self, scores_shape, ood_shape):
         num_classes = packing.count_classes(scores_shape)

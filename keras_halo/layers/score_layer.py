@@ -1,8 +1,10 @@
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 
 from keras_halo.layers.precise_layer import PreciseLayer
+from keras_halo.ops.model_output import read_model_output
 from keras_halo.ops.packing import (
     NUM_EXTRA_COLUMNS,
     OLD_EXTRA_COLUMNS,
@@ -17,7 +19,9 @@ class ScoreLayer(PreciseLayer):
     """Base of the layers that read packed scores.
 
     Packed scores do not survive a cast to 16 bits: those that come in 16 bits
-    are refused.
+    are refused. Of the dictionary that a model of
+    `keras_halo.fit_class_gaussians` emits, a layer that does not read the
+    fitted score gets the packed scores.
 
     Files of keras_halo 0.1.0 say that the layer was built for packed scores
     with two columns fewer. They are built for what their head emits now.
@@ -32,10 +36,22 @@ class ScoreLayer(PreciseLayer):
     # The place of packed scores among the arguments of a call.
     _SCORES_AT = 0
 
+    @property
+    def reads_fitted_score(self) -> bool:
+        """Whether the layer is called on the dictionary of a fitted model."""
+        return False
+
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         scores = kwargs.get("scores")
-        if scores is None and len(args) > self._SCORES_AT:
-            scores = args[self._SCORES_AT]
+        place = self._SCORES_AT
+        if scores is None and len(args) > place:
+            scores = args[place]
+        if isinstance(scores, Mapping) and not self.reads_fitted_score:
+            scores = read_model_output(scores).scores
+            if "scores" in kwargs:
+                kwargs["scores"] = scores
+            else:
+                args = (*args[:place], scores, *args[place + 1 :])
         for tensor in keras.tree.flatten(scores):
             if hasattr(tensor, "dtype"):
                 check_precision(tensor.dtype)

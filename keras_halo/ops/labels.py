@@ -5,6 +5,7 @@ Which of them is told by the shape. Values of arrays are checked; those of
 tensors, which cannot be inspected without a stop, are left to the formulas.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -12,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_halo.ops import packing
-from keras_halo.ops.model_output import is_symbolic_or_tensor
+from keras_halo.ops.model_output import is_symbolic_or_tensor, read_model_output
 from keras_halo.utils.checks import label_array, number_array
 
 # Soft labels may come through 16 bits.
@@ -221,7 +222,8 @@ def labels_and_scores(y_true, y_pred):
 
     Args:
         y_true: Labels, a tensor or what NumPy makes an array of; or `None`.
-        y_pred: Packed scores, likewise.
+        y_pred: Packed scores, likewise; or the dictionary of a model of
+            `keras_halo.fit_class_gaussians`.
 
     Returns:
         Tuple of both: a NumPy array for what is no tensor, `None` for no
@@ -238,6 +240,8 @@ def labels_and_scores(y_true, y_pred):
         ...
     ValueError: `y_pred` must be packed scores in floating point. Received: ...
     """
+    if isinstance(y_pred, Mapping):
+        y_pred = read_model_output(y_pred, "y_pred").scores
     if not is_symbolic_or_tensor(y_pred):
         y_pred = number_array(
             y_pred, "y_pred", "Pass what `keras_halo.HALODense` emits."

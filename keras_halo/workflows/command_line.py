@@ -14,6 +14,7 @@ from keras_halo.layers.guard import Guard
 from keras_halo.layers.halo_dense import HALODense
 from keras_halo.ops import packing
 from keras_halo.ops.labels import fitting_labels
+from keras_halo.ops.model_output import FITTED
 from keras_halo.ops.ood_scores import OOD_METHODS
 from keras_halo.rejection.storage import write_text
 from keras_halo.utils.keras_private import flat_layers
@@ -77,7 +78,9 @@ def _parser():
     )
     report.add_argument("--html", required=True, help="the file to write")
     report.add_argument("--json", help="write the numbers here as well")
-    report.add_argument("--method", default="abstain", choices=OOD_METHODS)
+    report.add_argument(
+        "--method", default="abstain", choices=(*OOD_METHODS, FITTED)
+    )
     report.add_argument("--batch-size", type=int, default=32)
     report.set_defaults(run=_report)
 
@@ -105,7 +108,9 @@ def _parser():
         type=float,
         help="with this confidence, and not only on average",
     )
-    guarded.add_argument("--method", default="abstain", choices=OOD_METHODS)
+    guarded.add_argument(
+        "--method", default="abstain", choices=(*OOD_METHODS, FITTED)
+    )
     guarded.set_defaults(run=_guard)
 
     replayed = commands.add_parser(

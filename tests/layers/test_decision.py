@@ -353,5 +353,80 @@ def test_a_layer_on_the_fitted_score_asks_for_its_dictionary(fitted_model):
     layer = keras_halo.layers.Decision(1.0, "fitted")
     with pytest.raises(ValueError, match="takes a dictionary"):
         layer(output["scores"])
-    with pytest.raises(ValueError, match="takes a dictionary"):
-        keras_halo.layers.Decision(1.0)(output)
+
+
+def dictionary_readers():
+    layers = keras_halo.layers
+    return {
+        "own decision": layers.Decision(),
+        "decision": layers.Decision(1.0, "nearest"),
+        "score": layers.OODScore(),
+        "softmax": keras_halo.HALOSoftmax(),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(dictionary_readers()))
+def test_layers_of_packed_scores_read_the_dictionary_of_a_fitted_model(
+    fitted_model, name
+):
+    model, x, _ = fitted_model
+    output = model.predict(x, verbose=0)
+    layer = dictionary_readers()[name]
+    from_dictionary = ops.convert_to_numpy(layer(output))
+    np.testing.assert_array_equal(
+        from_dictionary, ops.convert_to_numpy(layer(output["scores"]))
+    )
+    joined = keras.Model(model.inputs, dictionary_readers()[name](model.output))
+    np.testing.assert_allclose(
+        joined.predict(x, verbose=0), from_dictionary, atol=1e-4
+    )
+
+
+def test_the_fitted_score_alone_is_an_output_of_a_model(fitted_model, tmp_path):
+    model, x, _ = fitted_model
+    layer = keras_halo.layers.OODScore("fitted")
+    alone = keras.Model(model.inputs, layer(model.output))
+    alone.save(tmp_path / "score.keras")
+    loaded = keras.saving.load_model(tmp_path / "score.keras")
+    output = model.predict(x, verbose=0)
+    np.testing.assert_allclose(
+        loaded.predict(x, verbose=0), output["ood"], rtol=1e-5, atol=1e-4
+    )
+    for other in (output["scores"], {"scores": output["scores"]}):
+        with pytest.raises(ValueError, match="'fitted' needs a dictionary"):
+            keras_halo.layers.OODScore("fitted")(other)
+
+
+def test_a_rule_on_a_score_of_the_head_guards_a_fitted_model(
+    fitted_model, tmp_path
+):
+    model, x, _ = fitted_model
+    output = model.predict(x, verbose=0)
+    rule = keras_halo.rejection.CoverageRule(0.9).fit(output)
+    guarded = keras_halo.guard(model, rule)
+    guarded.save(tmp_path / "guarded.keras")
+    guarded = keras.saving.load_model(tmp_path / "guarded.keras")
+    np.testing.assert_array_equal(
+        guarded.predict(x, verbose=0)["label"], rule.predict(output).labels
+    )
+
+
+@pytest.mark.parametrize(
+    "metric",
+    ["AbstentionRate", "SelectiveAccuracy", "ExpectedCalibrationError"],
+)
+def test_metrics_and_losses_read_the_dictionary_of_a_fitted_model(
+    fitted_model, metric
+):
+    model, x, y = fitted_model
+    output = model.predict(x, verbose=0)
+    tensors = {k: ops.convert_to_tensor(v) for k, v in output.items()}
+    found = []
+    for y_pred in (output["scores"], output, tensors):
+        reader = getattr(keras_halo.metrics, metric)()
+        reader.update_state(y, y_pred)
+        loss = float(keras_halo.HALOLoss()(y, y_pred))
+        found.append((float(reader.result()), loss))
+    np.testing.assert_allclose(found, [found[0]] * 3, rtol=1e-6)
+    with pytest.raises(ValueError, match="packed scores"):
+        getattr(keras_halo.metrics, metric)().update_state(y, {"ood": x})
