@@ -1,5 +1,5 @@
 import math
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -16,14 +16,14 @@ from keras_halo.utils.types import Shape, Tensor
 MIN_SQUARED_LENGTH = 1e-24
 
 
-def pooled(maps, mask=None, places=False):
-    """What a feature map says, and where, without its positions.
+def pooled(maps, mask=None, spatial_moments=False):
+    """Averages a feature map over its positions, with moments if asked for.
 
     Formula:
 
     ```python
     mean(x)                                   # over all positions
-    mean(x * sqrt(2) * cos(pi * position_a))  # places: for every axis a
+    mean(x * sqrt(2) * cos(pi * position_a))  # spatial moment, for each axis a
     ```
 
     with `position_a = (i + 1 / 2) / n` for the `i`-th of `n` positions along
@@ -37,8 +37,9 @@ def pooled(maps, mask=None, places=False):
         mask: Boolean tensor of shape `(B, T)` for `T` positions along the
             first axis; masked ones are left out, and the others counted
             without them. Defaults to `None`, all positions.
-        places: Boolean, whether the moments along the axes are added. An axis
-            with one position has none. Defaults to `False`.
+        spatial_moments: Boolean, whether the moments along the axes of
+            positions are added. An axis with one position has none. Defaults
+            to `False`.
 
     Returns:
         Tensor of shape `(B, C * (1 + moments))`.
@@ -46,7 +47,7 @@ def pooled(maps, mask=None, places=False):
     Example:
 
     >>> x = ops.array([[[1.0], [0.0], [0.0]]])
-    >>> ops.convert_to_numpy(pooled(x, places=True)).round(3)
+    >>> ops.convert_to_numpy(pooled(x, spatial_moments=True)).round(3)
     array([[0.333, 0.408]], dtype=float32)
     """
     axes = tuple(range(1, len(maps.shape) - 1))
@@ -61,7 +62,7 @@ def pooled(maps, mask=None, places=False):
         count = share * (count / axis_length(maps, 1))
         maps = maps * kept
     waves = [None]
-    if places:
+    if spatial_moments:
         waves += [
             _wave(maps, axis, kept if axis == 1 else None)
             for axis in axes
@@ -159,13 +160,15 @@ class BlockFeatures(PreciseLayer):
     outputs = [v_1 / |v_1| * sqrt(F_1), ..., log|v_1|, ...]
     ```
 
-    with Euclidean lengths, the moments with `position_a` (one for each axis of
-    positions, at the middle of each position, between 0 and 1) only for the
-    last feature map, and `v_i = x_i` where an input has no positions.
+    with Euclidean lengths, the spatial moments, those with `position_a` (one
+    for each axis of positions, at the middle of each position, between 0 and
+    1), only for the last feature map, and `v_i = x_i` where an input has no
+    positions.
 
     Args:
-        places: Boolean, whether the last of the inputs that have positions
-            says where its features sit. Defaults to `True`.
+        spatial_moments: Boolean, whether the last of the inputs that have
+            positions is also described by its spatial moments, which say
+            where in it each feature sits. Defaults to `True`.
         data_format: String, `"channels_last"` or `"channels_first"`, as in
             `keras.layers.GlobalAveragePooling2D`. Defaults to
             `keras.config.image_data_format()`.
@@ -206,7 +209,10 @@ class BlockFeatures(PreciseLayer):
     """
 
     def __init__(
-        self, places: bool = True, data_format: str | None = None, **kwargs: Any
+        self,
+        spatial_moments: bool = True,
+        data_format: str | None = None,
+        **kwargs: Any,
     ) -> None:
         if data_format is None:
             data_format = keras.config.image_data_format()
@@ -215,9 +221,9 @@ class BlockFeatures(PreciseLayer):
                 '`data_format` must be "channels_last" or "channels_first". '
                 f"Received: data_format={data_format!r}."
             )
-        places = as_boolean(places, "places")
+        spatial_moments = as_boolean(spatial_moments, "spatial_moments")
         super().__init__(**kwargs)
-        self.places = places
+        self.spatial_moments = spatial_moments
         self.data_format = data_format
         self.supports_masking = True
 
@@ -244,7 +250,7 @@ class BlockFeatures(PreciseLayer):
         directions, lengths = zip(*parts, strict=True)
         return ops.concatenate([*directions, *lengths], axis=-1)
 
-    def _read(self, x, mask, places):
+    def _read(self, x, mask, spatial_moments):
         check_floating(x.dtype, self)
         # Saturated, so that no sum of squares overflows.
         x = tensors.bounded(
@@ -254,7 +260,7 @@ class BlockFeatures(PreciseLayer):
         )
         if len(x.shape) > 2:
             x = ops.moveaxis(x, self._channel_axis(x.shape), -1)
-            x = pooled(x, mask, places)
+            x = pooled(x, mask, spatial_moments)
         return direction_and_length(x)
 
     def compute_mask(self, inputs: Tensor, mask: Tensor = None) -> Tensor:
@@ -284,14 +290,22 @@ class BlockFeatures(PreciseLayer):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "places": self.places,
+            "spatial_moments": self.spatial_moments,
             "data_format": self.data_format,
         }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        config = dict(config)
+        if "places" in config:
+            # Files from when the argument had this name.
+            config["spatial_moments"] = config.pop("places")
+        return super().from_config(config)
 
     def _placed(self, shapes):
         """The rank of the input that says where; `None` if none does."""
         maps = [i for i, shape in enumerate(shapes) if len(shape) > 2]
-        return maps[-1] if maps and self.places else None
+        return maps[-1] if maps and self.spatial_moments else None
 
     def _channel_axis(self, shape):
         first = self.data_format == "channels_first" and len(shape) > 2

@@ -1,5 +1,7 @@
 """BlockFeatures against NumPy, at its limits, and inside of models."""
 
+import zipfile
+
 import keras
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ POLICIES = {
 }
 
 
-def by_the_book(inputs, places=True):
+def by_the_book(inputs, spatial_moments=True):
     """What the layer answers, element by element, in float64."""
     maps = [i for i, x in enumerate(inputs) if x.ndim > 2]
     directions, lengths = [], []
@@ -34,7 +36,7 @@ def by_the_book(inputs, places=True):
             positions = list(np.ndindex(*sample.shape[:-1]))
             mean = np.mean([sample[p] for p in positions], axis=0)
             parts = [mean]
-            if places and maps and i == maps[-1]:
+            if spatial_moments and maps and i == maps[-1]:
                 for axis, n in enumerate(sample.shape[:-1]):
                     if n == 1:
                         continue
@@ -60,15 +62,20 @@ def images(*shape, seed=0, dtype="float32"):
 class BlockFeaturesLayerTest(testing.TestCase):
     def test_keras_layer_checks(self):
         for policy, dtype in POLICIES.items():
-            for places, width in (
+            for spatial_moments, width in (
                 (True, 4 + 9 + 5 + 3),
                 (False, 4 + 3 + 5 + 3),
             ):
-                with self.subTest(policy=policy, places=places), float64():
+                with (
+                    self.subTest(
+                        policy=policy, spatial_moments=spatial_moments
+                    ),
+                    float64(),
+                ):
                     self.run_layer_test(
                         BlockFeatures,
                         init_kwargs={
-                            "places": places,
+                            "spatial_moments": spatial_moments,
                             "data_format": "channels_last",
                             "dtype": policy,
                         },
@@ -98,23 +105,26 @@ shapes = st.lists(
 @for_all(
     shapes=shapes,
     batch=st.integers(1, 4),
-    places=st.booleans(),
+    spatial_moments=st.booleans(),
     first=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_any_shapes_are_read_by_the_book(shapes, batch, places, first, seed):
+def test_any_shapes_are_read_by_the_book(
+    shapes, batch, spatial_moments, first, seed
+):
     inputs = [
         images(batch, *shape, seed=seed + i) for i, shape in enumerate(shapes)
     ]
     given = [np.moveaxis(x, -1, 1) if first else x for x in inputs]
     layer = BlockFeatures(
-        places, data_format="channels_first" if first else "channels_last"
+        spatial_moments,
+        data_format="channels_first" if first else "channels_last",
     )
     outputs = to_numpy(layer(given))
     assert outputs.shape == layer.compute_output_shape([x.shape for x in given])
     # A short vector, such as a mean near zero, has few exact digits.
     np.testing.assert_allclose(
-        outputs, by_the_book(inputs, places), rtol=1e-3, atol=1e-3
+        outputs, by_the_book(inputs, spatial_moments), rtol=1e-3, atol=1e-3
     )
 
 
@@ -316,6 +326,35 @@ def test_a_head_on_all_blocks_of_a_trained_network(tmp_path):
         atol=1e-4,
     )
     loaded.fit(*train, epochs=1, verbose=0)
+
+
+@pytest.mark.parametrize("spatial_moments", [False, True])
+def test_files_with_the_old_name_of_the_argument_load(
+    spatial_moments, tmp_path
+):
+    inputs = [keras.Input((4, 4, 2)), keras.Input((3, 3, 3))]
+    features = BlockFeatures(spatial_moments, "channels_last")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(2)(features))
+    model.save(tmp_path / "model.keras")
+    # `spatial_moments` was called `places` before.
+    with (
+        zipfile.ZipFile(tmp_path / "model.keras") as new,
+        zipfile.ZipFile(tmp_path / "old.keras", "w") as old,
+    ):
+        for name in new.namelist():
+            content = new.read(name)
+            if name == "config.json":
+                assert content.count(b'"spatial_moments"') == 1
+                content = content.replace(b'"spatial_moments"', b'"places"')
+            old.writestr(name, content)
+    loaded = keras.models.load_model(tmp_path / "old.keras")
+    x = [images(5, 4, 4, 2), images(5, 3, 3, 3)]
+    np.testing.assert_array_equal(
+        loaded.predict(x, verbose=0), model.predict(x, verbose=0)
+    )
+    (layer,) = [x for x in loaded.layers if isinstance(x, BlockFeatures)]
+    assert layer.spatial_moments is spatial_moments
+    assert "places" not in layer.get_config()
 
 
 def test_bad_input_is_refused():
