@@ -166,7 +166,7 @@ def test_fpr_is_read_off_the_roc_curve_of_scikit_learn(positive):
 
 
 @pytest.mark.any_backend
-def test_the_two_conventions_of_fpr_at_95_by_hand():
+def test_the_two_conventions_of_fpr_at_recall_by_hand():
     pytest.importorskip("sklearn")
     known = np.arange(100.0)
     unknown = np.concatenate([np.arange(90.0, 95.0), np.full(95, 98.5)])

@@ -118,7 +118,7 @@ def selective_risks(name, choose):
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize("name", POPULATIONS)
-def test_selective_risk_exceeds_the_promise_as_rarely_as_promised(name):
+def test_selective_risk_exceeds_the_bound_as_rarely_as_guaranteed(name):
     risks, coverages = selective_risks(
         name, lambda s, e: bounds.accepted_at_risk(s, e, 0.05, DELTA)
     )
@@ -535,7 +535,7 @@ def test_tensors_of_the_backend_and_lists_are_taken():
     )
 
 
-def test_summary_tells_promise_and_numbers_achieved():
+def test_summary_tells_guarantee_and_numbers_achieved():
     scores, labels = known_data(500, spread=3.0)
     rule = SelectiveRiskRule(0.3).fit(scores, labels)
     summary = rule.summary()
@@ -928,7 +928,7 @@ def test_known_scores_of_another_model_are_refused():
 
 
 @pytest.mark.any_backend
-def test_a_fitted_promise_cannot_be_reworded():
+def test_a_fitted_guarantee_cannot_be_reworded():
     rule = CoverageRule(0.9, None)
     rule.coverage = 0.8
     rule.fit(np.arange(30.0))
