@@ -37,7 +37,7 @@ MIN_TEMPERATURE = 1e-6
 
 
 # Features of a mean magnitude far below this stay short. Made as long as
-# others, what they hold would be mostly noise, which a network would memorize.
+# others, what they hold would be mostly noise, which a network would memorise.
 SMALL_MAGNITUDE = 0.1
 
 # More rectified Gaussian features than these are made shorter, so that no step

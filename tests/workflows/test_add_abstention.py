@@ -289,7 +289,7 @@ def test_as_many_features_are_kept_as_help_with_new_samples():
     assert _best_count(rows[:4], np.arange(4), 4) == 256
 
 
-def test_more_features_than_samples_are_not_memorized(digits):
+def test_more_features_than_samples_are_not_memorised(digits):
     order = np.random.default_rng(0).permutation(1797)
     x, y = (values[order] for values in digits)
     keras.utils.set_random_seed(0)
