@@ -59,7 +59,7 @@ SMOKE = {
         "HALO-normalized",
         "HALO-plain-to-distilled",
         "HALO-converted",
-        "HALO-D32-turned",
+        "HALO-D32-whitened",
         # Each begins where one of the two before began.
         "HALO-converted-blocks",
         "HALO-D32-blocks",

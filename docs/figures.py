@@ -74,7 +74,7 @@ def soap_bubble(trained_3d, trained_16d):
     ax.plot([0], [0], [0], ls="", markersize=15, **STAR)
     ax.set_axis_off()
     ax.set_box_aspect((1, 1, 1), zoom=1.4)
-    ax.set_title("an embedding of 3 numbers")
+    ax.set_title("an embedding of 3 dimensions")
 
     model, x, y = trained_16d
     predictions = decode_predictions(model.predict(x, verbose=0))
@@ -88,7 +88,7 @@ def soap_bubble(trained_3d, trained_16d):
         xlim=(0, 2.5),
         yticks=[],
         xlabel="squared distance to the own centroid",
-        title="an embedding of 16 numbers",
+        title="an embedding of 16 dimensions",
     )
     return figure
 
@@ -100,7 +100,7 @@ def plane(half_width, count=220):
 
 
 def where_abstain_lives():
-    """P(abstain) over an embedding of two numbers, of two heads."""
+    """P(abstain) over an embedding of two dimensions, of two heads."""
     rng = np.random.default_rng(0)
     centroids = np.array([[0, 2.6], [2.3, -1.3], [-2.3, -1.3]], "float32")
     heads = {

@@ -70,7 +70,7 @@ def _mean_aurocs(runs):
     ax.set_yticks(range(len(rows)), [row[2] for row in rows], fontsize=8)
     ax.set(
         xlabel="AUROC, mean over the unknown sets, %; dots are seeds,\n"
-        "filled where the detector stores something beside the network",
+        "filled where the detector is fitted after the training",
         ylim=(-1, len(rows)),
         title="Of each training, the detector that does best on validation\n"
         "images and synthetic outliers: HALO blue, baselines orange",

@@ -411,7 +411,7 @@ class _Converted:
     """A first phase, and another head for the rest of the epochs.
 
     `keras_halo.convert_head` makes the second head: the embedding is all that
-    it reads, turned such that the classes start as unit Gaussians. It then
+    it reads, whitened such that the classes start as unit Gaussians. It then
     starts from the full learning rate again.
     """
 
@@ -422,7 +422,7 @@ class _Converted:
         x = backbone.output
         return _on_a_sphere(x) if self.unit_length else x
 
-    def turned(self, backbone):
+    def whitened(self, backbone):
         """The embedding in which `convert_head` puts its head."""
         features = self.features(backbone)
         return layers.Dense(features.shape[-1])(features)
@@ -448,8 +448,8 @@ class _Converted:
             units=images.num_classes,
             verbose=0,
         )
-        turned, halo_head = converted.layers[-2:]
-        embedding.set_weights(turned.get_weights())
+        whitening, halo_head = converted.layers[-2:]
+        embedding.set_weights(whitening.get_weights())
         head.set_weights(self.weights_like(halo_head))
         if self.freeze:
             first.model.trainable = False
@@ -481,7 +481,7 @@ class ConvertedHALO(_Converted, HALO):
     def head(self, backbone, num_classes):
         return keras_halo.HALODense.reference(
             num_classes, self.label_smoothing, learn_gamma=self.learn_gamma
-        )(self.turned(backbone))
+        )(self.whitened(backbone))
 
     def weights_like(self, halo_head):
         return halo_head.get_weights()
@@ -505,7 +505,7 @@ class ConvertedCrossEntropy(_Converted, CrossEntropy):
     rate: float = 2.5
 
     def head(self, backbone, num_classes):
-        return layers.Dense(num_classes, name="logits")(self.turned(backbone))
+        return layers.Dense(num_classes, name="logits")(self.whitened(backbone))
 
     def weights_like(self, halo_head):
         centroids, gamma = (
@@ -521,7 +521,7 @@ class ConvertedCrossEntropy(_Converted, CrossEntropy):
 
 
 @dataclasses.dataclass(frozen=True)
-class TurnedHALO(ConvertedHALO):
+class WhitenedHALO(ConvertedHALO):
     """HALO from the start, and a head on its own embedding at the end.
 
     The radial term gives residuals their length and leaves their directions
@@ -590,7 +590,7 @@ def _reader(network, detectors):
 METHODS = {
     "cross-entropy": CrossEntropy(),
     "cross-entropy-unit": CrossEntropyOnASphere(),
-    # What of HALO on 32 and 128 numbers is a merit of the embedding alone?
+    # What of HALO in 32 and 128 dimensions is a merit of the embedding alone?
     "cross-entropy-D32": CrossEntropyOnAnEmbedding(),
     "cross-entropy-D128": CrossEntropyOnAnEmbedding(embedding_dim=128),
     "label-smoothing": CrossEntropy(label_smoothing=0.1),
@@ -622,8 +622,8 @@ METHODS = {
         unit_length=False,
         freeze=False,
     ),
-    "HALO-D32-turned": TurnedHALO(distill=False, label_smoothing=0.005),
-    "HALO-D128-blocks": TurnedHALO(
+    "HALO-D32-whitened": WhitenedHALO(distill=False, label_smoothing=0.005),
+    "HALO-D128-blocks": WhitenedHALO(
         distill=False, label_smoothing=0.003, all_blocks=True, first_dim=128
     ),
     "HALO-round": HALO(distill=False, label_smoothing=0.02, roundness=1.0),
@@ -642,7 +642,7 @@ METHODS = {
     "HALO-large-margin": VariedHALO(margin_smoothing=0.02),
     "HALO-decay": VariedHALO(decay=1e-3),
     # Last: each begins like one further up, whose first phase is done by then.
-    "HALO-D32-blocks": TurnedHALO(
+    "HALO-D32-blocks": WhitenedHALO(
         distill=False, label_smoothing=0.003, all_blocks=True
     ),
     # What of HALO on all blocks is a merit of the blocks alone?
@@ -656,7 +656,7 @@ TRIED = (
     "HALO-normalized",
     "HALO-converted",
     "HALO-converted-whole",
-    "HALO-D32-turned",
+    "HALO-D32-whitened",
     "HALO-D32-blocks",
     "HALO-round",
     "HALO-normalized-round",
@@ -670,7 +670,7 @@ TRIED = (
 )
 
 # For a quick comparison: what every post-hoc detector reads, the best baseline
-# that stores nothing, the defaults, and the best setting.
+# without post-hoc state, the defaults, and the best setting.
 CENTRAL = (
     "cross-entropy",
     "IsoMax+",
