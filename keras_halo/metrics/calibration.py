@@ -62,7 +62,7 @@ def bin_edges(num_bins):
 
 
 def renormalize(probabilities: ArrayLike) -> Array:
-    """Class probabilities under the condition that the model answers.
+    """Renormalizes class probabilities, given that the model answers.
 
     Formula:
 
@@ -186,7 +186,7 @@ def _sorted_into_bins(confidence, accuracy, num_bins):
 def expected_calibration_error(
     labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 15
 ) -> float:
-    """Expected distance between confidence and accuracy.
+    """Computes the expected distance between confidence and accuracy.
 
     Formula:
 
@@ -233,7 +233,7 @@ def _mean_gap(bins):
 def classwise_calibration_error(
     labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 15
 ) -> float:
-    """Expected calibration error of each class's probability, averaged.
+    """Averages the expected calibration error of each class's probability.
 
     The usual error looks at the most probable class alone. This one asks of
     every class whether, of the inputs to which it is given 20 %, a fifth
@@ -292,7 +292,7 @@ def classwise_calibration_error(
 
 
 def brier_score(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """Mean squared distance between probabilities and labels.
+    """Computes the mean squared distance between probabilities and labels.
 
     Formula:
 
@@ -333,7 +333,7 @@ def brier_score(labels: ArrayLike, probabilities: ArrayLike) -> float:
 def negative_log_likelihood(
     labels: ArrayLike, probabilities: ArrayLike
 ) -> float:
-    """Mean negative log-probability of the labels, in nats.
+    """Computes the mean negative log-probability of the labels, in nats.
 
     Formula:
 

@@ -15,9 +15,10 @@ SIDES = ("known", "unknown")
 
 
 def auroc(known: ArrayLike, unknown: ArrayLike) -> float:
-    """Area under the ROC curve: how often an unknown outscores a known input.
+    """Computes the area under the ROC curve of unknown against known inputs.
 
-    The same whichever side is called positive.
+    It is how often an unknown input outscores a known one, the same whichever
+    side is called positive.
 
     Formula:
 
@@ -51,7 +52,7 @@ def auroc(known: ArrayLike, unknown: ArrayLike) -> float:
 def aupr(
     known: ArrayLike, unknown: ArrayLike, positive: str = "unknown"
 ) -> float:
-    """Area under the precision-recall curve, as average precision.
+    """Computes the area under the precision-recall curve (average precision).
 
     Unlike `auroc` it depends on how many inputs either side has, and on the
     side that is called positive.
@@ -95,7 +96,7 @@ def fpr_at_recall(
     recall: float = 0.95,
     positive: str = "known",
 ) -> float:
-    """False positive rate at a recall; FPR@95 by default.
+    """Computes the false positive rate at a recall, by default FPR@95.
 
     The share of the other side that is let in when a recall must be reached.
 

@@ -33,7 +33,7 @@ def risk_coverage_curve(
     uncertainty: ArrayLike,
     unknown: ArrayLike | None = None,
 ) -> RiskCoverageCurve:
-    """Risk and coverage at every threshold that the uncertainties allow.
+    """Computes risk and coverage at every threshold of the uncertainties.
 
     Formula:
 
@@ -81,7 +81,7 @@ def aurc(
     uncertainty: ArrayLike,
     unknown: ArrayLike | None = None,
 ) -> float:
-    """Area under the risk-coverage curve.
+    """Computes the area under the risk-coverage curve.
 
     The mean risk over the `N` coverages `1/N, 2/N, ..., 1`. Within a group of
     tied samples no order is better than another: the result is the mean over
@@ -134,7 +134,7 @@ def augrc(
     uncertainty: ArrayLike,
     unknown: ArrayLike | None = None,
 ) -> float:
-    """Area under the generalized risk-coverage curve.
+    """Computes the area under the generalized risk-coverage curve.
 
     The generalized risk is the share of *all* samples that are accepted and
     wrong. Unlike the risk among the accepted ones it does not give the first
@@ -189,7 +189,7 @@ def risk_at_coverage(
     coverage: float = 0.8,
     unknown: ArrayLike | None = None,
 ) -> float:
-    """Mean error where at least a share of samples has to be accepted.
+    """Computes the mean error where at least a share of samples is accepted.
 
     Formula:
 
@@ -230,7 +230,7 @@ def coverage_at_risk(
     risk: float = 0.05,
     unknown: ArrayLike | None = None,
 ) -> float:
-    """The largest share of samples that are accepted at a mean error.
+    """Computes the largest share of samples accepted at a mean error.
 
     It is chosen on the very samples it is measured on, hence no guarantee for
     others: see `keras_halo.rejection.SelectiveRiskRule`.

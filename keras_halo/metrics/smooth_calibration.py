@@ -13,7 +13,7 @@ _NUM_STEPS = 40
 def smooth_calibration_error(
     labels: ArrayLike, probabilities: ArrayLike
 ) -> float:
-    """Calibration error without bins: neither number nor edges to choose.
+    """Computes the calibration error by smoothing, without bins to choose.
 
     The difference between accuracy and confidence is smoothed over the
     confidence by a Gaussian that is reflected at 0 and 1, and its magnitude is

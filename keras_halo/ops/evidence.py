@@ -79,7 +79,7 @@ Args:
 
 
 def initial_offset(share):
-    """The offset of a quantile of a normal distribution.
+    """Returns the offset of a quantile of a normal distribution.
 
     Args:
         share: Float in `[0, 0.5)`, the share of samples below the quantile.
@@ -98,7 +98,7 @@ def initial_offset(share):
 
 
 def class_evidence(logits, squared_norm, temperature):
-    """Evidence for the best class against the near and the far background.
+    """Computes the evidence of the best class against both backgrounds.
 
     Formula:
 
@@ -127,7 +127,7 @@ def class_evidence(logits, squared_norm, temperature):
 
 
 def margins(state):
-    """How far known inputs lie above the two backgrounds on average, in nats.
+    """Returns how far known inputs lie above both backgrounds, in nats.
 
     Formula:
 
@@ -153,7 +153,7 @@ def margins(state):
 
 
 def biases(state):
-    """Where running statistics place the two backgrounds.
+    """Returns where running statistics place the two backgrounds.
 
     Formula:
 
@@ -178,7 +178,7 @@ def biases(state):
 
 
 def far_scale(state):
-    """The unit of the far evidence, as a multiple of that of the near one.
+    """Returns the unit of the far evidence in units of the near one.
 
     Either kind of evidence lies above its bias by so much on average; what a
     head lacks of it counts in this unit.
@@ -207,7 +207,7 @@ def far_scale(state):
 
 
 def updated(state, evidence, share, mask=None):
-    """Running statistics after one more batch.
+    """Returns the running statistics after one more batch.
 
     Formula, with `n` samples in the batch:
 

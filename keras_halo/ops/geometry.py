@@ -50,7 +50,7 @@ MAX_COMPONENT = 1e12
 
 
 def shell(embedding_dim: int) -> float:
-    """Squared radius of the shell on which a unit Gaussian concentrates.
+    """Returns the squared radius at which a unit Gaussian concentrates.
 
     The mode of a chi-square distribution with `D` degrees of freedom, divided
     by `D`.
@@ -76,7 +76,7 @@ def shell(embedding_dim: int) -> float:
 
 
 def initial_temperature(embedding_dim: int) -> float:
-    """Temperature at the start of training.
+    """Returns the temperature at the start of training.
 
     Formula:
 
@@ -99,7 +99,7 @@ def initial_temperature(embedding_dim: int) -> float:
 
 
 def default_embedding_dim(num_classes: int) -> int:
-    """Size of the embedding that a head makes for a number of classes.
+    """Returns the size of the embedding for a number of classes.
 
     Twice as many dimensions as classes, as a power of two, within bounds:
     fewer than 128 train slowly, more than 1024 cost more than they gain.
@@ -125,7 +125,7 @@ def default_embedding_dim(num_classes: int) -> int:
 
 
 def normalized_features(features: Tensor) -> Tensor:
-    """Features of a bounded length.
+    """Bounds the length of features.
 
     Long features get one mean magnitude, so that the embedding depends on their
     direction alone. Features of a mean magnitude far below `0.1` are scaled
@@ -167,7 +167,7 @@ def normalized_features(features: Tensor) -> Tensor:
 
 
 def length_factor(num_features: int) -> float:
-    """By how much features are too long, `sqrt(max(n / 256, 1))`.
+    """Returns by how much features are too long, `sqrt(max(n / 256, 1))`.
 
     Args:
         num_features: Integer `n`.
@@ -210,7 +210,7 @@ def inverse_softplus(value: float) -> float:
 def abstain_bias(
     embedding_dim: int, num_classes: int | Tensor, label_smoothing: float
 ) -> Any:
-    """Logit of the abstain class: the margin a class must beat to be named.
+    """Returns the logit of the abstain class, which a class must beat.
 
     The centroid of the abstain class is the origin, whose distance logit is
     zero once the common shift `gamma * |x|^2` is taken out. The bias places
@@ -243,7 +243,7 @@ def abstain_bias(
 
 
 def target_log_odds(num_classes: int | Tensor, label_smoothing: float) -> Any:
-    """Log-odds that a smoothed label gives its class over another one.
+    """Computes the log-odds of a class over another under a smoothed label.
 
     Formula:
 
@@ -278,7 +278,7 @@ def target_log_odds(num_classes: int | Tensor, label_smoothing: float) -> Any:
 
 
 def to_temperature(raw_gamma: Tensor) -> Tensor:
-    """Temperature of the distances, positive whatever the raw weight is.
+    """Maps a raw weight to a temperature, which is always positive.
 
     Formula:
 
@@ -307,7 +307,7 @@ def to_temperature(raw_gamma: Tensor) -> Tensor:
 
 
 def centered(centroids: Tensor) -> Tensor:
-    """Centroids moved so that their mean, the abstain class, is the origin.
+    """Moves centroids so that their mean, the abstain class, is the origin.
 
     Formula:
 
@@ -333,7 +333,7 @@ def centered(centroids: Tensor) -> Tensor:
 
 
 def mean_square(vectors: Tensor) -> Tensor:
-    """Mean of squares over the components: the squared distance to the origin.
+    """Averages squares over components: the squared distance to the origin.
 
     Formula:
 
@@ -359,7 +359,7 @@ def mean_square(vectors: Tensor) -> Tensor:
 def class_logits(
     embeddings: Tensor, centroids: Tensor, temperature: Tensor
 ) -> Tensor:
-    """Distance logits of the classes, up to the shift that softmax ignores.
+    """Computes distance logits, up to the shift that softmax ignores.
 
     Formula:
 
@@ -394,7 +394,7 @@ def class_logits(
 def squared_radii(
     logits: Tensor, squared_norm: Tensor, temperature: Tensor
 ) -> Tensor:
-    """Squared distances to the centroids, recovered from the logits.
+    """Recovers the squared distances to the centroids from the logits.
 
     Formula:
 
@@ -421,7 +421,7 @@ def squared_radii(
 
 
 def floored_log(squared_radius: Tensor) -> Tensor:
-    """Logarithm that continues as its own tangent below `RADIUS_FLOOR`.
+    """Takes a logarithm that follows its tangent below `RADIUS_FLOOR`.
 
     Formula:
 
@@ -450,7 +450,7 @@ def floored_log(squared_radius: Tensor) -> Tensor:
 
 
 def radial_nll(squared_radius: Tensor, embedding_dim: int | Tensor) -> Tensor:
-    """Negative log density of a radius around its centroid, per dimension.
+    """Computes the negative log density of a radius, per dimension.
 
     Formula:
 
@@ -481,7 +481,7 @@ def radial_nll(squared_radius: Tensor, embedding_dim: int | Tensor) -> Tensor:
 
 
 def radial_slope(squared_radius: Tensor, embedding_dim: int | Tensor) -> Tensor:
-    """Derivative of `radial_nll` with respect to the squared radius.
+    """Differentiates `radial_nll` with respect to the squared radius.
 
     Formula:
 
@@ -508,7 +508,7 @@ def radial_slope(squared_radius: Tensor, embedding_dim: int | Tensor) -> Tensor:
 
 
 def log_probabilities(logits: Tensor, abstain_logit: Tensor) -> Tensor:
-    """Log-probabilities of the classes and of abstaining.
+    """Computes log-probabilities of the classes and of abstaining.
 
     Formula:
 
@@ -535,7 +535,7 @@ def log_probabilities(logits: Tensor, abstain_logit: Tensor) -> Tensor:
 def cross_entropy(
     targets: Tensor, logits: Tensor, abstain_logit: Tensor
 ) -> Tensor:
-    """Cross-entropy of soft class targets over the classes and abstaining.
+    """Computes cross-entropy with soft targets over classes and abstaining.
 
     Formula:
 

@@ -11,7 +11,7 @@ MAX_EXPONENT = 60.0
 
 
 def smoothed_targets(labels: Tensor, label_smoothing: float) -> Tensor:
-    """Soft targets of plain label smoothing over the classes.
+    """Returns the soft targets of plain label smoothing over the classes.
 
     Formula:
 
@@ -48,7 +48,7 @@ def class_nearness(
     temperature: Tensor,
     label_smoothing: float,
 ) -> Tensor:
-    """How near the classes are, as unnormalized target mass.
+    """Measures how near the classes are, as unnormalized target mass.
 
     Formula:
 
@@ -91,7 +91,7 @@ def distilled_targets(
     temperature: Tensor,
     label_smoothing: float,
 ) -> Tensor:
-    """Soft targets that the network teaches itself: how near the others are.
+    """Computes soft targets from how near the network has the other classes.
 
     Formula for the one-hot label `y`:
 

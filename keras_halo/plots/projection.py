@@ -7,7 +7,7 @@ from keras_halo.utils.checks import as_integer, as_number
 
 
 def shell_radius(embedding_dim: int, mass: float = 0.95) -> float:
-    """Radius of the circle that holds a share of a projected shell.
+    """Returns the radius that holds a share of a projected shell.
 
     The shell of a class is a sphere around its centroid in `D` dimensions.
     Projected onto a plane it is no circle but a filled disc, dense in the

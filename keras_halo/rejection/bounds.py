@@ -33,7 +33,7 @@ _SAME_SCORE = 2e-6
 
 
 def samples_for_coverage(coverage, delta=None):
-    """Smallest calibration set that can guarantee a coverage.
+    """Returns the least number of samples that can guarantee a coverage.
 
     Formula:
 
@@ -61,7 +61,7 @@ def samples_for_coverage(coverage, delta=None):
 
 
 def coverage_rank(num_samples, coverage, delta=None):
-    """Rank of the calibration score below which a coverage is kept.
+    """Returns the rank of the score below which a coverage is kept.
 
     The share of the population up to the k-th smallest of n scores follows a
     Beta(k, n + 1 - k) distribution (with ties it is larger), whatever the
@@ -98,7 +98,7 @@ def coverage_rank(num_samples, coverage, delta=None):
 
 
 def coverage_threshold(scores, coverage, delta=None):
-    """The lowest threshold that keeps a coverage.
+    """Returns the lowest threshold that keeps a coverage.
 
     Args:
         scores: Array of shape `(n,)`, of at least `samples_for_coverage`.
@@ -119,7 +119,7 @@ def coverage_threshold(scores, coverage, delta=None):
 
 
 def coverage_bound(rank, num_samples, delta):
-    """Coverage that a rank keeps with a given confidence.
+    """Returns the coverage that a rank keeps with a given confidence.
 
     Formula:
 
@@ -147,7 +147,7 @@ def coverage_bound(rank, num_samples, delta):
 
 
 def conformal_p_values(scores, calibration_scores):
-    """Probability that a known input scores at least as high, by rank.
+    """Computes how probably a known input scores at least as high, by rank.
 
     Formula:
 
@@ -184,7 +184,7 @@ def conformal_p_values(scores, calibration_scores):
 
 
 def table_of_ranks(scores):
-    """Calibration scores as a short table that p-values are read from.
+    """Makes a short table of calibration scores to read p-values from.
 
     The highest scores stand in it each by itself, the others in groups at the
     highest score of each. So the p-values of the table are never below those
@@ -224,7 +224,7 @@ def table_of_ranks(scores):
 
 
 def threshold_above(largest, scores):
-    """A threshold that accepts a score however it is rounded.
+    """Returns a threshold that accepts a score however it is rounded.
 
     Many inputs may share the score at the threshold, such as blank frames.
     Another batch size or compiler moves all of them by a few units in the last
@@ -269,7 +269,7 @@ def threshold_above(largest, scores):
 
 
 def raised(scores):
-    """All scores of a sorted vector, as `threshold_above` raises each.
+    """Raises each score of a sorted vector as `threshold_above` does.
 
     Args:
         scores: Sorted vector.
@@ -331,7 +331,7 @@ def _mean_magnitude(scores):
 
 
 def threshold_below(smallest, scores):
-    """A threshold that rejects a score however it is rounded.
+    """Returns a threshold that rejects a score however it is rounded.
 
     Formula: that of `threshold_above`, downwards.
 
@@ -355,7 +355,7 @@ def threshold_below(smallest, scores):
 
 
 def samples_for_risk(risk, delta):
-    """Smallest calibration set that can guarantee a selective risk.
+    """Returns the least number of samples that can guarantee a risk.
 
     Even without a single error `n` samples leave `(1 - risk) ** n` of doubt.
     One more sample sets the first threshold that is tested.
@@ -382,7 +382,7 @@ def samples_for_risk(risk, delta):
 
 
 def risk_bound(errors, num_samples, delta):
-    """Upper bound of an error rate, exact (Clopper-Pearson).
+    """Computes an exact upper bound of an error rate (Clopper-Pearson).
 
     Formula:
 
@@ -410,7 +410,7 @@ def risk_bound(errors, num_samples, delta):
 
 
 def accepted_at_risk(scores, errors, risk, delta):
-    """Number of lowest scores that can be accepted at a guaranteed risk.
+    """Counts the lowest scores that can be accepted at a guaranteed risk.
 
     Let `R(t)` be the error rate of the population among scores up to `t`. The
     hypothesis "`R(t) > risk`" is rejected for a threshold when the binomial
@@ -479,7 +479,7 @@ def accepted_at_risk(scores, errors, risk, delta):
 
 
 def largest_count(scores, passed):
-    """The largest number of lowest scores that a test lets accept.
+    """Returns the largest number of lowest scores that a test lets accept.
 
     The sample after the last accepted one must have a larger score. Where the
     two are nearer than another batch size may move them, the scores within
@@ -519,7 +519,7 @@ def largest_count(scores, passed):
 
 
 def threshold_after(count, scores, others=()):
-    """A threshold that accepts so many of the lowest scores.
+    """Returns a threshold that accepts so many of the lowest scores.
 
     Args:
         count: Integer in `[1, n]`, such as `largest_count` returns.
@@ -550,7 +550,7 @@ def threshold_after(count, scores, others=()):
 
 
 def count_up_to(scores, others):
-    """How many other scores are at most each score, or nearly the same.
+    """Counts other scores that are at most each score, or nearly the same.
 
     Args:
         scores: Vector of scores.
@@ -570,7 +570,7 @@ def count_up_to(scores, others):
 
 
 def count_near(score, scores):
-    """How many scores are nearly the same as one of them.
+    """Counts the scores that are nearly the same as one of them.
 
     Args:
         score: Float.
@@ -604,7 +604,7 @@ Args:
 
 
 def tests_at_risk(scores, errors, risk, delta):
-    """The tests by which `accepted_at_risk` starts, and how far they led.
+    """Returns the first tests of `accepted_at_risk`, and how far they led.
 
     Args:
         scores: Array of shape `(n,)`.
@@ -633,7 +633,7 @@ def tests_at_risk(scores, errors, risk, delta):
 
 
 def samples_for_rate(rate, share, risk, delta, num_samples):
-    """About how many samples prove a risk at a given error rate.
+    """Estimates how many samples prove a risk at a given error rate.
 
     Args:
         rate: Float below `risk`, the error rate among the lowest scores.
@@ -676,7 +676,7 @@ def _test_upwards(scores, errors, risk, delta):
 
 
 def sorted_with_errors(scores, errors):
-    """Ascending scores and how many of the lowest ones are wrong.
+    """Sorts scores and counts how many of the lowest ones are wrong.
 
     Args:
         scores: Array of shape `(n,)`.
@@ -698,7 +698,7 @@ def sorted_with_errors(scores, errors):
 
 
 def risk_p_values(totals, risk):
-    """P-values of "the risk is larger", by the number of lowest scores.
+    """Computes p-values of "the risk is larger", by number of lowest scores.
 
     Args:
         totals: Integers of shape `(n + 1,)`, the errors among the `0, 1, ...,
@@ -756,7 +756,7 @@ def walk_upwards(p_values, starts, delta):
 
 
 def start_ranks(n, risk, delta):
-    """Ranks at a half, a quarter, ... of `n` that leave room for an error.
+    """Returns ranks at `n / 2`, `n / 4`, ... that leave room for an error.
 
     Args:
         n: Integer, at least `samples_for_risk`.

@@ -127,7 +127,7 @@ class JointTest:
 
 
 def accepted_jointly(scores, errors, outliers, requirements):
-    """Number of lowest scores that can be accepted with all guarantees.
+    """Counts the lowest scores that can be accepted with all guarantees.
 
     Let a threshold accept a share `C(t)` of the known inputs, `F(t)` of the
     outliers, and be wrong on a share `R(t)` of what is known and accepted. The
@@ -220,7 +220,7 @@ def _test(count, totals, num_accepted, level, num_outliers, requirements):
 
 
 def samples_for_test(test, requirements, num_samples, num_outliers):
-    """About how many samples make a failed test pass at the same rates.
+    """Estimates how many samples make a failed test pass at the same rates.
 
     Args:
         test: `JointTest`, whose rates are below what is asked for.

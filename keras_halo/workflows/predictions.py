@@ -142,7 +142,7 @@ def decode_predictions(scores: Scores) -> Predictions:
 
 
 def pair_log_odds(scores: ArrayLike) -> Array:
-    """Log-odds of every class, or key, against abstaining alone.
+    """Computes log-odds of every class, or key, against abstaining alone.
 
     For the scores of `keras_halo.HALOSimilarity` this tells of each pair by
     itself whether it is aligned, whatever else the gallery holds: where it is
