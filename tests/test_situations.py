@@ -7,9 +7,10 @@ import keras
 import numpy as np
 import pytest
 from helpers import to_numpy
+from keras import ops
 
 import keras_halo
-from keras_halo import HALODense, HALOLoss, HALOSoftmax
+from keras_halo import HALODense, HALOLoss, HALOSoftmax, metrics
 
 pytestmark = pytest.mark.slow
 
@@ -192,3 +193,32 @@ def test_a_teacher_that_abstains_teaches_by_soft_labels():
     every = keras.Sequential([teacher, HALOSoftmax()])
     with pytest.raises(ValueError, match="Labels do not fit"):
         losses(every.predict(X, verbose=0))
+
+
+@keras.saving.register_keras_serializable(package="situations")
+class OwnConfidence(metrics.PackedMean):
+    reads_labels = False
+
+    def values_and_weights(self, samples, weights):
+        return ops.max(ops.softmax(samples.logits), axis=-1), weights
+
+
+def test_a_metric_of_ones_own_saves_and_loads(tmp_path):
+    model = make_model()
+    metric = OwnConfidence(name="confidence")
+    model.compile("sgd", loss=HALOLoss(), metrics=[metric])
+    model.fit(X, Y, epochs=1, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    scores = model.predict(X, verbose=0)
+    expected = to_numpy(HALOSoftmax()(scores)).max(axis=-1).mean()
+    for one in (model, loaded):
+        for batch_size in (5, 16):
+            found = one.evaluate(
+                X, Y, batch_size=batch_size, verbose=0, return_dict=True
+            )
+            assert found["confidence"] == pytest.approx(expected, rel=1e-5)
+    restored = OwnConfidence.from_config(metric.get_config())
+    restored.update_state(None, scores, sample_weight=Y == 0)
+    own = to_numpy(HALOSoftmax()(scores)).max(axis=-1)[Y == 0].mean()
+    assert float(restored.result()) == pytest.approx(own, rel=1e-5)

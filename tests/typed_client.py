@@ -188,6 +188,17 @@ model.compile(
         metrics.ProbabilityMetric(keras.metrics.AUC(), class_id=1),
     ],
 )
+
+
+class Confidence(metrics.PackedMean):
+    reads_labels = False
+
+    def values_and_weights(self, samples: Any, weights: Any) -> tuple[Any, Any]:
+        return keras.ops.max(samples.logits, axis=-1), weights
+
+
+confidence = Confidence(ignore_class=255, name="confidence")
+confidence.update_state(y, scores, sample_weight=np.ones(5))
 floats: list[float] = [
     metrics.auroc([0.1], [0.2]),
     metrics.aupr([0.1], [0.2], positive="known"),

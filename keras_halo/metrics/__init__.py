@@ -11,6 +11,7 @@ from keras_halo.metrics.calibration import (
     renormalize,
 )
 from keras_halo.metrics.expected_calibration import ExpectedCalibrationError
+from keras_halo.metrics.packed_mean import PackedMean
 from keras_halo.metrics.probability_metric import ProbabilityMetric
 from keras_halo.metrics.ranking import aupr, auroc, fpr_at_recall
 from keras_halo.metrics.retrieval_recall import RetrievalRecall
@@ -30,6 +31,7 @@ __all__ = [
     "BestClassAccuracy",
     "BestClassTopKAccuracy",
     "ExpectedCalibrationError",
+    "PackedMean",
     "ProbabilityMetric",
     "ReliabilityBins",
     "RetrievalRecall",

@@ -52,17 +52,48 @@ def compensated_add(total, correction, increment):
 class PackedMean(keras.Metric):
     """Base of the metrics that are a weighted mean over samples.
 
-    A subclass says in `values_and_weights` what is averaged. The result is the
-    same however the samples are split into batches.
+    A metric of your own says in `values_and_weights` what is averaged, and
+    sets `reads_labels = False` if it needs no labels. The base reads packed
+    scores, labels of every kind, weights and masks, takes every position of a
+    token or pixel head for a sample, and adds up without losing digits, so
+    that the result is the same however samples are split into batches.
+    Registered with `keras.saving.register_keras_serializable`, the metric is
+    saved with a compiled model and loads with it.
 
     Args:
-        shape: Tuple, the shape of the value of one sample. Defaults to `()`.
-        ignore_class: Optional integer, a label that does not count; needs
-            integer labels. Defaults to `None`.
+        shape: Tuple, the shape of the value of one sample. A subclass whose
+            values are no scalars passes it in its own constructor: it is not
+            part of `get_config()`. Defaults to `()`.
+        ignore_class: Optional integer, a label that does not count, such as
+            255 for void pixels; needs integer labels. Defaults to `None`.
         name: Optional name for the metric instance.
         dtype: The dtype of the metric's computations; 16-bit dtypes are raised
             to float32. Defaults to `None`, which means
             `keras.config.floatx()`.
+
+    Attributes:
+        reads_labels: Boolean, whether the value of a sample depends on its
+            label. Where it does not, `update_state` takes `None` for the
+            labels. Defaults to `True`.
+
+    The result is NaN before the first sample that counts, and if a row that
+    counts holds no packed scores.
+
+    Example:
+
+    >>> @keras.saving.register_keras_serializable(package="my_package")
+    ... class Confidence(keras_halo.metrics.PackedMean):
+    ...     reads_labels = False
+    ...
+    ...     def values_and_weights(self, samples, weights):
+    ...         probabilities = ops.softmax(samples.logits)
+    ...         return ops.max(probabilities, axis=-1), weights
+    >>> head = keras_halo.HALODense.reference(3)
+    >>> scores = head(np.zeros((2, 8), "float32"))
+    >>> metric = Confidence(name="confidence")
+    >>> metric.update_state(None, scores)
+    >>> 0.25 < float(metric.result()) < 1.0
+    True
     """
 
     # Whether the value of a sample depends on its label.
@@ -94,17 +125,21 @@ class PackedMean(keras.Metric):
     def values_and_weights(
         self, samples: Any, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What is averaged, and the weight it has.
+        """Returns what is averaged, and the weight that it has.
 
         Args:
-            samples: `keras_halo.metrics.samples.Samples` of `N` samples.
+            samples: Named tuple of `N` samples: `logits` of shape
+                `(N, K + 1)`, that of abstaining last; `labels`, integers of
+                shape `(N,)`, a distribution of shape `(N, K)`, or `None`
+                where there are none.
             weights: Tensor of shape `(N,)`, the weights of the samples; NaN
                 where a sample counts and holds no packed scores, or a row of
-                labels that is no distribution.
+                labels that is no distribution. To leave samples out, multiply
+                by zeros, so that a NaN stays one.
 
         Returns:
-            Tuple of tensors: values of shape `(*shape, N)` and weights of
-            shape `(N,)`.
+            Tuple of tensors: values of shape `(*shape, N)`, in the dtype of
+            the metric, and weights of shape `(N,)`.
         """
         raise NotImplementedError
 
