@@ -10,7 +10,8 @@ from helpers import to_numpy
 from keras import ops
 
 import keras_halo
-from keras_halo import HALODense, HALOLoss, HALOSoftmax, metrics
+from keras_halo import HALODense, HALOLoss, HALOSoftmax, metrics, rejection
+from keras_halo.ops import packing
 
 pytestmark = pytest.mark.slow
 
@@ -222,3 +223,104 @@ def test_a_metric_of_ones_own_saves_and_loads(tmp_path):
     restored.update_state(None, scores, sample_weight=Y == 0)
     own = to_numpy(HALOSoftmax()(scores)).max(axis=-1)[Y == 0].mean()
     assert float(restored.result()) == pytest.approx(own, rel=1e-5)
+
+
+def own_score(scores):
+    """How far the second best class lies behind the best, negated."""
+    logits = ops.sort(packing.answer_logits(scores)[..., :-1], axis=-1)
+    return logits[..., -2] - logits[..., -1]
+
+
+@keras.saving.register_keras_serializable(package="situations")
+class OwnScore(keras.layers.Layer):
+    """Puts a score of the user's own beside packed scores."""
+
+    def call(self, scores):
+        return {"scores": scores, "ood": own_score(scores)}
+
+
+@keras.saving.register_keras_serializable(package="situations")
+class OwnMargin(keras.layers.Layer):
+    """Reads packed scores, and gives a power of the margin."""
+
+    def __init__(self, power=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.power = power
+
+    def call(self, scores):
+        return ops.power(-own_score(scores), self.power)
+
+    def get_config(self):
+        return {**super().get_config(), "power": self.power}
+
+
+def test_a_layer_of_ones_own_saves_and_loads(tmp_path):
+    model = make_model()
+    scores = model.outputs[0]
+    both = keras.Model(
+        model.inputs, {"scores": scores, "margin": OwnMargin(2.0)(scores)}
+    )
+    both.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    packed = model.predict(X, verbose=0)
+    first, second = np.sort(packed[:, :3], axis=-1)[:, :0:-1].T
+    for one in (both, loaded):
+        margin = one.predict(X, verbose=0)["margin"]
+        np.testing.assert_allclose(margin, (first - second) ** 2, rtol=1e-4)
+
+
+def test_a_function_of_ones_own_is_evaluated_and_monitored():
+    model = make_model()
+    packed, far = (model.predict(x, verbose=0) for x in (X, 5 * X))
+    expected = metrics.auroc(
+        to_numpy(own_score(packed)), to_numpy(own_score(far))
+    )
+    report = keras_halo.evaluate_ood(
+        model, (X, Y), {"far": 5 * X}, method=own_score, verbose=0
+    )
+    assert report["far"].auroc == pytest.approx(expected, abs=1e-6)
+    monitor = keras_halo.OODMonitor(X, {"far": 5 * X}, method=own_score)
+    model.compile(keras.optimizers.SGD(0.0), loss=HALOLoss())
+    monitor.set_model(model)
+    assert monitor.measure()["far_auroc"] == pytest.approx(expected, abs=1e-6)
+
+
+RULES = {
+    "coverage": lambda: rejection.CoverageRule(0.8, method="fitted"),
+    "label sets": lambda: rejection.LabelSetRule(0.8, method="fitted"),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_score_of_ones_own_is_judged_guarded_and_saved(name, tmp_path):
+    model = make_model()
+    model = keras.Model(model.inputs, OwnScore()(model.outputs[0]))
+    known = np.random.default_rng(1).normal(size=(200, 6)).astype("float32")
+    output = model.predict(known, verbose=0)
+    labels = np.argmax(known[:, :3], axis=-1)
+    rule = RULES[name]()
+    rule.fit(output, labels) if name == "label sets" else rule.fit(output)
+
+    model.save(tmp_path / "model.keras")
+    rule.save(tmp_path / "rule.json")
+    keras_halo.guard(model, rule).save(tmp_path / "guarded.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    loaded_rule = rejection.load_rule(tmp_path / "rule.json")
+    guarded = keras.models.load_model(tmp_path / "guarded.keras")
+
+    new = np.random.default_rng(2).normal(size=(100, 6)).astype("float32")
+    output = model.predict(new, verbose=0)
+    first, second = np.sort(output["scores"][:, :3], axis=-1)[:, :0:-1].T
+    np.testing.assert_allclose(output["ood"], second - first, atol=1e-5)
+    decisions = rule.predict(output)
+    again = loaded_rule.predict(loaded.predict(new, verbose=0))
+    answers = guarded.predict(new, verbose=0)
+    np.testing.assert_allclose(answers["score"], output["ood"], atol=1e-5)
+    if name == "label sets":
+        assert 0 < decisions.members.sum() < decisions.members.size
+        np.testing.assert_array_equal(again.members, decisions.members)
+        np.testing.assert_array_equal(answers["label_set"], decisions.members)
+    else:
+        assert 0 < decisions.accepted.sum() < decisions.accepted.size
+        np.testing.assert_array_equal(again.labels, decisions.labels)
+        np.testing.assert_array_equal(answers["label"], decisions.labels)
