@@ -584,7 +584,7 @@ CALLS = {
         layers.BlockFeatures,
         {},
         {
-            "places": BOOLEAN,
+            "spatial_moments": BOOLEAN,
             "data_format": optional(METHOD),
         },
     ),
@@ -653,6 +653,11 @@ CALLS = {
             "renormalize": BOOLEAN,
             "ignore_class": IGNORED,
         },
+    ),
+    "PackedMean": (
+        metrics.PackedMean,
+        {},
+        {"ignore_class": IGNORED},
     ),
     "ProbabilityMetric": (
         metrics.ProbabilityMetric,
