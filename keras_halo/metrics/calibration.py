@@ -8,10 +8,15 @@ the condition that the model answers.
 """
 
 import collections
+from collections.abc import Mapping
 
 import numpy as np
+from keras import ops
 
+from keras_halo.metrics.samples import class_probabilities
+from keras_halo.ops import packing
 from keras_halo.ops.labels import read_labels
+from keras_halo.ops.model_output import read_model_output
 from keras_halo.utils.checks import as_integer, check_finite, number_array
 from keras_halo.utils.types import Array, ArrayLike
 
@@ -77,7 +82,8 @@ def renormalize(probabilities: ArrayLike) -> Array:
     `keras_halo.HALOSoftmax(abstain=False)`.
 
     Args:
-        probabilities: Array of shape `(N, K)`, rows that sum to one or less.
+        probabilities: Array of shape `(N, K)`, rows that sum to one or less;
+            or packed scores, of which the classes alone are judged.
 
     Returns:
         Float64 array of shape `(N, K)`, rows that sum to one.
@@ -112,7 +118,8 @@ def reliability_bins(
         labels: Integers of shape `(N,)` or `(N, 1)`, or a distribution,
             one-hot or soft, of shape `(N, K)`. With soft labels the accuracy
             of a sample is the mass on its most probable class.
-        probabilities: Array of shape `(N, K)`, rows that sum to one or less.
+        probabilities: Array of shape `(N, K)`, rows that sum to one or less;
+            or packed scores, of which the classes alone are judged.
         num_bins: Positive integer, at most `N`. Defaults to `15`.
 
     Returns:
@@ -199,7 +206,8 @@ def expected_calibration_error(
     Args:
         labels: Integers of shape `(N,)` or `(N, 1)`, or a distribution,
             one-hot or soft, of shape `(N, K)`.
-        probabilities: Array of shape `(N, K)`, rows that sum to one or less.
+        probabilities: Array of shape `(N, K)`, rows that sum to one or less;
+            or packed scores, of which the classes alone are judged.
         num_bins: Positive integer, at most `N`. Defaults to `15`.
 
     Returns:
@@ -252,7 +260,8 @@ def classwise_calibration_error(
     Args:
         labels: Integers of shape `(N,)` or `(N, 1)`, or a distribution,
             one-hot or soft, of shape `(N, K)`.
-        probabilities: Array of shape `(N, K)`, rows that sum to one or less.
+        probabilities: Array of shape `(N, K)`, rows that sum to one or less;
+            or packed scores, of which the classes alone are judged.
         num_bins: Positive integer, at most `N`. Defaults to `15`.
 
     Returns:
@@ -306,7 +315,8 @@ def brier_score(labels: ArrayLike, probabilities: ArrayLike) -> float:
     Args:
         labels: Integers of shape `(N,)` or `(N, 1)`, or a distribution,
             one-hot or soft, of shape `(N, K)`.
-        probabilities: Array of shape `(N, K)`, rows that sum to one or less.
+        probabilities: Array of shape `(N, K)`, rows that sum to one or less;
+            or packed scores, of which the classes alone are judged.
 
     Returns:
         Float in `[0, 2]`; smaller is better.
@@ -348,7 +358,8 @@ def negative_log_likelihood(
     Args:
         labels: Integers of shape `(N,)` or `(N, 1)`, or a distribution,
             one-hot or soft, of shape `(N, K)`.
-        probabilities: Array of shape `(N, K)`, rows that sum to one or less.
+        probabilities: Array of shape `(N, K)`, rows that sum to one or less;
+            or packed scores, of which the classes alone are judged.
 
     Returns:
         Float, between 0 and 87.3; smaller is better.
@@ -450,7 +461,20 @@ def read_targets(
 
 
 def _checked_probabilities(probabilities):
+    """An array of class probabilities, which packed scores are turned into."""
+    if isinstance(probabilities, Mapping):
+        scores = read_model_output(probabilities, "probabilities").scores
+        probabilities = ops.convert_to_numpy(scores)
     probabilities = number_array(probabilities, "probabilities")
+    if packing.may_be_packed(probabilities):
+        packing.check_packed(probabilities, "probabilities")
+        logits = ops.convert_to_tensor(
+            probabilities[..., : packing.count_classes(probabilities) + 1]
+        )
+        logits = ops.reshape(logits, (-1, logits.shape[-1]))
+        probabilities = ops.convert_to_numpy(
+            class_probabilities(logits, renormalize=True)
+        )
     if (
         probabilities.ndim != 2
         or probabilities.shape[0] < 1

@@ -432,6 +432,28 @@ def check_precision(dtype: DType, argument: str = "scores") -> None:
         )
 
 
+def may_be_packed(array: Array) -> bool:
+    """Tells packed scores from probabilities and logits, by their last column.
+
+    Args:
+        array: NumPy array of any shape.
+
+    Returns:
+        Boolean. `check_packed` says whether all of it is right.
+
+    Example:
+
+    >>> may_be_packed(np.ones((2, 9)))
+    False
+    """
+    return bool(
+        array.ndim
+        and array.size
+        and array.shape[-1] >= MIN_COLUMNS
+        and (array[..., -1] <= -_NEUTRAL_SCALE).all()
+    )
+
+
 def check_packed(scores: Array, argument: str = "scores") -> None:
     """Checks that a NumPy array holds packed scores, by value.
 

@@ -8,6 +8,7 @@ import tracemalloc
 import cases
 import numpy as np
 import pytest
+from helpers import packed
 from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
@@ -767,3 +768,29 @@ def test_calibration_of_a_large_set_takes_less_memory_than_the_set(
         gaps = np.abs(bins.accuracy - bins.confidence)[bins.count > 0]
         expected = (gaps * bins.count[bins.count > 0]).sum() / len(p)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        metrics.expected_calibration_error,
+        metrics.classwise_calibration_error,
+        metrics.brier_score,
+        metrics.negative_log_likelihood,
+        lambda y, p: metrics.renormalize(p),
+        lambda y, p: metrics.reliability_bins(y, p, num_bins=4)[0],
+    ],
+)
+def test_measures_of_probabilities_read_packed_scores_too(function):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 60)
+    scores = packed(rng.normal(size=(60, 5)), rng.normal(size=(4, 5)))
+    softmax = np.exp(scores[:, :4].astype("float64"))
+    expected = function(labels, softmax / softmax.sum(axis=-1, keepdims=True))
+    for output in (scores, {"scores": scores, "ood": scores[:, 0]}):
+        np.testing.assert_allclose(
+            function(labels, output), expected, rtol=2e-5
+        )
+    scores[3, -1] = scores[3, -2]
+    with pytest.raises(ValueError, match="no packed geometry in 1 of 60 rows"):
+        function(labels, scores)
