@@ -428,7 +428,7 @@ def remedy_for_labels(labels, num_classes):
 def pair_labels(
     query_ids: Any, key_ids: Any = None, dtype: str = "float32"
 ) -> Any:
-    """Soft labels of queries among keys: even over the keys of the same id.
+    """Makes soft labels of queries among keys: even over those of one id.
 
     What `keras_halo.HALOSimilarity` is trained on. Ids are only compared: they
     name what a query and a key are about, such as the number of the image that

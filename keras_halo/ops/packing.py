@@ -256,7 +256,7 @@ def _split(scores, geometry):
 def with_abstaining(
     scores: Tensor, abstain_logit: Tensor, far_radius: Tensor
 ) -> Tensor:
-    """Packed scores with another logit of abstaining.
+    """Puts another logit of abstaining into packed scores.
 
     Args:
         scores: Tensor of packed scores with shape `(..., packed_width)`.

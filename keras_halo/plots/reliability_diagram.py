@@ -23,7 +23,8 @@ def reliability_diagram(
             shape `(N, K)`.
         probabilities: Array of shape `(N, K)`, the probabilities of the
             classes. As they are, the mass on abstaining counts as doubt;
-            `keras_halo.metrics.renormalize` takes it out.
+            `keras_halo.metrics.renormalize` takes it out. Or packed scores, of
+            which the classes alone are judged.
         num_bins: Integer, the number of bins, at most `N`. Defaults to `15`.
         ax: Optional matplotlib `Axes` to draw on. Defaults to `None`, the axes
             of a new figure.
