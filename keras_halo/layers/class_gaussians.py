@@ -8,6 +8,7 @@ from keras import ops
 from keras_halo.layers.score_layer import ScoreLayer
 from keras_halo.ops import geometry, ood_scores, packing
 from keras_halo.ops.class_statistics import ClassStatistics, check_counts
+from keras_halo.ops.tensors import min_of_rows
 from keras_halo.utils.checks import as_boolean, check_not_masked, check_units
 from keras_halo.utils.types import Shape, Tensor
 
@@ -328,7 +329,7 @@ class ClassGaussians(ScoreLayer):
             ),
         )
         odds = ood_scores.abstain_log_odds(ops.cast(scores, self.head_dtype))
-        return ops.min(densities, axis=-1) + ops.squeeze(odds, axis=-1)
+        return ops.squeeze(min_of_rows(densities) + odds, axis=-1)
 
     def compute_output_shape(
         self, embeddings_shape: Shape, scores_shape: Shape

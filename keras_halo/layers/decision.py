@@ -11,6 +11,7 @@ from keras_halo.layers.score_layer import ScoreLayer
 from keras_halo.ops import ood_scores, packing
 from keras_halo.ops.labels import ABSTAINED
 from keras_halo.ops.model_output import FITTED
+from keras_halo.ops.tensors import max_of_rows
 from keras_halo.utils.types import Shape, Tensor
 
 
@@ -175,7 +176,7 @@ class Decision(ScoreLayer):
         # Written so that NaN is rejected.
         if self.threshold is None:
             answers = packing.answer_logits(scores)
-            best = ops.max(answers[..., :-1], axis=-1)
+            best = max_of_rows(answers[..., :-1])[..., 0]
             accepted = best >= answers[..., -1]
             judged = best
         else:

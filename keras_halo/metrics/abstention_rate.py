@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_halo.metrics.packed_mean import PackedMean
+from keras_halo.ops.tensors import max_of_rows
 from keras_halo.utils.keras_private import set_direction
 from keras_halo.utils.types import DType, Tensor
 
@@ -25,7 +26,7 @@ def abstained(logits):
     >>> ops.convert_to_numpy(abstained(logits)).tolist()
     [True, False]
     """
-    return logits[:, -1] > ops.max(logits[:, :-1], axis=-1)
+    return logits[:, -1] > max_of_rows(logits[:, :-1])[:, 0]
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")

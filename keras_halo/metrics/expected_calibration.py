@@ -11,6 +11,7 @@ from keras_halo.metrics.samples import (
     class_probabilities,
     one_hot,
 )
+from keras_halo.ops.tensors import max_of_rows
 from keras_halo.utils.checks import as_boolean
 from keras_halo.utils.keras_private import set_direction
 from keras_halo.utils.types import DType, Tensor
@@ -99,7 +100,7 @@ class ExpectedCalibrationError(PackedMean):
         self, samples: Any, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         probabilities = class_probabilities(samples.logits, self.renormalize)
-        confidence = ops.max(probabilities, axis=-1)
+        confidence = max_of_rows(probabilities)[:, 0]
         # Of logits: where abstaining is far ahead, probabilities underflow.
         named = ops.cast(ops.argmax(samples.logits[:, :-1], axis=-1), "int32")
         if are_distributions(samples.labels):

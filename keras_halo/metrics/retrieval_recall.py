@@ -6,6 +6,7 @@ from keras import ops
 from keras_halo.metrics.packed_mean import PackedMean
 from keras_halo.ops import packing
 from keras_halo.ops.labels import ids_and_scores
+from keras_halo.ops.tensors import max_of_rows
 from keras_halo.utils.checks import as_integer
 from keras_halo.utils.keras_private import mask_of, set_direction
 from keras_halo.utils.types import DType, Tensor
@@ -128,9 +129,7 @@ class RetrievalRecall(PackedMean):
     def _add(self, labels, scores, weights):
         logits = scores[..., : -packing.NUM_EXTRA_COLUMNS]
         is_match = labels > 0.0
-        best = ops.max(
-            ops.where(is_match, logits, -float("inf")), axis=-1, keepdims=True
-        )
+        best = max_of_rows(ops.where(is_match, logits, -float("inf")))
         is_ahead = ops.logical_and(logits >= best, ops.logical_not(is_match))
         ahead = ops.sum(ops.cast(is_ahead, "int32"), axis=-1)
         # A batch of one pair is too narrow to be unpacked.

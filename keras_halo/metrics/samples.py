@@ -20,6 +20,7 @@ from keras_halo.ops.labels import (
     labels_and_scores,
     read_labels,
 )
+from keras_halo.ops.tensors import max_of_rows
 from keras_halo.utils.keras_private import mask_of
 from keras_halo.utils.weights import weight_tensor
 
@@ -232,7 +233,7 @@ def class_probabilities(logits, renormalize):
     classes, abstaining = logits[:, :-1], logits[:, -1:]
     if renormalize:
         return _softmax(classes)
-    farthest = ops.max(classes, axis=-1, keepdims=True) + _MOST_AHEAD
+    farthest = max_of_rows(classes) + _MOST_AHEAD
     bounded = ops.minimum(abstaining, farthest)
     return _softmax(ops.concatenate([classes, bounded], axis=-1))[:, :-1]
 
@@ -240,7 +241,7 @@ def class_probabilities(logits, renormalize):
 def _softmax(logits):
     # TensorFlow's own makes 0.49999997 of two equal logits, on the wrong side
     # of a bin's edge.
-    exponentials = ops.exp(logits - ops.max(logits, axis=-1, keepdims=True))
+    exponentials = ops.exp(logits - max_of_rows(logits))
     return exponentials / ops.sum(exponentials, axis=-1, keepdims=True)
 
 

@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_halo.ops import packing
 from keras_halo.ops.model_output import is_symbolic_or_tensor, read_model_output
+from keras_halo.ops.tensors import min_of_rows
 from keras_halo.utils.checks import label_array, number_array
 
 # Soft labels may come through 16 bits.
@@ -318,7 +319,7 @@ def are_distributions(labels):
         total, least = total[..., None], labels.min(axis=-1)[..., None]
     else:
         total = ops.sum(labels, axis=-1, keepdims=True)
-        least = ops.min(labels, axis=-1, keepdims=True)
+        least = min_of_rows(labels)
     is_one = (total > 1.0 - _SUM_TOLERANCE) & (total < 1.0 + _SUM_TOLERANCE)
     return (is_one | (total == 0.0)) & (least >= 0.0)
 

@@ -204,7 +204,7 @@ def _joint(scores):
     typicality = geometry.radial_nll(class_radii(scores), dim)
     # -log(1 - P(abstain)), without the subtraction that would round to zero.
     rejection = ops.softplus(abstain_log_odds(scores))
-    return rejection + dim * ops.min(typicality, axis=-1, keepdims=True)
+    return rejection + dim * tensors.min_of_rows(typicality)
 
 
 def _radius(scores):
@@ -278,7 +278,7 @@ def _gen(scores):
 
 
 def _nearest(scores):
-    return ops.min(class_radii(scores), axis=-1, keepdims=True)
+    return tensors.min_of_rows(class_radii(scores))
 
 
 _FORMULAS = {

@@ -40,6 +40,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_halo.ops.tensors import max_of_rows, min_of_rows
 from keras_halo.utils.checks import check_finite, number_array
 from keras_halo.utils.shapes import axis_length
 from keras_halo.utils.types import Array, ArrayLike, DType, Tensor
@@ -395,12 +396,11 @@ def best_class(scores: Tensor, members: Tensor = None) -> Tensor:
     logits = scores[..., :num_classes]
     classes = ops.arange(0, num_classes, dtype="int32")
     if members is None:
-        is_best = logits >= ops.max(logits, axis=-1, keepdims=True)
-        return ops.min(ops.where(is_best, classes, num_classes), axis=-1)
+        is_best = logits >= max_of_rows(logits)
+        return min_of_rows(ops.where(is_best, classes, num_classes))[..., 0]
     logits = ops.where(members, logits, -math.inf)
-    best = ops.max(logits, axis=-1, keepdims=True)
-    is_best = ops.logical_and(members, logits >= best)
-    found = ops.min(ops.where(is_best, classes, num_classes), axis=-1)
+    is_best = ops.logical_and(members, logits >= max_of_rows(logits))
+    found = min_of_rows(ops.where(is_best, classes, num_classes))[..., 0]
     return ops.where(found < num_classes, found, -1)
 
 

@@ -230,12 +230,41 @@ def max_of_rows(matrix: Tensor) -> Tensor:
     >>> ops.convert_to_numpy(max_of_rows(ops.array([[1.0, 3.0]]))).tolist()
     [[3.0]]
     """
-    if matrix.shape[0] == 0:
-        # Keras refuses this maximum on PyTorch.
+    if _has_no_rows(matrix):
         return matrix[..., :1]
     if _is_of_torch(matrix):
         return matrix.amax(-1, keepdim=True)
     return ops.max(matrix, axis=-1, keepdims=True)
+
+
+def min_of_rows(matrix: Tensor) -> Tensor:
+    """The smallest entry of each row; nothing for no rows.
+
+    Formula:
+
+    ```python
+    min(matrix, axis=-1)
+    ```
+
+    Args:
+        matrix: Tensor of shape `(..., K)`.
+
+    Returns:
+        Tensor of shape `(..., 1)`.
+
+    Example:
+
+    >>> ops.convert_to_numpy(min_of_rows(ops.array([[1.0, 3.0]]))).tolist()
+    [[1.0]]
+    """
+    if _has_no_rows(matrix):
+        return matrix[..., :1]
+    return ops.min(matrix, axis=-1, keepdims=True)
+
+
+def _has_no_rows(matrix):
+    """Whether Keras would refuse a maximum over the last axis on PyTorch."""
+    return 0 in tuple(matrix.shape[:-1])
 
 
 def best_of_rows(matrix: Tensor) -> Tensor:
@@ -262,7 +291,7 @@ def best_of_rows(matrix: Tensor) -> Tensor:
     >>> ops.convert_to_numpy(best_of_rows(ops.array([[1.0, 3.0]]))).tolist()
     [[3.0]]
     """
-    best = ops.stop_gradient(ops.max(matrix, axis=-1, keepdims=True))
+    best = ops.stop_gradient(max_of_rows(matrix))
     picked = ops.sum(
         ops.where(
             is_best_of_rows(matrix), matrix - ops.stop_gradient(matrix), 0.0
