@@ -38,6 +38,14 @@ class Opaque:
         return "Opaque()"
 
 
+def monitored():
+    """The state of a monitor that has seen nothing."""
+    rule = rejection.CoverageRule(method=None).fit(SCORES)
+    return rejection.StreamMonitor(rule).fit(SCORES).state
+
+
+STATE = monitored()
+
 # Bad values by the kind of argument, each with a name.
 
 ANYTHING = {"object": Opaque(), "text": "typo", "function": Opaque}
@@ -214,6 +222,19 @@ def fitted_by_groups(scores, judged, groups):
     rule = rejection.CoverageRule(0.5, method=None)
     rule = rejection.GroupwiseRule(rule, by="group")
     rule.fit(scores, groups=groups).predict(judged, groups=groups)
+
+
+def classified(model, **arguments):
+    """Fits a classifier of scikit-learn."""
+    classifier = keras_halo.SKLearnClassifier(model, **arguments)
+    classifier.fit(X, Y, epochs=1, verbose=0)
+
+
+def restored(rule, state):
+    """What a monitor says that went on from a state."""
+    monitor = rejection.StreamMonitor(rule)
+    monitor.restore(state)
+    return monitor.status
 
 
 def kept(rule):
@@ -533,6 +554,23 @@ CALLS = {
             "max_features": INTEGER,
         },
     ),
+    "SKLearnClassifier": (
+        classified,
+        {"model": ...},
+        {
+            "model": {
+                **MODEL,
+                "uncompiled": keras.Sequential([keras_halo.HALODense(K)]),
+                "makes nothing": lambda **given: None,
+                "takes other arguments": lambda inputs: None,
+                "makes an uncompiled one": lambda **given: keras.Sequential(
+                    [keras_halo.HALODense(K)]
+                ),
+            },
+            "model_kwargs": ANYTHING,
+            "fit_kwargs": {**ANYTHING, "list": ["epochs"]},
+        },
+    ),
     "guard": (
         workflows.guard,
         {"model": ..., "rule": ...},
@@ -624,6 +662,11 @@ CALLS = {
     ),
     "OODScore": (layers.OODScore, {}, {"method": METHOD}),
     "FeatureNormalization": (layers.FeatureNormalization, {}, {}),
+    "FeatureNormalization.__call__": (
+        lambda inputs: layers.FeatureNormalization()(inputs),
+        {"inputs": X},
+        {"inputs": {"no axis": np.zeros((), "float32")}},
+    ),
     **{
         name: (
             getattr(metrics, name),
@@ -766,6 +809,11 @@ CALLS = {
                 "number": 3,
                 "text": "abc",
                 "too few": ["a"],
+                "no axis": np.array("a"),
+                "object": Opaque(),
+                "objects": [Opaque()] * K,
+                "nones": [None] * K,
+                "dictionary": dict.fromkeys("abc"),
                 "masked": np.ma.array(["a", "b", "c"], mask=[0, 1, 0]),
             },
             "shell_mass": optional(SHARE),
@@ -933,10 +981,41 @@ CALLS = {
             "seed": without(INTEGER, "too small"),
         },
     ),
+    "StreamMonitor.restore": (
+        restored,
+        {"rule": ..., "state": STATE},
+        {
+            "state": {
+                **ANYTHING,
+                "none": None,
+                "array": SCORES,
+                "entries": {"counts": [1]},
+                "more entries": {**STATE, "more": 1},
+                **{
+                    f"{entry}: {name}": {**STATE, entry: bad}
+                    for entry in STATE
+                    for name, bad in without(
+                        NUMBERS,
+                        # Before the first input, and before an alarm.
+                        *(["none"] if STATE[entry] is None else []),
+                    ).items()
+                },
+                "too few counts": {**STATE, "counts": [1]},
+            },
+        },
+    ),
     "merged_status": (
         rejection.merged_status,
         None,
-        {"monitors": {**ANYTHING, "none": None, "empty": []}},
+        {
+            "monitors": {
+                **ANYTHING,
+                "none": None,
+                "empty": [],
+                "no axis": np.zeros(()),
+                "numbers": SCORES,
+            }
+        },
     ),
     "stream_evidence": (
         plots.stream_evidence,
@@ -990,6 +1069,11 @@ CALLS = {
     "load_monitor": (rejection.load_monitor, None, {"path": PATH}),
     "load_rule": (rejection.load_rule, None, {"path": PATH}),
     "read_certificate": (workflows.read_certificate, None, {"source": PATH}),
+    "check_packed": (
+        keras_halo.ops.packing.check_packed,
+        {"scores": ...},
+        {"scores": PACKED},
+    ),
     "upgrade_scores": (
         keras_halo.ops.packing.upgrade_scores,
         None,
@@ -999,8 +1083,6 @@ CALLS = {
 
 # What is made by the package and not by its users.
 MADE = {
-    # scikit-learn checks its arguments when it fits.
-    "SKLearnClassifier",
     "CalibrationReport",
     "DecisionRecord",
     "Decisions",

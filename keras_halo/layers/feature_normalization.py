@@ -6,6 +6,7 @@ from keras import ops
 from keras_halo.layers.precise_layer import PreciseLayer
 from keras_halo.ops import geometry
 from keras_halo.ops.head import saturated
+from keras_halo.utils.checks import check_feature_axis
 from keras_halo.utils.types import Shape, Tensor
 
 
@@ -28,6 +29,9 @@ class FeatureNormalization(PreciseLayer):
         As the input. float32 whatever the dtype policy, float64 under a
         float64 policy.
 
+    Raises:
+        ValueError: If the input is a single number.
+
     Example:
 
     >>> layer = keras_halo.layers.FeatureNormalization()
@@ -44,8 +48,10 @@ class FeatureNormalization(PreciseLayer):
         self.built = True
 
     def call(self, inputs: Tensor) -> Tensor:
+        check_feature_axis(inputs.shape, self)
         features = saturated(ops.cast(inputs, self.head_dtype))
         return geometry.normalized_features(features)
 
     def compute_output_spec(self, inputs: Tensor) -> Any:
+        check_feature_axis(inputs.shape, self)
         return keras.KerasTensor(inputs.shape, dtype=self.head_dtype)

@@ -462,8 +462,9 @@ def check_packed(scores: Array, argument: str = "scores") -> None:
         argument: String, the name by which an error calls the array.
 
     Raises:
-        ValueError: If the width, a non-finite value, or the columns of
-            geometry show that the array did not come from a HALO head.
+        ValueError: If these are no numbers, or the width, a non-finite value,
+            or the columns of geometry show that the array did not come from a
+            HALO head.
 
     Example:
 
@@ -472,8 +473,9 @@ def check_packed(scores: Array, argument: str = "scores") -> None:
         ...
     ValueError: The last 5 columns of `scores` hold no packed geometry ...
     """
+    scores = number_array(scores, argument)
     check_precision(scores.dtype, argument)
-    shape = tuple(scores.shape)
+    shape = scores.shape
     if _are_old(scores):
         raise ValueError(
             f"`{argument}` are packed scores of keras_halo 0.1.0, which had "

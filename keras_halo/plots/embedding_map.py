@@ -1,3 +1,4 @@
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,6 +8,7 @@ from keras_halo.plots import drawing
 from keras_halo.plots.projection import principal_plane, shell_radius
 from keras_halo.utils.checks import (
     as_integer,
+    as_list,
     check_finite,
     check_not_masked,
     to_array,
@@ -63,7 +65,8 @@ def embedding_map(
         The `Axes`.
 
     Raises:
-        ValueError: If shapes do not fit each other, or values are not finite.
+        ValueError: If shapes do not fit each other, values are not finite, or
+            `class_names` are no names of as many classes.
         ImportError: If matplotlib is missing.
 
     Example:
@@ -92,7 +95,7 @@ def embedding_map(
             (len(embeddings),),
             remedy="Pass inputs of no class as `unknown`.",
         )
-    _check_names(class_names, labels, centroids)
+    class_names = _read_names(class_names, labels, centroids)
     if max_points is not None:
         max_points = as_integer(
             max_points, "max_points", 1, ", or `None` for all"
@@ -153,20 +156,22 @@ def _count_classes(labels, centroids):
     return 0 if labels is None else int(labels.max()) + 1
 
 
-def _check_names(class_names, labels, centroids):
+def _read_names(class_names, labels, centroids):
     if class_names is None:
-        return
+        return None
     check_not_masked(class_names, "class_names")
     num_classes = _count_classes(labels, centroids)
-    is_list = hasattr(class_names, "__len__") and not isinstance(
-        class_names, str
-    )
-    if not is_list or len(class_names) != num_classes:
+    expected = f"a list of {num_classes} names, one a class"
+    remedy = "Give each class a string, in the order of their numbers."
+    # Numbers are names too.
+    kinds = (str, numbers.Number)
+    names = as_list(class_names, "class_names", kinds, expected, remedy)
+    if len(names) != num_classes:
         raise ValueError(
-            f"`class_names` must hold {num_classes} names, one a class. "
-            "Received: "
-            + (f"{len(class_names)}." if is_list else f"{class_names!r:.100}.")
+            f"`class_names` must be {expected}. Received: {len(names)} names. "
+            f"{remedy}"
         )
+    return names
 
 
 class _ClassColors:

@@ -1,7 +1,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -19,7 +19,13 @@ from keras_halo.rejection.readings import (
     read_scores,
 )
 from keras_halo.rejection.rejection_rule import RejectionRule
-from keras_halo.utils.checks import as_integer
+from keras_halo.utils.checks import (
+    as_integer,
+    as_list,
+    as_number,
+    finite_vector,
+    number_array,
+)
 from keras_halo.utils.types import ArrayLike, Scores
 
 _FORMAT = "keras_halo.monitor"
@@ -362,8 +368,11 @@ class StreamMonitor:
         Args:
             state: Dictionary, the `state` of a monitor, or the entry `"state"`
                 of its file.
+
+        Raises:
+            ValueError: If it is something else. The monitor stays as it was.
         """
-        self._state = _State(**state)
+        self._state = _read_state(state)
 
     def _uniforms(self, start, count):
         """A random number for each input, whatever batch it comes in."""
@@ -392,6 +401,46 @@ class StreamMonitor:
                 "data. Call `monitor.fit(scores)` with scores of known inputs."
             )
         return self._state
+
+
+def _read_state(state):
+    """The `_State` that a dictionary holds; raises `ValueError`."""
+    names = {field.name for field in dataclasses.fields(_State)}
+    if not isinstance(state, Mapping) or set(state) != names:
+        received = f"state={state!r:.100}"
+        if isinstance(state, Mapping):
+            received = f"the entries {sorted(map(str, state))}"
+        raise ValueError(
+            "`state` must be the `state` of a monitor, a dictionary with the "
+            f"entries {sorted(names)}. Received: {received}. Pass "
+            "`monitor.state`, or use `load_monitor(path)` for a file."
+        )
+    read = dict(state)
+    read["edges"] = finite_vector(state["edges"], "state['edges']").tolist()
+    num_bins = len(read["edges"]) + 1
+    for name, length in (
+        ("calibration", num_bins),
+        ("counts", num_bins),
+        ("wealth", martingale.NUM_BETS),
+    ):
+        # There is no wealth before the first input.
+        if name == "wealth" and state[name] is None:
+            continue
+        values = number_array(state[name], f"state[{name!r}]")
+        if values.shape != (length,):
+            raise ValueError(
+                f"`state[{name!r}]` must hold {length} numbers. Received: "
+                f"shape={values.shape}. Pass `monitor.state` as it was."
+            )
+        read[name] = values.tolist()
+    for name in ("evidence", "low_ranks"):
+        read[name] = as_number(
+            state[name], f"state[{name!r}]", lambda _: True, "a number"
+        )
+    for name in ("inputs", "rejected", "alarm_at", "labelled", "errors"):
+        if name != "alarm_at" or state[name] is not None:
+            read[name] = as_integer(state[name], f"state[{name!r}]", 0)
+    return _State(**read)
 
 
 def merged_status(monitors: Iterable[StreamMonitor]) -> MonitorStatus:
@@ -432,13 +481,14 @@ def merged_status(monitors: Iterable[StreamMonitor]) -> MonitorStatus:
     >>> status.inputs, status.alarm
     (200, False)
     """
-    monitors = list(monitors) if isinstance(monitors, Iterable) else []
-    if not monitors or not all(isinstance(m, StreamMonitor) for m in monitors):
-        raise ValueError(
-            "`monitors` must be a list of `StreamMonitor`, at least one. "
-            f"Received: monitors={monitors!r:.100}. `load_monitor(path)` "
-            "loads one that was saved."
-        )
+    monitors = as_list(
+        monitors,
+        "monitors",
+        StreamMonitor,
+        "a list of `StreamMonitor`, at least one",
+        "`load_monitor(path)` loads one that was saved.",
+        least=1,
+    )
     rules = {monitor.rule.certificate()["checksum"] for monitor in monitors}
     deltas = {monitor.delta for monitor in monitors}
     if len(rules) > 1 or len(deltas) > 1:

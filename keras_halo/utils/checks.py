@@ -1,6 +1,8 @@
 """Checks of arguments and arrays that several parts of the package take."""
 
+import contextlib
 import numbers
+from collections.abc import Mapping
 
 import keras
 import numpy as np
@@ -143,6 +145,48 @@ def check_not_taken(given, reasons, owner):
             )
 
 
+def as_list(values, argument, kinds, expected, remedy="", least=0):
+    """Returns a list of Python of things of a kind, or says what is wrong.
+
+    Args:
+        values: What should be several things that can be gone through.
+        argument: String, the name by which an error calls them.
+        kinds: Type or tuple of types that they may have.
+        expected: String, what an error says is allowed.
+        remedy: String, what to do.
+        least: Integer, how many there must be. Defaults to `0`.
+
+    Returns:
+        List.
+
+    Raises:
+        ValueError: If it is a string or a dictionary, cannot be gone through,
+            is too short, or holds anything of another kind.
+
+    Example:
+
+    >>> as_list("cat", "names", str, "a list of strings")
+    Traceback (most recent call last):
+        ...
+    ValueError: `names` must be a list of strings. Received: names='cat'.
+    """
+    found = None
+    if not isinstance(values, (str, bytes, Mapping)):
+        # An array without an axis has all that lists have, and is none.
+        with contextlib.suppress(TypeError):
+            found = list(values)
+    if (
+        found is None
+        or len(found) < least
+        or not all(isinstance(value, kinds) for value in found)
+    ):
+        raise ValueError(
+            f"`{argument}` must be {expected}. Received: "
+            f"{argument}={values!r:.100}. {remedy}".rstrip()
+        )
+    return found
+
+
 def check_units(units):
     """Returns the number of classes; raises `ValueError` below 2."""
     return as_integer(
@@ -250,6 +294,16 @@ def check_floating(dtype, layer):
             f"`{type(layer).__name__}` takes embeddings in floating point. "
             f"Received: dtype={dtype}. Cast the input to float32, or put the "
             "network that computes embeddings before the head."
+        )
+
+
+def check_feature_axis(shape, layer):
+    """Raises `ValueError` for a single number in the place of features."""
+    if len(shape) == 0:
+        raise ValueError(
+            f"`{type(layer).__name__}` takes features of shape `(batch_size, "
+            f"..., features)`. Received: shape={tuple(shape)}. Give it what "
+            "the network before it emits."
         )
 
 

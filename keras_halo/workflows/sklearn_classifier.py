@@ -1,10 +1,13 @@
 import copy
+import functools
+import inspect
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_halo.ops import packing
+from keras_halo.utils.checks import check_model
 from keras_halo.utils.extras import require
 from keras_halo.utils.types import Array, ArrayLike
 
@@ -54,7 +57,9 @@ class SKLearnClassifier(keras.wrappers.SKLearnClassifier):
 
     Raises:
         ImportError: If scikit-learn is not installed.
-        ValueError: If the output of the model is no packed scores of as many
+        ValueError: On fitting, if `model` is neither a compiled model nor
+            makes one, or arguments are no dictionary. If the output of the
+            model is no packed scores of as many
             classes as there are labels, or `abstain_label` is a class or of
             another kind than the labels.
 
@@ -113,13 +118,18 @@ class SKLearnClassifier(keras.wrappers.SKLearnClassifier):
             The classifier itself.
         """
         _check_abstain_label(self.abstain_label, np.unique(y))
-        fit_kwargs = self.fit_kwargs
+        model, fit_kwargs = self.model, self.fit_kwargs
+        _check_kwargs(self.model_kwargs, "model_kwargs")
+        _check_kwargs(fit_kwargs, "fit_kwargs")
+        _check_source(model, self.model_kwargs or {})
+        if not isinstance(model, keras.Model):
+            self.model = functools.partial(_made, model)
         # Into which Keras would write the arguments.
         self.fit_kwargs = None
         try:
             return super().fit(X, y, **{**(fit_kwargs or {}), **kwargs})
         finally:
-            self.fit_kwargs = fit_kwargs
+            self.model, self.fit_kwargs = model, fit_kwargs
 
     def predict(self, X: ArrayLike) -> Array:
         """Names the most probable class, or `abstain_label`.
@@ -187,6 +197,58 @@ class SKLearnClassifier(keras.wrappers.SKLearnClassifier):
             )
         logits = packing.answer_logits(scores).astype("float64")
         return logits[:, :-1], logits[:, -1]
+
+
+def _check_source(model, model_kwargs):
+    """Raises `ValueError` unless this is a compiled model or makes one."""
+    if isinstance(model, keras.Model):
+        _check_compiled(model)
+        return
+    # Layers can be called, but make no model.
+    makes = callable(model) and not isinstance(model, keras.Layer)
+    if makes:
+        try:
+            inspect.signature(model).bind(X=None, y=None, **model_kwargs)
+        except TypeError:
+            makes = False
+        except ValueError:
+            # Functions of C may have no signature.
+            pass
+    if not makes:
+        raise ValueError(
+            "`model` must be a compiled `keras.Model`, or a function of `X`, "
+            "`y` and `model_kwargs` that returns one. Received: "
+            f"model={model!r:.100}, model_kwargs={model_kwargs!r:.100}. Pass "
+            "the function itself, such as `def make_model(X, y)`."
+        )
+
+
+def _made(make, /, **arguments):
+    """The model that a function makes, checked."""
+    model = make(**arguments)
+    check_model(model)
+    _check_compiled(model)
+    return model
+
+
+def _check_compiled(model):
+    parts = ("compiled", "loss", "optimizer")
+    missing = [part for part in parts if not getattr(model, part, None)]
+    if missing:
+        raise ValueError(
+            "`model` must be compiled, with a loss and an optimizer. Received: "
+            f"a model without {missing}. Call "
+            '`model.compile("adam", loss=keras_halo.HALOLoss())` first.'
+        )
+
+
+def _check_kwargs(given, argument):
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(
+            f"`{argument}` must be a dictionary or None. Received: "
+            f"{argument}={given!r:.100}. Write arguments as "
+            '`{"epochs": 20}`.'
+        )
 
 
 def _check_abstain_label(label, classes):
