@@ -127,6 +127,16 @@ WITH_INPUTS = {
 }
 NAME = {"number": 3, "object": Opaque(), "list": ["a"]}
 PATH = {"none": None, "number": 3, "object": Opaque()}
+VERBOSE = {
+    **ANYTHING,
+    "path": "x.npz",
+    "none": None,
+    "list": [],
+    "array": np.ones(2),
+    "fraction": 0.5,
+    "too large": 3,
+    "too small": -1,
+}
 METHOD = {"text": "typo", "number": 3, "list": ["abstain"], "none": None}
 
 
@@ -460,13 +470,14 @@ CALLS = {
             "batch_size": optional(INTEGER),
             "num_bins": INTEGER,
             "ignore_class": IGNORED,
-            "verbose": {"text": "typo", "number": 7, "none": None},
+            "verbose": VERBOSE,
         },
     ),
     "calibrate": (
         workflows.calibrate,
         {"model": ..., "x": X, "y": (Y + ERRORS) % K, "verbose": 0},
         {
+            "verbose": VERBOSE,
             "model": MODEL,
             "x": INPUTS,
             "y": LABELS,
@@ -480,6 +491,7 @@ CALLS = {
         workflows.fit_class_gaussians,
         {"model": ..., "x": X, "y": Y, "verbose": 0},
         {
+            "verbose": VERBOSE,
             "model": MODEL,
             "x": INPUTS,
             "y": LABELS,
@@ -491,6 +503,7 @@ CALLS = {
         workflows.collect_statistics,
         {"model": ..., "x": X, "y": Y, "verbose": 0},
         {
+            "verbose": VERBOSE,
             "model": MODEL,
             "x": INPUTS,
             "y": LABELS,
@@ -531,6 +544,7 @@ CALLS = {
         workflows.convert_head,
         {"model": ..., "x": X, "y": Y},
         {
+            "verbose": VERBOSE,
             "model": MODEL,
             "x": INPUTS,
             "y": LABELS,
@@ -544,6 +558,7 @@ CALLS = {
         workflows.add_abstention,
         {"model": ..., "x": X, "y": Y, "epochs": 0, "verbose": 0},
         {
+            "verbose": VERBOSE,
             "model": MODEL,
             "x": INPUTS,
             "y": LABELS,
@@ -828,7 +843,11 @@ CALLS = {
     "risk_coverage": (
         plots.risk_coverage,
         {"errors": ERRORS, "uncertainty": SCORES},
-        ERROR_CASES,
+        {
+            **ERROR_CASES,
+            "label": {**NAME, "none": None},
+            "ax": {"text": "typo", "list": [1]},
+        },
     ),
     "score_histograms": (
         plots.score_histograms,
@@ -1120,6 +1139,18 @@ def test_every_public_function_and_class_is_misused():
         and not inspect.ismodule(getattr(module, name))
     }
     assert names - MADE <= set(CALLS)
+
+
+def test_every_function_that_tells_how_far_it_is_has_its_verbose_misused():
+    functions = {
+        name: cases
+        for name, (function, _, cases) in CALLS.items()
+        if function in vars(workflows).values()
+        and "verbose" in inspect.signature(function).parameters
+    }
+    assert len(functions) >= 6
+    for name, cases in functions.items():
+        assert "verbose" in cases, name
 
 
 @pytest.fixture(params=CALLS)

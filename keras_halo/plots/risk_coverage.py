@@ -2,7 +2,7 @@ import numpy as np
 
 from keras_halo.metrics import aurc, risk_coverage_curve
 from keras_halo.plots import drawing
-from keras_halo.utils.checks import to_array
+from keras_halo.utils.checks import check_string, to_array
 from keras_halo.utils.types import ArrayLike, Axes
 
 _GID = "keras_halo_risk_coverage"
@@ -42,7 +42,8 @@ def risk_coverage(
         The `Axes`.
 
     Raises:
-        ValueError: If errors and uncertainty do not fit each other.
+        ValueError: If errors and uncertainty do not fit each other, or
+            `label` is no string.
         ImportError: If matplotlib is missing.
 
     Example:
@@ -56,6 +57,7 @@ def risk_coverage(
     - Yonatan Geifman, Ran El-Yaniv, Selective Classification for Deep Neural
       Networks, 2017.
     """
+    check_string(label, "label", "Leave it out for 'risk'.")
     curve = risk_coverage_curve(errors, uncertainty)
     area = aurc(errors, uncertainty)
     ax = drawing.axes_or_new(ax)

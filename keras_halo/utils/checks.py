@@ -121,6 +121,15 @@ def as_boolean(value, argument, remedy=""):
     return bool(value)
 
 
+def check_string(value, argument, remedy=""):
+    """Raises `ValueError` unless this is a string."""
+    if not isinstance(value, str):
+        raise ValueError(
+            f"`{argument}` must be a string. Received: "
+            f"{argument}={value!r:.100}. {remedy}".rstrip()
+        )
+
+
 def check_not_taken(given, reasons, owner):
     """Raises `ValueError` for arguments of Keras that make no sense here.
 
@@ -274,6 +283,20 @@ def check_batch_size(batch_size):
     return as_integer(
         batch_size, "batch_size", 1, ", or `None` for batches of 32"
     )
+
+
+def check_verbose(verbose):
+    """Returns 0, 1, 2 or `"auto"`; raises `ValueError` otherwise."""
+    if isinstance(verbose, str) and verbose == "auto":
+        return verbose
+    # Keras takes booleans for 0 and 1.
+    is_integer = isinstance(verbose, (numbers.Integral, np.bool_))
+    if not is_integer or verbose not in (0, 1, 2):
+        raise ValueError(
+            "`verbose` must be 0, 1, 2 or 'auto'. Received: "
+            f"verbose={verbose!r:.100}. Use 0 for silence."
+        )
+    return int(verbose)
 
 
 def check_model(model):

@@ -3,6 +3,7 @@ import time
 
 import keras
 
+from keras_halo.utils.checks import check_verbose
 from keras_halo.utils.keras_private import print_message
 
 
@@ -27,11 +28,7 @@ class Progress:
     """
 
     def __init__(self, verbose, num_sets):
-        if verbose not in (0, 1, 2, "auto"):
-            raise ValueError(
-                "`verbose` must be 0, 1, 2 or 'auto'. Received: "
-                f"verbose={verbose!r}."
-            )
+        verbose = check_verbose(verbose)
         if verbose in (1, "auto"):
             is_terminal = getattr(sys.stdout, "isatty", lambda: False)()
             verbose = 1 if is_terminal else 2

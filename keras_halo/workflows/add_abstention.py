@@ -24,6 +24,7 @@ from keras_halo.utils.checks import (
     check_batch_size,
     check_finite,
     check_model,
+    check_verbose,
 )
 from keras_halo.utils.types import Data
 from keras_halo.workflows.blocks import blocks_and_features
@@ -185,6 +186,7 @@ def add_abstention(
     max_features = as_integer(max_features, "max_features", 2)
     epochs = as_integer(epochs, "epochs", 0)
     batch_size = check_batch_size(batch_size)
+    verbose = check_verbose(verbose)
     check_model(model)
     last, old_head = embeddings_before_head(model)
     warn_of_preprocessor(model)

@@ -17,7 +17,7 @@ from keras_halo.utils.batches import (
     is_dataset,
     labelled_data,
 )
-from keras_halo.utils.checks import check_batch_size, check_model
+from keras_halo.utils.checks import check_batch_size, check_model, check_verbose
 from keras_halo.utils.extras import require
 from keras_halo.utils.types import Data
 from keras_halo.workflows.collecting import check_labels
@@ -206,6 +206,7 @@ def calibrate(
         )
     check_model(model)
     batch_size = check_batch_size(batch_size)
+    verbose = check_verbose(verbose)
     head = find_head(model)
 
     if bias == "margin" and head.abstain_rate is not None:

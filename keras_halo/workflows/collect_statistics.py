@@ -4,7 +4,7 @@ import keras
 
 from keras_halo.ops.class_statistics import ClassStatistics
 from keras_halo.utils.batches import check_readable, labelled_data
-from keras_halo.utils.checks import as_boolean, check_batch_size
+from keras_halo.utils.checks import as_boolean, check_batch_size, check_verbose
 from keras_halo.utils.types import Data
 from keras_halo.workflows.collecting import check_labels, collect
 from keras_halo.workflows.graph import (
@@ -68,6 +68,7 @@ def collect_statistics(
     ['ood', 'scores']
     """
     batch_size = check_batch_size(batch_size)
+    verbose = check_verbose(verbose)
     pooled = as_boolean(pooled, "pooled")
     embeddings, scores = head_tensors(model)
     warn_of_preprocessor(model)

@@ -18,7 +18,12 @@ from keras_halo.ops.class_statistics import (
 )
 from keras_halo.ops.labels import class_indices
 from keras_halo.utils.batches import check_readable, labelled_data
-from keras_halo.utils.checks import check_batch_size, check_model, check_units
+from keras_halo.utils.checks import (
+    check_batch_size,
+    check_model,
+    check_units,
+    check_verbose,
+)
 from keras_halo.utils.types import Data
 from keras_halo.workflows.collecting import check_labels, collect
 from keras_halo.workflows.graph import (
@@ -175,6 +180,7 @@ def convert_head(
     if units is not None:
         units = check_units(units)
     batch_size = check_batch_size(batch_size)
+    verbose = check_verbose(verbose)
     embeddings, old_head = embeddings_before_head(model, units)
     warn_of_preprocessor(model)
     dim = embeddings.shape[-1]

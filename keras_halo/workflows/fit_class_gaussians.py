@@ -5,7 +5,7 @@ import keras
 from keras_halo.layers.class_gaussians import OR_SKIP, ClassGaussians
 from keras_halo.ops.class_statistics import ClassStatistics
 from keras_halo.utils.batches import check_readable, labelled_data
-from keras_halo.utils.checks import as_boolean, check_batch_size
+from keras_halo.utils.checks import as_boolean, check_batch_size, check_verbose
 from keras_halo.utils.types import Data
 from keras_halo.workflows.collecting import check_labels, collect
 from keras_halo.workflows.graph import (
@@ -100,6 +100,7 @@ def fit_class_gaussians(
       Attacks, 2018.
     """
     batch_size = check_batch_size(batch_size)
+    verbose = check_verbose(verbose)
     skip_missing = as_boolean(skip_missing, "skip_missing")
     embeddings, scores = head_tensors(model)
     warn_of_preprocessor(model)

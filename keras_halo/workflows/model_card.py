@@ -16,6 +16,7 @@ from keras_halo.layers.guard import method_of
 from keras_halo.rejection.rejection_rule import RejectionRule
 from keras_halo.rejection.storage import check_path, write_text
 from keras_halo.rejection.wording import share, thresholds_in_words
+from keras_halo.utils.checks import check_string
 from keras_halo.version import __version__
 from keras_halo.workflows.guard import read_certificate
 from keras_halo.workflows.ood_report import OODReport, markdown_table
@@ -176,11 +177,8 @@ def model_card(
         _check_report(report, certificate)
     texts = {"name": name, "intended_use": intended_use, "limits": limits}
     for argument, value in texts.items():
-        if value is not None and not isinstance(value, str):
-            raise ValueError(
-                f"`{argument}` must be a string. Received: "
-                f"{argument}={value!r:.100}. Leave it out where there is none."
-            )
+        if value is not None:
+            check_string(value, argument, "Leave it out where there is none.")
     content = {
         "format": _FORMAT,
         "version": _VERSION,
