@@ -1,5 +1,4 @@
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from keras_halo.ops import ood_scores, packing
 from keras_halo.ops.labels import ABSTAINED
 from keras_halo.ops.model_output import FITTED
 from keras_halo.ops.tensors import max_of_rows
+from keras_halo.utils.checks import as_number
 from keras_halo.utils.types import Shape, Tensor
 
 
@@ -92,7 +92,7 @@ class Decision(ScoreLayer):
         method: str | None = "abstain",
         **kwargs: Any,
     ) -> None:
-        _check_threshold(threshold)
+        threshold = _read_threshold(threshold)
         if method is not None:
             ood_scores.check_method(method, allow_fitted=True)
         elif threshold is None:
@@ -103,10 +103,6 @@ class Decision(ScoreLayer):
             )
         super().__init__(**kwargs)
         self.threshold = threshold
-        if isinstance(threshold, (list, tuple)):
-            self.threshold = [float(value) for value in threshold]
-        elif threshold is not None:
-            self.threshold = float(threshold)
         self.method = method
         self.supports_masking = True
 
@@ -276,24 +272,32 @@ def rounded_down(value, dtype):
     return float(rounded)
 
 
-def _check_threshold(threshold):
+def _read_threshold(threshold):
+    """`None`, a float, or a list of floats; raises `ValueError` otherwise."""
     if threshold is None:
-        return
+        return None
     # There are two classes at least.
-    is_list = isinstance(threshold, (list, tuple)) and len(threshold) > 1
-    values = threshold if is_list else [threshold]
-    if not all(
-        isinstance(value, numbers.Real)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        for value in values
-    ):
-        raise ValueError(
-            "`threshold` must be a finite number, a list of one for each "
-            "class, or `None` for the model's own decision. Received: "
-            f"threshold={threshold!r}. Fit a rule of `keras_halo.rejection` "
-            "and use `rule.to_layer()`."
-        )
+    if isinstance(threshold, (list, tuple)) and len(threshold) > 1:
+        return [
+            _as_threshold(value, f"threshold[{index}]", "")
+            for index, value in enumerate(threshold)
+        ]
+    return _as_threshold(
+        threshold,
+        "threshold",
+        ", a list of one for each class, or `None` for the model's own "
+        "decision",
+    )
+
+
+def _as_threshold(value, argument, alternatives):
+    return as_number(
+        value,
+        argument,
+        math.isfinite,
+        f"a finite number{alternatives}",
+        "Fit a rule of `keras_halo.rejection` and use `rule.to_layer()`.",
+    )
 
 
 def _fit(expected, shape):

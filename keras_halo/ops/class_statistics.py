@@ -6,7 +6,12 @@ from typing import Any, Self
 import numpy as np
 
 from keras_halo.ops.labels import class_indices
-from keras_halo.utils.checks import as_boolean, as_integer, number_array
+from keras_halo.utils.checks import (
+    as_boolean,
+    as_integer,
+    check_finite,
+    number_array,
+)
 from keras_halo.utils.types import Array, ArrayLike
 
 # A feature that varies less than this many units in its last place does not
@@ -100,14 +105,12 @@ class ClassStatistics:
             )
         labels = class_indices(labels, num_classes, embeddings.shape[:-1])
         embeddings, labels = embeddings.reshape(-1, dim), labels.reshape(-1)
-        finite = np.isfinite(embeddings)
-        if not finite.all():
-            raise ValueError(
-                "The embeddings that enter the head must be finite. Received: "
-                f"{int((~finite).sum())} of {embeddings.size} values are NaN "
-                "or infinite. Look for NaN in the inputs, or in the weights "
-                "of the model."
-            )
+        check_finite(
+            embeddings,
+            "embeddings",
+            "They are what enters the head: look for NaN in the inputs, or in "
+            "the weights of the model.",
+        )
         for start in range(0, len(labels), _CHUNK):
             part = slice(start, start + _CHUNK)
             self._add(embeddings[part].astype("float64"), labels[part])

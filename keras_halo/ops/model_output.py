@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_halo.ops import packing
-from keras_halo.utils.checks import check_not_masked
+from keras_halo.utils.checks import check_not_masked, number_array
 from keras_halo.utils.precision import as_array
 
 # The method that names the score which a model itself emits.
@@ -65,23 +65,21 @@ def read_model_output(output, argument="scores"):
             raise ValueError(_expected(argument, output))
         try:
             scores = as_array(scores)
+            scores = number_array(scores, argument, to_float=False)
         except (TypeError, ValueError) as error:
             raise ValueError(_expected(argument, output)) from error
-        # NumPy has no kind of its own for bfloat16.
-        if scores.dtype.kind not in "fiu" and scores.dtype.name != "bfloat16":
+        if scores.dtype.kind == "b":
             raise ValueError(_expected(argument, output))
     packing.check_precision(scores.dtype, argument)
     if fitted is not None:
         check_not_masked(fitted, f"{argument}['ood']")
         if not is_symbolic_or_tensor(fitted):
-            try:
-                fitted = np.asarray(fitted)
-            except ValueError as error:
-                raise ValueError(_expected(argument, output)) from error
-            if fitted.dtype.kind not in "fiu":
+            fitted = number_array(fitted, f"{argument}['ood']", to_float=False)
+            if fitted.dtype.kind == "b":
                 raise ValueError(
                     f"The entry 'ood' of `{argument}` must hold real numbers. "
-                    f"Received: dtype={fitted.dtype}."
+                    f"Received: dtype={fitted.dtype}. Pass what "
+                    "`model.predict` returned."
                 )
         shapes = tuple(fitted.shape), tuple(scores.shape[:-1])
         if shapes[0] != shapes[1] and None not in shapes[0] + shapes[1]:

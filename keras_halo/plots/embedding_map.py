@@ -3,6 +3,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from keras_halo.ops.class_statistics import ClassStatistics
 from keras_halo.ops.labels import class_indices
 from keras_halo.plots import drawing
 from keras_halo.plots.projection import principal_plane, shell_radius
@@ -114,11 +115,13 @@ def embedding_map(
         _draw_unknown(ax, unknown @ plane, max_points)
     if centroids is not None:
         _draw_centroids(ax, centroids @ plane, colors, radius)
-    anchors = centroids
-    if anchors is None and labels is not None:
-        anchors = _class_means(embeddings, labels)
+    anchors = None
+    if centroids is not None:
+        anchors = centroids @ plane
+    elif labels is not None:
+        anchors = _class_means(embeddings @ plane, labels)
     if anchors is not None:
-        _name_classes(ax, colors, class_names, anchors @ plane)
+        _name_classes(ax, colors, class_names, anchors)
     _draw_origin(ax, embeddings @ plane)
     has_circles = radius and centroids is not None
     _draw_legend(ax, unknown is not None, has_circles, shell_mass)
@@ -257,16 +260,13 @@ def _draw_centroids(ax, points, colors, radius):
     )
 
 
-def _class_means(embeddings, labels):
-    """Means of the classes, NaN for a class without embeddings."""
-    return np.array(
-        [
-            embeddings[labels == index].mean(axis=0)
-            if (labels == index).any()
-            else np.full(embeddings.shape[-1], np.nan)
-            for index in range(labels.max() + 1)
-        ]
-    )
+def _class_means(points, labels):
+    """Means of the classes, NaN for a class without points."""
+    num_classes = int(labels.max()) + 1
+    statistics = ClassStatistics(num_classes, points.shape[-1], pooled=True)
+    statistics.update(points, labels)
+    is_empty = statistics.counts[:, None] == 0
+    return np.where(is_empty, np.nan, statistics.means)
 
 
 def _name_classes(ax, colors, class_names, anchors):

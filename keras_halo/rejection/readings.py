@@ -1,7 +1,6 @@
 """From what a user passes to a rule to what the rule works with."""
 
 import dataclasses
-import numbers
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,6 +17,7 @@ from keras_halo.ops.model_output import (
 )
 from keras_halo.rejection.fitted import Fingerprint, nearly_equal
 from keras_halo.utils.checks import (
+    as_number,
     check_finite,
     check_not_masked,
     number_array,
@@ -60,17 +60,13 @@ def check_fraction(name, value):
         ...
     ValueError: `risk` must be a number between 0 and 1, both excluded. ...
     """
-    if (
-        not isinstance(value, numbers.Real)
-        or isinstance(value, bool)
-        or not 0.0 < value < 1.0
-        or 1.0 - value == 1.0
-    ):
-        raise ValueError(
-            f"`{name}` must be a number between 0 and 1, both excluded. "
-            f"Received: {name}={value!r}. Write 5 % as 0.05."
-        )
-    return float(value)
+    return as_number(
+        value,
+        name,
+        lambda share: 0.0 < share < 1.0 and 1.0 - share != 1.0,
+        "a number between 0 and 1, both excluded",
+        "Write 5 % as 0.05.",
+    )
 
 
 def read_scores(scores, method, argument="scores", to_judge=False):

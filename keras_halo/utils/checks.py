@@ -1,6 +1,7 @@
 """Checks of arguments and arrays that several parts of the package take."""
 
 import contextlib
+import math
 import numbers
 from collections.abc import Mapping
 
@@ -60,7 +61,7 @@ def as_number(value, argument, fits, expected, remedy=""):
     Args:
         value: What should be a real number, of Python or NumPy.
         argument: String, the name by which an error calls it.
-        fits: Function of a number, whether it is allowed. Of NaN, which
+        fits: Function of a float, whether it is allowed. Of NaN, which
             compares as false with everything, it is not asked.
         expected: String, what an error says is allowed.
         remedy: String, what to do.
@@ -78,17 +79,19 @@ def as_number(value, argument, fits, expected, remedy=""):
         ...
     ValueError: `mass` must be in (0, 1]. Received: mass='0.1'.
     """
-    if (
-        not isinstance(value, numbers.Real)
-        or isinstance(value, bool)
-        or value != value
-        or not fits(value)
-    ):
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            # An integer of Python that no float holds.
+            number = math.inf if value > 0 else -math.inf
+    if number != number or not fits(number):
         raise ValueError(
             f"`{argument}` must be {expected}. Received: "
             f"{argument}={value!r:.100}. {remedy}".rstrip()
         )
-    return float(value)
+    return number
 
 
 def as_boolean(value, argument, remedy=""):
@@ -559,17 +562,23 @@ def finite_vector(values, argument):
     return values
 
 
-def check_finite(values, argument):
+def check_finite(values, argument, remedy=None):
     """Raises `ValueError` if an array holds NaN or infinite values.
 
     Args:
         values: NumPy array of floats.
         argument: String, the name by which an error calls the array.
+        remedy: Optional string, what to do. Defaults to `None`, where to look
+            in what a model returned.
     """
     finite = np.isfinite(values)
     if not finite.all():
         raise ValueError(
             f"`{argument}` must be finite. Received: {int((~finite).sum())} of "
-            f"{finite.size} values are NaN or infinite. Look for the step at "
-            "which training diverged, or for NaN in the inputs of the model."
+            f"{finite.size} values are NaN or infinite. "
+            + (
+                remedy
+                or "Look for the step at which training diverged, or for NaN "
+                "in the inputs of the model."
+            )
         )

@@ -17,6 +17,7 @@ from keras_halo.ops.model_output import (
 )
 from keras_halo.ops.ood_scores import OOD_METHODS, check_method, ood_score
 from keras_halo.utils.batches import counted, read_batches
+from keras_halo.utils.checks import check_finite, to_array
 from keras_halo.utils.weights import counted_positions
 
 
@@ -281,15 +282,16 @@ def _score(packed, fitted, method, where):
         score = keras.ops.convert_to_numpy(method(packed))
     else:
         score = ood_score(packed, method)
-    score = np.asarray(score)
-    if score.shape != (len(packed),) or not np.isfinite(score).all():
+    source = f"scores of method={name_of_method(method)!r} on {where}"
+    score = to_array(score, source)
+    if score.shape != (len(packed),):
         raise ValueError(
-            f"The scores of `{where}` must be {len(packed)} finite numbers, "
-            "one a sample and larger for outliers. Received: shape="
-            f"{score.shape}, {int((~np.isfinite(score)).sum())} of them NaN "
-            f"or infinite, from method={name_of_method(method)!r}."
+            f"`{source}` must be {len(packed)} finite numbers, one a sample "
+            f"and larger for outliers. Received: shape={score.shape}. Return "
+            "one number for each row of packed scores."
         )
-    return score.astype("float64")
+    check_finite(score, source, "Look for logarithms and quotients of zero.")
+    return score
 
 
 def embedded_batches(predictor, data, batch_size, keep):

@@ -262,6 +262,12 @@ def test_thresholds_that_are_no_numbers_are_refused(threshold):
         Decision(threshold)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, "0.5", True, None, 10**400])
+def test_a_list_of_thresholds_says_which_is_none(value):
+    with pytest.raises(ValueError, match=r"`threshold\[1\]` must be a finite"):
+        Decision([0.5, value])
+
+
 def test_what_does_not_fit_is_refused():
     scores = some_scores(4)
     with pytest.raises(ValueError, match="`method` must be one of"):
