@@ -9,7 +9,20 @@ import inspect
 
 import keras_halo
 
-MODULES = ("", "layers", "losses", "metrics", "ops", "plots", "rejection")
+# The package itself, and its public parts.
+MODULES = (
+    "",
+    *(
+        name
+        for name in sorted(keras_halo.__all__)
+        if inspect.ismodule(getattr(keras_halo, name))
+    ),
+)
+
+# What constants hold, which have no docstring.
+CONSTANTS = {
+    "OOD_METHODS": "The names of the scores that `ood_score` computes."
+}
 
 
 def public_names():
@@ -23,9 +36,12 @@ def public_names():
             # What is also at the top level is told there.
             if module_name and getattr(keras_halo, name, None) is thing:
                 continue
-            if not callable(thing) and not inspect.ismodule(thing):
+            if name.startswith("__"):
                 continue
-            meaning = inspect.getdoc(thing).splitlines()[0]
+            if callable(thing) or inspect.ismodule(thing):
+                meaning = inspect.getdoc(thing).splitlines()[0]
+            else:
+                meaning = CONSTANTS[name]
             dotted = ".".join(part for part in (module_name, name) if part)
             yield dotted, meaning
 
