@@ -190,3 +190,26 @@ def test_the_table_of_public_names_leaves_none_out():
             if not told & {name, f"{part}.{name}"}
         }
     assert sorted(missing) == []
+
+
+def in_the_docstring():
+    """What `ood_score` says of each score."""
+    text = inspect.getdoc(keras_halo.ood_score)
+    return re.findall(r"^- (`.*?):", text, re.M)
+
+
+def in_the_table():
+    """The scores in the first column of a table."""
+    text = (DOCS / "assurance.md").read_text("utf-8")
+    (section,) = re.findall(
+        r"^### What the scores miss\n(.*?)^#", text, re.M | re.S
+    )
+    return re.findall(r"^\| (.*?) \|", section, re.M)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("place", [in_the_docstring, in_the_table])
+def test_what_every_score_misses_is_told(place):
+    told = re.findall(r'`"(\w+)"`', " ".join(place()))
+    # Each in one place, and none that there is not.
+    assert sorted(told) == sorted(keras_halo.OOD_METHODS)
