@@ -1,3 +1,4 @@
+import functools
 import math
 from typing import Any
 
@@ -135,10 +136,8 @@ class Guard(Decision):
 
     def _p_value(self, score):
         ranks = self.certificate["ranks"]
-        # Rounded down, an entry compares with a score of this dtype as it does
-        # in float64.
-        entries = [rounded_down(e, self.head_dtype) for e in ranks["entries"]]
-        entries = ops.convert_to_tensor(np.array(entries), self.head_dtype)
+        entries = _rounded_entries(tuple(ranks["entries"]), self.head_dtype)
+        entries = ops.convert_to_tensor(entries, self.head_dtype)
         counts = ops.convert_to_tensor(
             np.array(ranks["counts"]), self.head_dtype
         )
@@ -185,3 +184,12 @@ class Guard(Decision):
         # Both stand in the certificate.
         del config["threshold"], config["method"]
         return {**config, "certificate": self.certificate}
+
+
+@functools.lru_cache(maxsize=64)
+def _rounded_entries(entries, dtype):
+    """Scores that compare with those of a dtype as they do in float64.
+
+    Kept, since eager PyTorch asks for them in every batch.
+    """
+    return np.array([rounded_down(entry, dtype) for entry in entries], dtype)
