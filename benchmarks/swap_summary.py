@@ -28,7 +28,6 @@ DATA = (
     ("Fashion-MNIST, 5 to 9 held out", "fashion-5-9", "held out"),
     ("Fashion-MNIST, memorised", "fashion-memorised", "mean of 7 sets"),
     ("CIFAR-10, CIFAR-100", "cifar10", "CIFAR-100"),
-    ("CIFAR-10, textures", "cifar10", "textures"),
     ("CIFAR-10 in full, CIFAR-100", "cifar10-resnet", "CIFAR-100"),
     ("CLINC150, 30 held out", "clinc-held-out", "held out"),
     ("CLINC150, out of scope", "clinc", "out of scope"),
