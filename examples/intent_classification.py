@@ -10,8 +10,8 @@ Accelerator: None
 """
 ## Introduction
 
-An assistant sorts what people say into intents: book a flight, pay a bill, tell
-a joke. Some people ask for what it cannot do. A softmax names an intent all the
+An assistant sorts queries into intents: book a flight, pay a bill, tell a joke.
+Some queries ask for what it cannot do. A softmax names an intent all the
 same, and the assistant does something that nobody wanted.
 
 Here the same network is trained on the 150 intents of CLINC150, once with

@@ -24,8 +24,10 @@ def as_tensor(variable):
 
 
 def _is_of_torch(x):
-    """Whether `x` is a tensor of PyTorch, whose own methods take a third of the
-    time of Keras's operations: these look at the types of all they are given.
+    """Whether `x` is a tensor of PyTorch.
+
+    Its own methods take less time than Keras's operations, which look at the
+    types of all that they are given.
     """
     return WRITES and hasattr(x, "clamp")
 

@@ -107,8 +107,9 @@ class RejectionRule:
         # A guarantee that was measured must not change its words.
         if name != "_fitted" and self.__dict__.get("_fitted") is not None:
             raise AttributeError(
-                f"`{name}` cannot be set: the rule was fitted to guarantee "
-                "what its arguments say. Make a new rule and fit it."
+                f"`{name}` cannot be set: the guarantee of a fitted rule holds "
+                "for the arguments it was fitted with. Make a new rule and fit "
+                "it."
             )
         super().__setattr__(name, value)
 

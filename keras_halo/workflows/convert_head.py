@@ -58,8 +58,8 @@ def convert_head(
 ) -> keras.Model:
     """Replaces the head of a trained classifier by a HALO head that fits it.
 
-    The new model starts from what the old one knows and can say "I don't know"
-    at once; a few epochs with `HALOLoss` do the rest. One pass over the data
+    The new model starts with the knowledge of the old one and can abstain at
+    once; a few epochs with `HALOLoss` do the rest. One pass over the data
     measures, in the space that enters the head, the mean of every class and the
     covariance around these means. A `Dense` in between, trainable like any
     other, turns that space such that the classes become the unit Gaussians that
