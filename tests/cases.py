@@ -1,4 +1,4 @@
-"""How many cases a test runs, and a count of those that it did run.
+"""How many cases a test runs, a count of those that it did run, and bad values.
 
 `HALO_TESTS=thorough` asks for many times more cases than the suite runs by
 default, and has them counted at the end of the run.
@@ -7,7 +7,9 @@ default, and has them counted at the end of the run.
 import collections
 import functools
 import os
+import pathlib
 
+import numpy as np
 from hypothesis import given, settings
 
 PROFILE = os.environ.get("HALO_TESTS", "quick")
@@ -40,3 +42,24 @@ def for_all(**strategies):
         )
 
     return decorate
+
+
+# What is no array of numbers, by the name of what it is.
+NO_NUMBERS = {
+    "none": None,
+    "text": "typo",
+    "path": pathlib.Path("train.npz"),
+    "object": object(),
+    "function": len,
+    "dictionary": {"x": 1.0},
+    "names": ["cat", "dog"],
+    "bytes": np.array([b"cat", b"dog"]),
+    "nones": [1.0, None],
+    "objects": np.array([object(), 1.0], dtype=object),
+    "ragged": [[1.0], [1.0, 2.0]],
+    "complex": [1j, 1.0],
+    "dates": np.array(["2020-01-01", "2020-01-02"], "datetime64[D]"),
+    "Python integers": [2**70, 1],
+    "masked": np.ma.array([1.0, 2.0], mask=[True, False]),
+    "masked rows": [np.ma.array([1.0], mask=[True]), np.ones(1)],
+}

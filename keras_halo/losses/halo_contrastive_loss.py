@@ -6,13 +6,12 @@ from keras import ops
 from keras_halo.losses.halo_loss import halo_loss
 from keras_halo.losses.packed_scores_loss import (
     PackedScoresLoss,
-    fitting_weights,
+    weights_of_loss,
     without_uncounted_labels,
 )
 from keras_halo.ops import packing
 from keras_halo.ops.labels import ids_and_scores
 from keras_halo.utils.types import DType, Tensor
-from keras_halo.utils.weights import weight_tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -113,13 +112,9 @@ class HALOContrastiveLoss(PackedScoresLoss):
             "`keras_halo.pair_labels(query_ids, key_ids)`.",
         )
         if sample_weight is not None:
-            sample_weight = fitting_weights(sample_weight, y_pred.shape[:-1])
+            sample_weight = weights_of_loss(sample_weight, y_pred)
         if len(y_pred.shape) == 3:
             labels = ops.stack([labels, labels], axis=1)
-            if sample_weight is not None:
-                # That of a pair is that of both directions.
-                positions = y_pred.shape[:-1]
-                sample_weight = weight_tensor(sample_weight, positions)
         labels = without_uncounted_labels(labels, y_pred)
         return super().__call__(labels, y_pred, sample_weight=sample_weight)
 

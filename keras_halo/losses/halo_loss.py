@@ -7,7 +7,7 @@ from keras import ops
 from keras_halo.losses.packed_scores_loss import (
     PackedScoresLoss,
     check_radial_weight,
-    fitting_weights,
+    weights_of_loss,
     without_uncounted_labels,
 )
 from keras_halo.ops import packing
@@ -256,7 +256,7 @@ class HALOLoss(PackedScoresLoss):
             )
         y_true, y_pred = labels_and_scores(y_true, y_pred)
         if sample_weight is not None:
-            sample_weight = fitting_weights(sample_weight, y_pred.shape[:-1])
+            sample_weight = weights_of_loss(sample_weight, y_pred)
         y_true = without_uncounted_labels(y_true, y_pred, sample_weight)
         if isinstance(y_true, np.ndarray):
             y_true = _checked_labels(y_true, y_pred.shape, self.ignore_class)

@@ -5,17 +5,16 @@ import numpy as np
 from keras import ops
 
 from keras_halo.ops.labels import are_integer_labels, label_tensor
-from keras_halo.ops.model_output import is_symbolic_or_tensor
 from keras_halo.utils.checks import (
     as_boolean,
     as_number,
     check_label_smoothing,
     check_not_taken,
-    number_array,
 )
 from keras_halo.utils.keras_private import mask_of
 from keras_halo.utils.precision import computation_dtype, full_precision
 from keras_halo.utils.types import DType, Tensor
+from keras_halo.utils.weights import fitting_weights
 
 
 class PackedScoresLoss(keras.losses.Loss):
@@ -123,12 +122,15 @@ def without_uncounted_labels(y_true, y_pred, sample_weight=None):
     Args:
         y_true: Labels that fit the scores.
         y_pred: Packed scores, with or without a mask of Keras.
-        sample_weight: Tensor or array of weights that fit the scores, or
+        sample_weight: Tensor or array, as `weights_of_loss` returns it, or
             `None`. Defaults to `None`.
 
     Returns:
         The labels as they are where all of them count, an array for arrays of
         labels and weights without a mask, otherwise a tensor.
+
+    Raises:
+        ValueError: If the mask does not fit the scores.
 
     Example:
 
@@ -142,70 +144,47 @@ def without_uncounted_labels(y_true, y_pred, sample_weight=None):
         if not isinstance(sample_weight, np.ndarray):
             return y_true
         counts = sample_weight != 0
-    elif sample_weight is not None:
-        counts = ops.not_equal(ops.convert_to_tensor(sample_weight), 0)
-        if mask is not None:
-            mask = ops.cast(mask, "bool")
-            counts = _as_positions(counts, len(mask.shape))
-            counts = ops.logical_and(counts, mask)
-    elif mask is not None:
-        counts = mask
-    else:
-        return y_true
-    counts = _as_positions(counts, len(y_pred.shape) - 1)
-    if isinstance(counts, np.ndarray):
         are_integers = are_integer_labels(y_true.shape, y_pred.shape)
         if not are_integers or y_true.ndim == len(y_pred.shape):
             counts = counts[..., None]
         return np.where(counts, y_true, np.zeros_like(y_true))
+    if mask is None and sample_weight is None:
+        return y_true
+    counts = None
+    if sample_weight is not None:
+        counts = ops.not_equal(ops.convert_to_tensor(sample_weight), 0)
+    if mask is not None:
+        mask = weights_of_loss(mask, y_pred, "the mask of `y_pred`")
+        mask = ops.cast(mask, "bool")
+        counts = mask if counts is None else ops.logical_and(counts, mask)
     y_true, are_integers = label_tensor(y_true, y_pred.shape)
     if not are_integers:
         counts = ops.expand_dims(counts, axis=-1)
     return ops.where(counts, y_true, ops.zeros_like(y_true))
 
 
-def _as_positions(values, rank):
-    """Values with one axis for each of the positions, as Keras aligns them."""
-    if len(values.shape) > rank:
-        return values[..., 0]
-    while len(values.shape) < rank:
-        values = values[..., None]
-    return values
+def weights_of_loss(weights, y_pred, argument="`sample_weight`"):
+    """Returns the weights, or the mask, of packed scores, checked.
 
-
-def fitting_weights(sample_weight, shape):
-    """Sample weights, refused where they fit no sample.
+    Keras would take those of `B` samples for those of `B` positions of each.
 
     Args:
-        sample_weight: Tensor, or what NumPy makes an array of.
-        shape: Tuple, the shape of one loss a position. Lengths may be `None`.
+        weights: Tensor, or what NumPy makes an array of.
+        y_pred: Packed scores.
+        argument: String, what an error calls the weights.
 
     Returns:
-        The tensor as it is, or a NumPy array.
+        Tensor or array with one axis for each of the positions.
 
     Raises:
-        ValueError: If the weights are no numbers, or not as many.
+        ValueError: If the weights are no numbers, or do not fit.
 
     Example:
 
-    >>> fitting_weights([1.0, 0.0], (3,))
-    Traceback (most recent call last):
-        ...
-    ValueError: `sample_weight` must have one weight for every sample, shape ...
+    >>> weights_of_loss([1.0, 0.0], ops.zeros((2, 3, 16))).shape
+    (2, 1)
     """
-    if not is_symbolic_or_tensor(sample_weight):
-        sample_weight = number_array(sample_weight, "sample_weight")
-    given, shape = tuple(sample_weight.shape), tuple(shape)
-    # What Keras broadcasts stays allowed.
-    dims = given[:-1] if len(given) == len(shape) + 1 else given
-    fits = given[len(shape) :] in ((), (1,)) and all(
-        a is None or b is None or a in (1, b)
-        for a, b in zip(dims, shape, strict=False)
+    # Keras broadcasts one weight for all.
+    return fitting_weights(
+        weights, y_pred.shape[:-1], argument, one_for_all=True
     )
-    if not fits:
-        raise ValueError(
-            "`sample_weight` must have one weight for every sample, shape "
-            f"{shape[:1]}, or for every position, shape {shape}. Received: "
-            f"shape={given}. Pass the weights of the samples in `y_pred`."
-        )
-    return sample_weight

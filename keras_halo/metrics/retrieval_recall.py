@@ -10,7 +10,7 @@ from keras_halo.ops.tensors import max_of_rows
 from keras_halo.utils.checks import as_integer
 from keras_halo.utils.keras_private import mask_of, set_direction
 from keras_halo.utils.types import DType, Tensor
-from keras_halo.utils.weights import weight_tensor
+from keras_halo.utils.weights import weights_of_positions
 
 
 @keras.saving.register_keras_serializable(package="keras_halo")
@@ -111,14 +111,10 @@ class RetrievalRecall(PackedMean):
             "`keras_halo.metrics.BestClassTopKAccuracy`.",
         )
         y_pred = ops.cast(y_pred, self.dtype)
-        weights = ops.ones_like(y_pred[..., 0])
-        for factor, argument in (
-            (sample_weight, "sample_weight"),
-            (mask, "the mask of y_pred"),
-        ):
-            if factor is not None:
-                factor = weight_tensor(factor, weights.shape, argument)
-                weights = weights * ops.cast(factor, self.dtype)
+        ones = ops.ones_like(y_pred[..., 0])
+        weights = weights_of_positions(sample_weight, mask, ones)
+        if weights is None:
+            weights = ones
         if len(y_pred.shape) == 2:
             self._add(labels, y_pred, weights)
             return

@@ -22,7 +22,7 @@ from keras_halo.ops.labels import (
 )
 from keras_halo.ops.tensors import max_of_rows
 from keras_halo.utils.keras_private import mask_of
-from keras_halo.utils.weights import weight_tensor
+from keras_halo.utils.weights import weights_of_positions
 
 Samples = collections.namedtuple(
     "Samples", ["logits", "labels", "weights", "packed"]
@@ -96,15 +96,7 @@ def to_samples(
     )
 
     template = ops.ones_like(y_pred[..., 0])
-    weights = None
-    for given, argument in (
-        (sample_weight, "sample_weight"),
-        (mask, "the mask of y_pred"),
-    ):
-        if given is not None:
-            given = weight_tensor(given, template.shape, argument)
-            given = ops.cast(given, dtype) * template
-            weights = given if weights is None else weights * given
+    weights = weights_of_positions(sample_weight, mask, template)
     if weights is not None:
         weights = ops.reshape(weights, (-1,))
     if ignore_class is not None:

@@ -10,9 +10,8 @@ from keras_halo.utils.checks import (
     check_batch_size,
     check_not_masked,
     label_array,
-    weight_array,
 )
-from keras_halo.utils.weights import counted_positions
+from keras_halo.utils.weights import counted_positions, weights_of_samples
 
 
 def check_readable(data, where, again=False):
@@ -54,9 +53,8 @@ def check_readable(data, where, again=False):
                 "not known."
             )
         if sample_weight is not None:
-            _checked_weights(
-                sample_weight, len(keras.tree.flatten(x)[0]), where
-            )
+            count = len(keras.tree.flatten(x)[0])
+            weights_of_samples(sample_weight, count, where)
         return
     infinite = (
         isinstance(data, keras.utils.PyDataset) and data.num_batches is None
@@ -334,20 +332,8 @@ def labelled_data(x, y=None, sample_weight=None):
             f"{len(leaves[0])} inputs and {len(y)} labels."
         )
     if sample_weight is not None:
-        sample_weight = _checked_weights(sample_weight, len(y), "x")
+        sample_weight = weights_of_samples(sample_weight, len(y), "x")
     return x, y, sample_weight
-
-
-def _checked_weights(sample_weight, count, where):
-    """Sample weights as an array, one for each of so many samples."""
-    weights = weight_array(sample_weight)
-    if len(weights) != count:
-        raise ValueError(
-            f"The sample weights of `{where}` must be one for every sample. "
-            f"Received: {count} samples and {len(weights)} weights. Give what "
-            "must not count a weight of zero."
-        )
-    return weights
 
 
 def counted(values, labels, sample_weight, mask=None):

@@ -20,6 +20,7 @@ from keras_halo.utils.batches import (
 from keras_halo.utils.checks import check_batch_size, check_model, check_verbose
 from keras_halo.utils.extras import require
 from keras_halo.utils.types import Data
+from keras_halo.utils.weights import counted_positions
 from keras_halo.workflows.collecting import check_labels
 from keras_halo.workflows.graph import find_head
 from keras_halo.workflows.predicting import predict_answers, scores_shape
@@ -272,7 +273,10 @@ def calibrate(
                 ).packed
             else:
                 others, mask = _predict(predictor, unknown, batch_size, verbose)
-                others = others if mask is None else others[mask]
+                if mask is not None:
+                    shape = others.shape[:-1]
+                    kept = counted_positions(None, shape, "unknown", mask)
+                    others = others[kept]
             others, other_norms, _ = _parts(others)
             others = others.reshape(-1, others.shape[-1]) / old_gamma
             more = new.log_odds(

@@ -12,7 +12,8 @@ from keras_halo.ops.class_statistics import (
     epsilon,
 )
 from keras_halo.ops.labels import class_indices, fitting_labels
-from keras_halo.utils.batches import count_batches, counted_positions
+from keras_halo.utils.batches import count_batches
+from keras_halo.utils.weights import counted_positions
 from keras_halo.workflows.predicting import embedded_batches, inference_mode
 from keras_halo.workflows.predictor import Predictor, may_mask
 

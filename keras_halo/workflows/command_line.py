@@ -18,6 +18,7 @@ from keras_halo.ops.model_output import FITTED
 from keras_halo.ops.ood_scores import OOD_METHODS
 from keras_halo.rejection.storage import write_text
 from keras_halo.utils.keras_private import flat_layers
+from keras_halo.utils.weights import counted_positions
 from keras_halo.version import __version__
 from keras_halo.workflows.add_abstention import add_abstention
 from keras_halo.workflows.evaluate_ood import evaluate_ood
@@ -197,8 +198,9 @@ def _guard(options):
     if mask is not None:
         # Padding is no known input.
         num_classes = packing.count_classes(scores.shape)
-        y = fitting_labels(y, mask.shape, num_classes)[mask]
-        scores = scores[mask]
+        kept = counted_positions(None, scores.shape[:-1], "x", mask)
+        y = fitting_labels(y, kept.shape, num_classes)[kept]
+        scores = scores[kept]
         print(
             f"Masked positions are left out; {len(scores)} positions of "
             f"{len(mask)} inputs count as independent samples."

@@ -494,6 +494,19 @@ def test_sample_weights_weigh_both_directions_of_a_pair():
     assert weighted == pytest.approx((weights[:, None] * each).sum(), rel=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 2)])
+def test_weights_of_pairs_are_those_of_both_directions(shape):
+    pairs = np.random.default_rng(0).normal(size=(3, 8)).astype("float32")
+    layer = HALOSimilarity(bidirectional=True)
+    scores = layer([pairs, pairs[::-1]])
+    loss = HALOContrastiveLoss(reduction=None)
+    weights = np.arange(np.prod(shape), dtype="float32").reshape(shape)
+    each = to_numpy(loss(np.arange(3), scores))
+    weighted = to_numpy(loss(np.arange(3), scores, sample_weight=weights))
+    by_pair = weights.reshape(3, -1)
+    np.testing.assert_allclose(weighted, each * by_pair, rtol=1e-5)
+
+
 def test_config_round_trips():
     layer = HALOSimilarity(
         label_smoothing=0.02, learn_gamma=False, bidirectional=True, name="s"
@@ -783,7 +796,7 @@ def test_recall_of_one_pair_is_one():
             lambda: RetrievalRecall().update_state(
                 np.arange(3), np.zeros((3, 9), "float32"), np.ones(2)
             ),
-            "Expected sample_weight of shape",
+            "Expected `sample_weight` to have one value",
         ),
     ],
 )

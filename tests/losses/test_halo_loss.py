@@ -10,6 +10,7 @@ import keras_halo
 from keras_halo import HALODense, HALOLoss
 from keras_halo.losses import halo_loss
 from keras_halo.ops.packing import packed_width
+from keras_halo.utils.keras_private import set_mask
 
 K, D = 5, 6
 WIDTH = packed_width(K)
@@ -252,20 +253,51 @@ def test_void_labels_of_weight_zero_train():
     assert all(np.isfinite(w).all() for w in model.get_weights())
 
 
-@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 6)])
-def test_sample_weights_broadcast_as_for_keras_losses(shape):
+@pytest.mark.parametrize(
+    "shape, spread",
+    [
+        ((), (1, 1)),
+        ((1,), (1, 1)),
+        ((4,), (4, 1)),
+        ((4, 1), (4, 1)),
+        ((1, 6), (1, 6)),
+        ((4, 6), (4, 6)),
+        ((4, 6, 1), (4, 6)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_sample_weights_are_those_of_samples_or_positions(shape, spread, kind):
     scores, labels = _scores((4, 6)), _labels((4, 6))
     weights = np.random.default_rng(4).random(shape).astype("float32")
-    if shape == (4,):
-        weights_per_step = np.repeat(weights[:, None], 6, axis=1)
-        given = weights[:, None]
-    else:
-        weights_per_step = np.broadcast_to(weights, (4, 6))
-        given = weights
+    weights_per_step = weights.reshape(spread)
+    if kind == "tensor":
+        weights = ops.convert_to_tensor(weights)
     each = to_numpy(HALOLoss(reduction=None)(labels, scores))
     assert float(
-        HALOLoss()(labels, scores, sample_weight=given)
+        HALOLoss()(labels, scores, sample_weight=weights)
     ) == pytest.approx(float(np.mean(each * weights_per_step)), rel=1e-5)
+
+
+def test_weights_of_samples_are_none_of_as_many_positions():
+    # Keras would multiply the last axis by them.
+    scores, labels = _scores((4, 4)), _labels((4, 4))
+    weights = np.array([1.0, 0.0, 0.0, 2.0], "float32")
+    # No class: what does not count may hold anything.
+    labels[1:3] = 255
+    loss = HALOLoss(reduction=None)
+    each = to_numpy(loss(labels[[0, 3]], scores[[0, 3]]))
+    weighted = to_numpy(loss(labels, scores, sample_weight=weights))
+    np.testing.assert_allclose(
+        weighted[[0, 3]], each * weights[[0, 3], None], rtol=1e-5
+    )
+    assert not weighted[1:3].any()
+
+
+def test_a_mask_that_fits_no_positions_is_refused():
+    scores = ops.convert_to_tensor(_scores((4, 6)))
+    set_mask(scores, ops.ones((4, 5), "bool"))
+    with pytest.raises(ValueError, match=r"mask of `y_pred`.*\(4, 5\)"):
+        HALOLoss()(_labels((4, 6)), scores)
 
 
 @pytest.mark.parametrize(

@@ -398,9 +398,9 @@ def test_shapes_that_do_not_fit_are_refused(metric_class):
         metric.update_state(labels[:5], scores)
     with pytest.raises(ValueError, match="at least 8 columns"):
         metric.update_state(labels, scores[:, :5])
-    with pytest.raises(ValueError, match="Expected sample_weight of shape"):
+    with pytest.raises(ValueError, match="one value for every sample"):
         metric.update_state(labels, scores, np.ones(7))
-    with pytest.raises(ValueError, match="Expected sample_weight of shape"):
+    with pytest.raises(ValueError, match="one value for every sample"):
         metric.update_state(labels, scores, np.ones((200, 2)))
     with pytest.raises(ValueError, match="`ignore_class` needs integer"):
         metric.update_state(np.eye(NUM_CLASSES)[labels], scores)

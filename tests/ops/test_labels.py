@@ -1,4 +1,4 @@
-"""Labels and weights: one reader for arrays, and one for tensors."""
+"""Labels: one reader for arrays, and one for tensors."""
 
 import keras
 import numpy as np
@@ -8,7 +8,6 @@ from keras import ops
 
 import keras_halo
 from keras_halo.ops import labels as reading
-from keras_halo.utils.weights import counted_positions, weight_tensor
 
 INTEGERS = [
     np.array([0, 2]),
@@ -90,52 +89,3 @@ def test_an_integer_of_more_than_32_bits_is_no_class(kind):
     metric.update_state(wide, scores)
     # Every answer is wrong, so that the gap is the confidence.
     assert abs(right + float(metric.result()) - 1.0) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "shape, fits",
-    [
-        ((2,), True),
-        ((2, 1), True),
-        ((2, 3), True),
-        ((2, 3, 1), True),
-        ((1,), False),
-        ((3,), False),
-        ((2, 2), False),
-        ((2, 3, 3), False),
-    ],
-)
-def test_weights_fit_arrays_and_tensors_alike(shape, fits):
-    rng = np.random.default_rng(0)
-    weights = rng.integers(0, 2, size=shape).astype("float32")
-    if not fits:
-        with pytest.raises(ValueError, match="of shape .*Received: shape="):
-            counted_positions(weights, (2, 3), "x")
-        with pytest.raises(ValueError, match="of shape .*Received: shape="):
-            weight_tensor(ops.convert_to_tensor(weights), (2, 3))
-        return
-    tensor = to_numpy(weight_tensor(ops.convert_to_tensor(weights), (2, 3)))
-    counted = counted_positions(weights, (2, 3), "x")
-    assert counted.shape == (2, 3) and tensor.ndim == 2
-    np.testing.assert_array_equal(counted, np.broadcast_to(tensor, (2, 3)) != 0)
-
-
-def test_one_weight_for_all_is_for_keras_alone():
-    # Keras multiplies a metric's update by it; of data it says nothing.
-    weight = ops.convert_to_tensor(2.0)
-    assert float(ops.sum(weight_tensor(weight, (2, 3)))) == 2.0
-    with pytest.raises(ValueError, match="one number a sample"):
-        counted_positions(np.float32(1.0), (2, 3), "x")
-
-
-@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 2)])
-def test_weights_of_pairs_are_those_of_both_directions(shape):
-    pairs = np.random.default_rng(0).normal(size=(3, 8)).astype("float32")
-    layer = keras_halo.HALOSimilarity(bidirectional=True)
-    scores = layer([pairs, pairs[::-1]])
-    loss = keras_halo.HALOContrastiveLoss(reduction=None)
-    weights = np.arange(np.prod(shape), dtype="float32").reshape(shape)
-    each = to_numpy(loss(np.arange(3), scores))
-    weighted = to_numpy(loss(np.arange(3), scores, sample_weight=weights))
-    by_pair = weights.reshape(3, -1)
-    np.testing.assert_allclose(weighted, each * by_pair, rtol=1e-5)
