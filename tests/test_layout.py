@@ -91,10 +91,17 @@ def test_the_root_holds_packages_only():
 
 def test_the_tests_lie_as_what_they_test():
     tests = pathlib.Path(__file__).parent
-    parts = {path.name for path in ROOT.iterdir() if path.is_dir()}
     folders = {path.parent.name for path in tests.glob("*/test_*.py")}
-    assert folders and folders <= parts
-    assert parts - folders <= {"utils", "__pycache__"}
+    parts = {path.parent.name for path in ROOT.glob("*/[!_]*.py")}
+    assert folders == parts
+
+
+def test_each_module_of_utils_has_tests_of_its_name():
+    # What every part relies on is not only tested by the parts.
+    tests = pathlib.Path(__file__).parent
+    modules = {path.name for path in (ROOT / "utils").glob("[!_]*.py")}
+    tested = {path.name for path in (tests / "utils").glob("test_*.py")}
+    assert modules and tested == {f"test_{name}" for name in modules}
 
 
 def test_the_mathematics_asks_for_the_backend_in_one_module():
