@@ -23,13 +23,16 @@ class Batches(keras.utils.PyDataset):
     def __init__(self, *arrays):
         super().__init__()
         self.arrays = arrays
-        self.epochs = 0
+        self.begun = self.epochs = 0
 
     def __len__(self):
         return len(slices())
 
     def __getitem__(self, index):
         return tuple(array[slices()[index]] for array in self.arrays)
+
+    def on_epoch_begin(self):
+        self.begun += 1
 
     def on_epoch_end(self):
         self.epochs += 1
@@ -138,7 +141,7 @@ def test_an_epoch_ends_also_where_reading_stops():
     next(batches)
     assert data.epochs == 1
     batches.close()
-    assert data.epochs == 2
+    assert data.epochs == data.begun == 2
 
 
 def test_lists_of_batches_are_told_from_lists_of_inputs():

@@ -167,7 +167,11 @@ def test_directions_and_functions_that_are_not_there_are_none():
     private.set_direction(metric, None)
     assert private.direction_of(metric) is None
     assert private.function_of(metric) is None
-    assert private.direction_of(keras.metrics.BinaryAccuracy()) == "up"
+    accuracy = keras.metrics.BinaryAccuracy()
+    assert private.direction_of(accuracy) == "up"
+    # What a metric says of itself stays.
+    private.set_direction(accuracy, None)
+    assert private.direction_of(accuracy) == "up"
     assert private.direction_of(keras.metrics.MeanSquaredError()) == "down"
 
     def gap(y_true, y_pred):
