@@ -190,7 +190,8 @@ class HALOLoss(PackedScoresLoss):
             `(batch_size, ..., 1)`, or a distribution, one-hot or soft, of
             shape `(batch_size, ..., K)`.
         y_pred: Packed scores of shape `(batch_size, ..., packed_width)`.
-        sample_weight: Optional weights, as for every Keras loss.
+        sample_weight: Optional weights of shape `(batch_size,)`, one for each
+            sample, or `(batch_size, ...)`, one for each position.
 
     Bad labels: a NumPy array that holds a label neither an integer in `[0, K)`
     nor equal to `ignore_class`, or a row of a distribution that does not sum to
