@@ -222,7 +222,7 @@ def test_messages_go_where_those_of_keras_go(capsys, caplog):
     assert capsys.readouterr().out == "on the screen\n"
     keras.config.disable_interactive_logging()
     try:
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", logger="absl"):
             private.print_message("in the log")
     finally:
         keras.config.enable_interactive_logging()

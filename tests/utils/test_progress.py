@@ -81,7 +81,7 @@ def test_a_terminal_that_asks_for_lines_gets_lines():
 def test_the_log_of_keras_gets_what_is_not_printed(caplog, capsys):
     keras.config.disable_interactive_logging()
     try:
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", logger="absl"):
             report(2)
     finally:
         keras.config.enable_interactive_logging()
