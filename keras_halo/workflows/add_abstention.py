@@ -12,6 +12,7 @@ from keras import ops
 from keras_halo.layers.block_features import BlockFeatures
 from keras_halo.layers.precise_dense import PreciseDense
 from keras_halo.losses.halo_loss import HALOLoss
+from keras_halo.ops import evidence, packing
 from keras_halo.ops.class_statistics import (
     ClassStatistics,
     check_counts,
@@ -52,7 +53,19 @@ _SHARE_OF_ANSWERS = 0.25
 # Small: training begins with a head that is nearly right.
 _LEARNING_RATE = 1e-3
 
+# The network has seen the data, so its classes look surer than they are: five
+# times the usual weight keeps them at the squared radii that they began with.
+_RADIAL_WEIGHT = 5.0
+
+# How much the distance from all data moves the evidence, in units of how much
+# the distances between the classes do.
+_BACKGROUND_SHARE = 0.5
+
 _BATCH_SIZE = 128
+_LARGE_BATCH = 1024
+
+# Of the lengths of inputs, over their mean.
+_LEAST_SPREAD = 0.01
 
 # With more features the covariance of the samples is theirs alone: it calls
 # every new input unknown.
@@ -100,6 +113,21 @@ def add_abstention(
     it alone. It learns the labels and, for a quarter, the class probabilities
     that the given model answers with.
 
+    What tells the classes apart is only a part of what the blocks know. So the
+    embedding gets further components, in which every centroid is zero: the
+    principal components of all features. They change no class logit and no
+    probability. They lengthen the embeddings of inputs that resemble none of
+    the data, and so speak for the far background. A head with
+    `abstain_rate=None` has none, and goes without them.
+
+    Formula, with `x` the trained embedding and `p` the principal components, of
+    which the lengths and logits of the given data tell the weight:
+
+    ```python
+    far = max_k s_k - gamma * |x|^2 / 2 - weight * |p|^2
+    weight = std(max_k s_k) / (2 * std(|p|^2))
+    ```
+
     A head that is made of many features without training, by `epochs=0`, is
     less confident than it is right. `calibrate` sets its temperature by
     validation data, and changes no answer.
@@ -110,8 +138,8 @@ def add_abstention(
     on tokens or on pixels.
 
     Memory: 4 bytes times the number of samples times the features, those of
-    all blocks together, plus 8 times the square of `max_features`. With
-    `verbose` it is said before it is taken.
+    all blocks together and those that are kept, plus 8 times the square of
+    `max_features`. With `verbose` it is said before it is taken.
 
     Args:
         model: A trained functional or sequential model with one output that
@@ -237,23 +265,18 @@ def add_abstention(
     num_given = min(logits.shape[-1], limit // 2)
     limit = min(limit - num_given, width)
     kernel, bias = principal_components(reduced, limit, resolution[:width])
-    kept = _best_count(reduced @ kernel + bias, labels, num_classes)
-    if kept < width:
-        reduction = _dense(
-            free_name(model, "halo_reduction"),
-            width,
-            kernel[:, :kept],
-            bias[:kept],
-        )
-        reduced = ops.convert_to_numpy(reduction(reduced))
-        features = reduction(features)
-    targets = labels
+    components = reduced @ kernel + bias
+    kept = _best_count(components, labels, num_classes)
+    reduction = _dense(free_name(model, "halo_reduction"), width, kernel, bias)
+    features = reduction(features)
+    targets, joined = labels, components
     if num_given:
         targets = _targets(old_head.probabilities(logits), labels)
         kernel, bias = principal_components(
             logits, num_given, resolution[width:]
         )
-        reduced = np.concatenate([reduced, logits @ kernel + bias], axis=-1)
+        joined = np.concatenate([components, logits @ kernel + bias], axis=-1)
+        components = joined[:, :limit]
         of_given = _dense(
             free_name(model, "halo_given"),
             last.shape[-1],
@@ -264,28 +287,84 @@ def add_abstention(
             dtype="float32", name=free_name(model, "halo_features")
         )
         features = join([features, of_given(last)])
-    start = keras.Input((reduced.shape[-1],))
+    read = np.r_[:kept, limit : joined.shape[-1]]
+    rows = joined[:, read]
+    start = keras.Input((rows.shape[-1],))
     head_model = convert_head(
         keras.Model(start, keras.layers.Identity()(start)),
-        reduced,
+        rows,
         labels,
         units=num_classes,
         verbose=0,
         **kwargs,
     )
-    embedding, head = head_model.layers[-2:]
     if epochs:
-        _train(head_model, reduced, targets, epochs, verbose)
-    named = _dense(
-        free_name(model, "halo_embedding"),
-        reduced.shape[-1],
-        *embedding.get_weights(),
-    )
+        _train(head_model, rows, targets, epochs, verbose)
+    trained, head = head_model.layers[-2:]
+    # The same map from all that is joined, of which the head reads a part.
+    kernel = np.zeros((joined.shape[-1], len(read)), "float32")
+    kernel[read], bias = trained.get_weights()
+    scores = head_model.predict(rows, batch_size=_LARGE_BATCH, verbose=0)
     if num_given:
-        scores = head_model.predict(reduced, batch_size=1024, verbose=0)
         given = old_head.probabilities(logits).argmax(axis=-1)
         _compare(given, scores[:, :num_classes].argmax(axis=-1), labels)
-    return keras.Model(inputs, head(named(features)))
+    if head.abstain_rate is not None:
+        kernel, bias, head = _with_background(
+            kernel,
+            bias,
+            head,
+            new_head(num_classes, **kwargs),
+            scores,
+            components,
+        )
+    embedding = _dense(
+        free_name(model, "halo_embedding"), len(kernel), kernel, bias
+    )
+    return keras.Model(inputs, head(embedding(features)))
+
+
+def _with_background(kernel, bias, head, wider, scores, components):
+    """Adds what speaks for the far background alone.
+
+    Args:
+        kernel: Array of shape `(F, D)`, of the embedding of `F` features.
+        bias: Array of shape `(D,)`.
+        head: `HALODense` that reads this embedding.
+        wider: `HALODense` that is not built, for all components.
+        scores: Array of packed scores of `head` on the data.
+        components: Array of shape `(N, P)`, the first `P` features of them.
+
+    Returns:
+        Tuple of kernel, bias and `wider`, with `D + P` components.
+    """
+    dim = kernel.shape[-1]
+    added = components.shape[-1]
+    parts = packing.unpack(scores.astype("float64"))
+    gamma = float(ops.convert_to_numpy(head.temperature))
+    near = parts.logits.max(axis=-1, keepdims=True)
+    lengths = np.square(components, dtype="float64").sum(axis=-1, keepdims=True)
+    # Lengths that are all but equal would be blown up without bound.
+    spread = max(lengths.std(), _LEAST_SPREAD * lengths.mean())
+    weight = _BACKGROUND_SHARE * near.std() / spread if spread else 0.0
+    # Class logits stay as they are; squared radii are one on average.
+    radii = gamma * parts.squared_norm - near + 2.0 * weight * lengths
+    new_gamma = radii.mean()
+    scale = math.sqrt(gamma / new_gamma * (dim + added) / dim)
+    scale_added = math.sqrt(2.0 * weight / new_gamma * (dim + added))
+    kernel = np.concatenate(
+        [scale * kernel, scale_added * np.eye(len(kernel), added)], axis=-1
+    )
+    bias = np.concatenate([scale * bias, np.zeros(added)])
+    centroids = scale * ops.convert_to_numpy(head.centroids)
+    wider.build((None, dim + added))
+    wider.assign_temperature(new_gamma)
+    wider.centroids.assign(np.pad(centroids, ((0, 0), (0, added))))
+    squared_norm = (near + radii) / new_gamma
+    samples = evidence.class_evidence(
+        *map(ops.convert_to_tensor, (near, squared_norm, new_gamma))
+    )
+    wider.assign_evidence(ops.convert_to_numpy(samples))
+    return kernel, bias, wider
 
 
 def _dense(name, num_features, kernel, bias):
@@ -348,11 +427,13 @@ def _best_count(components, labels, num_classes):
         return counts[0]
 
     def losses(count):
-        rows = components[:, :count].astype("float64")
         statistics = ClassStatistics(num_classes, count, pooled=True)
-        statistics.update(rows[kept], labels[kept])
+        # In parts: nothing as large as the data is copied.
+        for begin in range(0, len(kept), _LARGE_BATCH):
+            part = kept[begin : begin + _LARGE_BATCH]
+            statistics.update(components[part, :count], labels[part])
         transform, center, centroids = whitened_centroids(statistics)
-        new = (rows[held_out] - center) @ transform.T
+        new = (components[held_out, :count] - center) @ transform.T
         distances = np.square(centroids).mean(axis=-1)
         distances = distances - 2.0 * new @ centroids.T / count
         gaps = distances - distances.min(axis=-1, keepdims=True)
@@ -404,7 +485,9 @@ def principal_components(rows, count, resolution=0.0):
     mean, deviation = _moments(rows)
     scale = np.zeros_like(mean)
     np.divide(1.0, deviation, out=scale, where=deviation > resolution)
-    rows = (rows - mean) * scale
+    # One copy, not two.
+    rows = rows - mean
+    rows *= scale
     rng = np.random.default_rng(0)
     width = min(count + _OVERSAMPLED, *rows.shape)
     basis = rng.normal(size=(rows.shape[1], width)).astype(rows.dtype)
@@ -434,7 +517,11 @@ def _train(model, rows, targets, epochs, verbose):
         keras.optimizers.Adam(
             keras.optimizers.schedules.CosineDecay(_LEARNING_RATE, steps)
         ),
-        HALOLoss(label_smoothing=_LABEL_SMOOTHING, distill=False),
+        HALOLoss(
+            label_smoothing=_LABEL_SMOOTHING,
+            radial_weight=_RADIAL_WEIGHT,
+            distill=False,
+        ),
     )
     model.fit(
         rows, targets, batch_size=_BATCH_SIZE, epochs=epochs, verbose=verbose

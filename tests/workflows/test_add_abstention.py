@@ -10,9 +10,11 @@ from keras import layers
 import keras_halo
 from keras_halo import add_abstention
 from keras_halo.metrics import auroc
+from keras_halo.ops import packing
 from keras_halo.workflows.add_abstention import (
     _best_count,
     _targets,
+    _with_background,
     principal_components,
 )
 from keras_halo.workflows.blocks import find_blocks
@@ -266,12 +268,94 @@ def test_layers_can_be_named_and_many_features_are_reduced(digits):
         verbose=0,
     )
     assert guarded.layers[-1].abstain_rate == 0.05
-    assert guarded.layers[-2].units == 24
+    joined = guarded.get_layer("halo_features").output.shape[-1]
+    assert joined == 24
+    # What the head learned from, and what speaks for the background alone.
+    components = guarded.get_layer("halo_reduction").units
+    assert guarded.layers[-2].units <= joined + components
     scores = guarded.predict(x[:300], verbose=0)
     assert np.mean(scores[:, :10].argmax(axis=-1) == y[:300]) > 0.7
     # Once more on top of itself: names stay apart.
     again = add_abstention(guarded, x[:300], y[:300], epochs=0, verbose=0)
     assert again.predict(x[:3], verbose=0).shape == (3, 16)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_components_beside_the_embedding_change_the_far_evidence_alone(
+    constant,
+):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(200, 10)).astype("float32")
+    if constant:
+        # Inputs of one length: there is nothing to tell them apart by.
+        rows[:, :4] /= np.linalg.norm(rows[:, :4], axis=-1, keepdims=True)
+    kernel = rng.normal(size=(10, 6)).astype("float32")
+    bias = rng.normal(size=6).astype("float32")
+    head = keras_halo.HALODense(3, embedding_dim=None)
+    head.build((None, 6))
+    head.assign_temperature(2.5)
+    scores = keras.ops.convert_to_numpy(head(rows @ kernel + bias))
+    wider = keras_halo.HALODense(3, embedding_dim=None)
+    kernel, bias, wider = _with_background(
+        kernel, bias, head, wider, scores, rows[:, :4]
+    )
+
+    old = packing.unpack(scores)
+    new = packing.unpack(
+        keras.ops.convert_to_numpy(
+            wider((rows @ kernel + bias).astype("float32"))
+        )
+    )
+    np.testing.assert_allclose(new.logits, old.logits, rtol=1e-3, atol=1e-4)
+    best = old.logits.max(axis=-1)
+    lengths = np.square(rows[:, :4]).sum(axis=-1)
+    spread = 0.01 * lengths.mean() if constant else lengths.std()
+    weight = 0.5 * best.std() / spread
+    far = -0.5 * (new.temperature * new.squared_norm)[:, 0]
+    expected = -0.5 * 2.5 * old.squared_norm[:, 0] - weight * lengths
+    np.testing.assert_allclose(far, expected, rtol=1e-3)
+    # A class is where its squared radii are one.
+    radii = new.squared_norm[:, 0] - best / new.temperature[:, 0]
+    np.testing.assert_allclose(radii.mean(), 1.0, rtol=1e-3)
+    # On the data it abstains as seldom as it should.
+    answered = packing.unpack(
+        keras.ops.convert_to_numpy(wider(rows @ kernel + bias))
+    )
+    assert np.mean(answered.abstain_logit[:, 0] < best) > 0.9
+
+
+def test_unknown_directions_are_seen_that_tell_no_classes_apart():
+    """Features that say nothing of the classes say what is none of them."""
+    rng = np.random.default_rng(0)
+    y = np.arange(3000) % 4
+    x = rng.normal(size=(3000, 128)).astype("float32")
+    x[np.arange(3000), y] += 4.0
+    inputs = keras.Input((128,))
+    features = layers.Identity(name="features")(inputs)
+    model = keras.Model(inputs, layers.Dense(4, name="logits")(features))
+    kernel = np.zeros((128, 4))
+    kernel[:4] = 4.0 * np.eye(4)
+    model.get_layer("logits").set_weights([kernel, np.zeros(4)])
+    unknown = x[:500].copy()
+    unknown[:, 4:] *= 1.5
+    areas = {}
+    for rate in (None, 0.01):
+        guarded = add_abstention(
+            model, x, y, ["features"], epochs=0, abstain_rate=rate, verbose=0
+        )
+        known = guarded.predict(x[500:], verbose=0)
+        areas[rate] = auroc(
+            keras_halo.ood_score(known),
+            keras_halo.ood_score(guarded.predict(unknown, verbose=0)),
+        )
+        if rate is None:
+            logits = known[:, :4]
+        else:
+            np.testing.assert_allclose(
+                known[:, :4], logits, rtol=1e-3, atol=5e-3
+            )
+    assert areas[None] < 0.8
+    assert areas[0.01] > 0.95
 
 
 def test_as_many_features_are_kept_as_help_with_new_samples():
