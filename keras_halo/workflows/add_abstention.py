@@ -137,8 +137,8 @@ def add_abstention(
     scores; `convert_head` is the step below, for a head on the last features,
     on tokens or on pixels.
 
-    Memory: 4 bytes times the number of samples times the features, those of
-    all blocks together and those that are kept, plus 8 times the square of
+    Memory: for each sample 8 bytes times the features of all blocks together
+    and 16 times those that are kept, plus 8 bytes times the square of
     `max_features`. With `verbose` it is said before it is taken.
 
     Args:
@@ -236,9 +236,10 @@ def add_abstention(
 
     width = features.shape[-1]
     if verbose:
+        size = 8 * width + 16 * min(max_features, width)
         print(
-            f"Features of {len(tensors)} blocks, {width} a sample: "
-            f"{width * 4 / 1000:.1f} MB for a thousand samples."
+            f"Features of {len(tensors)} blocks, {width} a sample: at most "
+            f"{size / 1000:.1f} MB for a thousand samples."
         )
     # The logits of the given model beside them: one pass for both.
     linear = old_head.linear_map()
@@ -255,6 +256,7 @@ def add_abstention(
         lambda *batch: parts.append(batch),
     )
     rows, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
+    parts.clear()
     labels = class_indices(labels, num_classes, labels.shape[:1])
     check_counts(np.bincount(labels, minlength=num_classes), 1)
     check_finite(rows, "features")

@@ -1,5 +1,7 @@
 """Any trained classifier learns to say that it does not know."""
 
+import re
+import tracemalloc
 import warnings
 
 import keras
@@ -446,6 +448,28 @@ def test_features_that_do_not_vary_beyond_rounding_are_no_components():
     # Beside such features the others are a thousandth in length.
     assert np.abs(kernel).max() < 1e4
     assert np.abs(kernel[6:206]).max() == 0.0
+
+
+def test_memory_is_what_is_said_before(capsys):
+    rng = np.random.default_rng(0)
+    y = np.arange(8000) % 4
+    x = rng.normal(size=(8000, 600)).astype("float32")
+    x[np.arange(8000), y] += 5.0
+    inputs = keras.Input((600,))
+    features = layers.Identity(name="features")(inputs)
+    model = keras.Model(inputs, layers.Dense(4)(features))
+    with warnings.catch_warnings():
+        # The given head was not trained.
+        warnings.simplefilter("ignore")
+        tracemalloc.start()
+        add_abstention(
+            model, x, y, ["features"], 0, max_features=100, verbose=2
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    said = re.search(r"at most ([\d.]+) MB", capsys.readouterr().out)
+    # Arrays of the backend are not traced; programs and graphs are.
+    assert peak < 1.25 * float(said[1]) * 8 * 1e6
 
 
 def test_what_cannot_be_done_is_refused(digits):
