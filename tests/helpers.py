@@ -80,21 +80,35 @@ def naive_softmax(logits):
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-def packed(embeddings, centroids, gamma=4.0, bias=-1.0, dtype="float32"):
-    """Packed scores by the book: written out column by column in NumPy."""
+def packed(
+    embeddings,
+    centroids,
+    gamma=4.0,
+    bias=-1.0,
+    dtype="float32",
+    smoothing=None,
+):
+    """Packed scores by the book: written out column by column in NumPy.
+
+    Without a far background, and where `smoothing` is given with the margin
+    that a head takes from it.
+    """
     x = np.asarray(embeddings, "float64")
     c = np.asarray(centroids, "float64")
     c = c - c.mean(axis=0)
     norm = (x**2).mean(axis=-1)
     radii = ((x[..., None, :] - c) ** 2).mean(axis=-1)
+    background = 0.0
+    if smoothing is not None:
+        background = -0.5 - np.round(smoothing * 2.0**22) / 2.0**24
     rest = np.stack(
         [
             np.full_like(norm, bias),
             -(2.0**40) * (1.0 + norm),
             np.full_like(norm, -(2.0**40) * (1.0 + gamma)),
             np.full_like(norm, -(2.0**40) * (1.0 + x.shape[-1])),
-            # No far background, and the number of the layout.
-            np.full_like(norm, -(2.0**40)),
+            np.full_like(norm, -(2.0**40) * (1.0 + background)),
+            # The number of the layout.
             np.full_like(norm, -(2.0**40) * (1.25 + 2.0**-13)),
         ],
         axis=-1,

@@ -67,17 +67,17 @@ def draw(shape, seed, scale, gamma):
 
 
 @functools.lru_cache
-def head_of(num_classes, dim, dtype):
-    head = HALODense.reference(num_classes, dtype=dtype)
+def head_of(num_classes, dim, dtype, smoothing):
+    head = HALODense.reference(num_classes, smoothing, dtype=dtype)
     head.build((None, dim))
     return head
 
 
-def scores_of(x, centroids, raw_gamma):
+def scores_of(x, centroids, raw_gamma, smoothing=0.1):
     """The layer's own `call`, on arrays that a gradient can be taken of."""
     dtype = keras.backend.standardize_dtype(centroids.dtype)
-    head = head_of(*centroids.shape, dtype)
-    bias = geometry.abstain_bias(centroids.shape[1], centroids.shape[0], 0.1)
+    head = head_of(*centroids.shape, dtype, smoothing)
+    bias = geometry.abstain_bias(*centroids.shape[::-1], smoothing)
     bias = ops.convert_to_tensor(np.asarray(bias, dtype))
     return head.stateless_call([centroids, raw_gamma], [bias], x)[0]
 
@@ -103,7 +103,7 @@ def weighted_loss(
     )
 
     def total(x, centroids, raw_gamma, weights, labels):
-        losses = loss(labels, scores_of(x, centroids, raw_gamma))
+        losses = loss(labels, scores_of(x, centroids, raw_gamma, smoothing))
         return ops.sum(losses * weights)
 
     return total
@@ -385,11 +385,12 @@ def test_probabilities_sum_to_one(**case):
 
 
 @functools.lru_cache
-def loss_with_targets(radial_weight):
+def loss_with_targets(smoothing, radial_weight):
     """The loss of given targets: what the gradient of HALO is that of."""
 
     def total(x, centroids, raw_gamma, targets, one_hot):
-        parts = packing.unpack(scores_of(x, centroids, raw_gamma))
+        scores = scores_of(x, centroids, raw_gamma, smoothing)
+        parts = packing.unpack(scores)
         radii = geometry.squared_radii(
             parts.logits, parts.squared_norm, parts.temperature
         )
@@ -441,7 +442,7 @@ def test_gradients_equal_finite_differences(loss, **case):
                 )
                 values.append(
                     to_numpy(
-                        loss_with_targets(radial_weight)(
+                        loss_with_targets(smoothing, radial_weight)(
                             *map(ops.convert_to_tensor, moved), targets, one_hot
                         )
                     )
@@ -595,15 +596,15 @@ def test_losses_and_gradients_are_finite_for_every_finite_input(
 
 
 @functools.lru_cache
-def similarity_of(dim, bidirectional, dtype):
-    layer = HALOSimilarity(bidirectional=bidirectional, dtype=dtype)
+def similarity_of(dim, smoothing, bidirectional, dtype):
+    layer = HALOSimilarity(smoothing, bidirectional=bidirectional, dtype=dtype)
     layer.build([(None, dim), (None, dim)])
     return layer
 
 
-def pair_scores(queries, keys, raw_gamma, bidirectional=True):
+def pair_scores(queries, keys, raw_gamma, smoothing=0.1, bidirectional=True):
     dtype = keras.backend.standardize_dtype(raw_gamma.dtype)
-    layer = similarity_of(keys.shape[-1], bidirectional, dtype)
+    layer = similarity_of(keys.shape[-1], smoothing, bidirectional, dtype)
     return layer.stateless_call([raw_gamma], [], [queries, keys])[0]
 
 
@@ -617,7 +618,7 @@ def pair_loss(smoothing, distill, radial_weight, precision="float64"):
 
     def total(queries, keys, raw_gamma, weights, ids):
         queries, keys = (ops.cast(x, precision) for x in (queries, keys))
-        losses = loss(ids, pair_scores(queries, keys, raw_gamma))
+        losses = loss(ids, pair_scores(queries, keys, raw_gamma, smoothing))
         return ops.sum(losses * weights)
 
     return total

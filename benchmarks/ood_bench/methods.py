@@ -21,7 +21,7 @@ from keras import layers, ops
 from networks import block_outputs
 
 import keras_halo
-from keras_halo.ops import packing
+from keras_halo.ops import geometry, packing
 from ood_bench import posthoc
 
 _BATCH_SIZE = 250
@@ -229,9 +229,7 @@ def roundness(labels, embeddings, centroids):
     Returns:
         Scalar tensor.
     """
-    centroids = keras_halo.ops.geometry.centered(
-        ops.convert_to_tensor(centroids)
-    )
+    centroids = geometry.centered(ops.convert_to_tensor(centroids))
     labels = ops.cast(ops.reshape(labels, (-1,)), "int32")
     residuals = embeddings - ops.take(centroids, labels, axis=0)
     dim = embeddings.shape[-1]
@@ -352,14 +350,21 @@ class VariedHALO(HALO):
     decay: float = 0.0
 
     def head(self, backbone, num_classes):
-        x = layers.Dense(self.embedding_dim or num_classes)(backbone.output)
-        margin = self.margin_smoothing
-        return keras_halo.HALODense.reference(
+        dim = self.embedding_dim or num_classes
+        x = layers.Dense(dim)(backbone.output)
+        head = keras_halo.HALODense.reference(
             num_classes,
-            self.label_smoothing if margin < 0.0 else margin,
+            self.label_smoothing,
             learn_gamma=self.learn_gamma,
             centroid_regularizer=keras.regularizers.L2(self.decay),
-        )(x)
+        )
+        scores = head(x)
+        if self.margin_smoothing >= 0.0:
+            # Its own would have to be that of the loss.
+            head.abstain_bias.assign(
+                geometry.abstain_bias(dim, num_classes, self.margin_smoothing)
+            )
+        return scores
 
     def training(self, model):
         # A weight of the model: JAX takes any other number for a constant.

@@ -8,6 +8,7 @@ from keras import constraints, initializers, ops, regularizers
 from keras_halo.layers.temperature_layer import TemperatureLayer
 from keras_halo.ops import evidence, geometry, packing
 from keras_halo.ops.head import packed_scores, saturated, with_far_background
+from keras_halo.ops.head_smoothing import note_label_smoothing
 from keras_halo.utils.checks import (
     as_boolean,
     check_abstain_rate,
@@ -100,9 +101,9 @@ class HALODense(TemperatureLayer):
             below 0.1 stay small. Without an embedding of its own the head
             never normalizes. Defaults to `True`.
         label_smoothing: Float in `[0, 1)`, from which a head with
-            `abstain_rate=None` takes its margin: give `HALOLoss` the same.
-            Other heads refuse it, there it is the loss that smooths. Defaults
-            to `None`, which means `0.1`.
+            `abstain_rate=None` takes its margin: `HALOLoss` must have the
+            same value. Other heads refuse it, there it is the loss that
+            smooths. Defaults to `None`, which means `0.1`.
         learn_gamma: Boolean, whether the inverse temperature is trained.
             Defaults to `True`.
         kernel_initializer: Initializer for the `kernel` of the embedding.
@@ -287,6 +288,12 @@ class HALODense(TemperatureLayer):
             constraint=self.centroid_constraint,
         )
         self._add_temperature(dim)
+        # What the loss has to agree with; zero says nothing.
+        self._background = 0.0
+        if self.abstain_rate is None:
+            self._background = packing.smoothing_background(
+                self.margin_smoothing
+            )
         # Weights, so that calibration can move them and `save` keeps them.
         self.abstain_bias = self._add_statistic(
             "abstain_bias",
@@ -373,6 +380,7 @@ class HALODense(TemperatureLayer):
             ops.convert_to_tensor(self.centroids, self.head_dtype),
             temperature,
             abstain_bias,
+            self._background,
         )
         if self.abstain_rate is not None:
             scores = with_far_background(
@@ -385,6 +393,8 @@ class HALODense(TemperatureLayer):
         if len(inputs.shape) > 2:
             shape = self.compute_output_shape(ops.shape(inputs))
             scores = ops.reshape(scores, shape)
+        if self.abstain_rate is None:
+            note_label_smoothing(scores, self.margin_smoothing)
         return scores
 
     def _as_dense(self, inputs):

@@ -7,6 +7,7 @@ from keras_halo.layers.halo_dense import HALODense
 from keras_halo.layers.temperature_layer import TemperatureLayer
 from keras_halo.ops import geometry, packing
 from keras_halo.ops.head import saturated
+from keras_halo.ops.head_smoothing import note_label_smoothing
 from keras_halo.utils.checks import (
     as_boolean,
     check_floating,
@@ -25,7 +26,7 @@ def similarity_scores(queries, keys, temperature, label_smoothing):
     ```python
     c = keys - mean(keys, axis=0)
     s = gamma * (2 * dot(queries, transpose(c)) / D - mean(c ** 2, axis=-1))
-    packed = [s | b | neutral(|queries|^2, gamma, D, 0, layout)]
+    packed = [s | b | neutral(|queries|^2, gamma, D, background, layout)]
     ```
 
     with `b` the `abstain_bias` of `keras_halo.ops.geometry` of as many classes
@@ -58,6 +59,7 @@ def similarity_scores(queries, keys, temperature, label_smoothing):
         squared_norm=geometry.mean_square(queries),
         temperature=temperature,
         embedding_dim=dim,
+        background=packing.smoothing_background(label_smoothing),
     )
 
 
@@ -133,7 +135,7 @@ class HALOSimilarity(TemperatureLayer):
     c = keys - mean(keys, axis=0)
     gamma = softplus(raw_gamma)
     s = gamma * (2 * dot(queries, transpose(c)) / D - mean(c ** 2, axis=-1))
-    outputs = [s | b | neutral(|queries|^2, gamma, D, 0, layout)]
+    outputs = [s | b | neutral(|queries|^2, gamma, D, background, layout)]
     b = abstain_bias(D, K)
     ```
 
@@ -208,6 +210,7 @@ class HALOSimilarity(TemperatureLayer):
         scores = self._score(queries, keys)
         if self.bidirectional:
             scores = ops.stack([scores, self._score(keys, queries)], axis=1)
+        note_label_smoothing(scores, self.label_smoothing)
         return scores
 
     def _as_embeddings(self, x):

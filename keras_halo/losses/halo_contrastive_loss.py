@@ -10,6 +10,7 @@ from keras_halo.losses.packed_scores_loss import (
     without_uncounted_labels,
 )
 from keras_halo.ops import packing
+from keras_halo.ops.head_smoothing import check_label_smoothing_of_head
 from keras_halo.ops.labels import ids_and_scores
 from keras_halo.utils.types import DType, Tensor
 
@@ -39,8 +40,8 @@ class HALOContrastiveLoss(PackedScoresLoss):
     ```
 
     Args:
-        label_smoothing: Float in `[0, 1)`. As in `HALOLoss`; give
-            `HALOSimilarity` the same value. Defaults to `0.1`.
+        label_smoothing: Float in `[0, 1)`. As in `HALOLoss`;
+            `HALOSimilarity` must have the same value. Defaults to `0.1`.
         distill: Boolean. As in `HALOLoss`. Defaults to `True`.
         radial_weight: Non-negative float. As in `HALOLoss`. Defaults to
             `1.0`.
@@ -58,8 +59,8 @@ class HALOContrastiveLoss(PackedScoresLoss):
             the directions by themselves.
 
     Raises:
-        ValueError: If an argument is out of range, or ids and scores do not
-            fit.
+        ValueError: If an argument is out of range, ids and scores do not fit,
+            or `HALOSimilarity` has another `label_smoothing`.
 
     Example:
 
@@ -103,7 +104,7 @@ class HALOContrastiveLoss(PackedScoresLoss):
     ) -> Tensor:
         # Before the base class turns them into floats: a float32 cannot tell
         # 2^24 from its successor.
-        labels, y_pred = ids_and_scores(
+        labels, scores = ids_and_scores(
             y_true,
             y_pred,
             self.dtype,
@@ -111,6 +112,8 @@ class HALOContrastiveLoss(PackedScoresLoss):
             "`keras_halo.HALOLoss` with the labels "
             "`keras_halo.pair_labels(query_ids, key_ids)`.",
         )
+        check_label_smoothing_of_head(y_pred, self.label_smoothing)
+        y_pred = scores
         if sample_weight is not None:
             sample_weight = weights_of_loss(sample_weight, y_pred)
         if len(y_pred.shape) == 3:

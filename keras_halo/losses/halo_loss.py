@@ -11,6 +11,7 @@ from keras_halo.losses.packed_scores_loss import (
     without_uncounted_labels,
 )
 from keras_halo.ops import packing
+from keras_halo.ops.head_smoothing import check_label_smoothing_of_head
 from keras_halo.ops.labels import (
     are_integer_labels,
     check_ignorable,
@@ -67,11 +68,14 @@ def halo_loss(
 
     Returns:
         Tensor of shape `(...)`. Where an integer label is neither in `[0, K)`
-        nor `ignore_class`, or a row does not hold packed scores, it is NaN.
+        nor `ignore_class`, or a row does not hold packed scores, it is NaN; so
+        it is where the head takes its margin from another `label_smoothing`
+        and that could not be said before.
 
     Raises:
-        ValueError: If the shapes of labels and scores do not fit, or
-            `ignore_class` or `block_size` is given with a label distribution.
+        ValueError: If the shapes of labels and scores do not fit, the head
+            takes its margin from another `label_smoothing`, or `ignore_class`
+            or `block_size` is given with a label distribution.
 
     Example:
 
@@ -89,6 +93,7 @@ def halo_loss(
     if not is_symbolic_or_tensor(y_true):
         y_true = label_array(y_true, "y_true")
     check_order(y_true, y_pred)
+    check_label_smoothing_of_head(y_pred, label_smoothing)
     y_pred = ops.convert_to_tensor(y_pred)
     y_pred = ops.cast(y_pred, computation_dtype(y_pred.dtype))
     y_true, are_integers = label_tensor(y_true, y_pred.shape)
@@ -156,8 +161,8 @@ class HALOLoss(PackedScoresLoss):
             the target spread evenly over the classes. With `distill=True`, the
             temperature at which the distances to the other classes become
             target mass. `0` takes the labels as they are in both cases. A
-            head with `abstain_rate=None`, such as `HALODense.reference`, needs
-            the same value; others take none. Defaults to `0.1`.
+            head with `abstain_rate=None`, such as `HALODense.reference`, must
+            have the same value; others take none. Defaults to `0.1`.
         distill: Boolean. `True` makes the soft targets of the network's own
             distances, so that a class close by gets more than one far away;
             no gradient flows into them. `False` smooths evenly. Defaults to
@@ -202,9 +207,16 @@ class HALOLoss(PackedScoresLoss):
     the other samples remain intact; `keras.callbacks.TerminateOnNaN` turns
     that into a stop. Labels at masked positions are never read.
 
+    Another `label_smoothing` than that of the head is refused with a
+    `ValueError` before the first step. Where a further operation stands
+    between head and loss, the two are compiled apart, or `torch.compile` traces
+    them, the loss learns of it only from values: it is NaN from the first batch
+    on then.
+
     Raises:
         ValueError: If an argument is out of range, if the shapes of labels
-            and scores do not fit, or if `y_pred` cannot be packed scores.
+            and scores do not fit, if `y_pred` cannot be packed scores, or if
+            the head takes its margin from another `label_smoothing`.
 
     Example:
 
@@ -256,6 +268,7 @@ class HALOLoss(PackedScoresLoss):
                 "labels of the samples."
             )
         y_true, y_pred = labels_and_scores(y_true, y_pred)
+        check_label_smoothing_of_head(y_pred, self.label_smoothing)
         if sample_weight is not None:
             sample_weight = weights_of_loss(sample_weight, y_pred)
         y_true = without_uncounted_labels(y_true, y_pred, sample_weight)

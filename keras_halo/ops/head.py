@@ -38,7 +38,9 @@ from keras_halo.ops.tensors import (
 _MIN_FAR_RADIUS = 1e-3
 
 
-def packed_scores(embeddings, centroids, temperature, abstain_bias):
+def packed_scores(
+    embeddings, centroids, temperature, abstain_bias, background=0.0
+):
     """Packed scores of embeddings around raw centroids.
 
     Formula:
@@ -46,7 +48,7 @@ def packed_scores(embeddings, centroids, temperature, abstain_bias):
     ```python
     c = centroids - mean(centroids, axis=0)
     s = gamma * (2 * dot(x, c) / D - |c|^2)
-    packed = [s | abstain_bias | neutral(|x|^2, gamma, D, 0, layout)]
+    packed = [s | abstain_bias | neutral(|x|^2, gamma, D, background, layout)]
     ```
 
     Args:
@@ -55,6 +57,7 @@ def packed_scores(embeddings, centroids, temperature, abstain_bias):
         centroids: Tensor of raw centroids of shape `(K, D)`.
         temperature: Tensor `gamma`, a scalar.
         abstain_bias: Tensor, a scalar.
+        background: Float, as in `packing.pack`. Defaults to zero.
 
     Returns:
         Tensor of shape `(N, packed_width)`.
@@ -68,7 +71,10 @@ def packed_scores(embeddings, centroids, temperature, abstain_bias):
     """
     centroids = tensors.as_tensor(centroids)
     abstain_bias = tensors.as_tensor(abstain_bias)
-    return _packed_scores(
+    joined = _packed_scores
+    if background:
+        joined = _packed_scores_with(background)
+    return joined(
         embeddings,
         centroids,
         temperature,
@@ -117,7 +123,7 @@ def saturated(x):
 
 
 def _packed_scores_forward(
-    _, centroids, gamma, abstain_bias, x, mean, squared_norms
+    background, _, centroids, gamma, abstain_bias, x, mean, squared_norms
 ):
     dim = centroids.shape[-1]
     scale = gamma * (2.0 / dim)
@@ -137,6 +143,7 @@ def _packed_scores_forward(
         squared_norm=geometry.mean_square(x),
         temperature=gamma,
         embedding_dim=dim,
+        background=background,
     )
 
 
@@ -177,7 +184,9 @@ def _packed_scores_backward(inputs, upstream):
     return dx, dcentroids, dgamma, dbias, None, None, None
 
 
-def _plain_packed_scores(embeddings, centroids, gamma, abstain_bias, *_):
+def _plain_packed_scores(
+    background, embeddings, centroids, gamma, abstain_bias, *_
+):
     x = _plain_saturated(embeddings)
     return packing.pack(
         logits=geometry.class_logits(x, geometry.centered(centroids), gamma),
@@ -185,12 +194,19 @@ def _plain_packed_scores(embeddings, centroids, gamma, abstain_bias, *_):
         squared_norm=geometry.mean_square(x),
         temperature=gamma,
         embedding_dim=centroids.shape[-1],
+        background=background,
     )
 
 
-_packed_scores = with_gradient(
-    _packed_scores_forward, _packed_scores_backward, _plain_packed_scores
-)
+def _packed_scores_with(background):
+    return with_gradient(
+        functools.partial(_packed_scores_forward, background),
+        _packed_scores_backward,
+        functools.partial(_plain_packed_scores, background),
+    )
+
+
+_packed_scores = _packed_scores_with(0.0)
 
 
 def with_far_background(scores, far_bias, far_scale):

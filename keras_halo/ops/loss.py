@@ -54,6 +54,12 @@ class _Terms(NamedTuple):
     def training_bias(self, parts):
         return training_bias(parts, self.label_smoothing, self.num_classes)
 
+    def known(self, parts, in_range):
+        """Where a loss can be told: labels in range, scores of a head of it."""
+        is_packed = parts.embedding_dim >= 2.0
+        fits = parts.may_train_with(self.label_smoothing)
+        return is_packed & fits & in_range
+
     def nearness(self, parts, logits):
         return class_nearness(
             logits, parts.squared_norm, parts.temperature, self.label_smoothing
@@ -116,7 +122,8 @@ def integer_label_losses(
 
     Returns:
         Tensor of shape `(...)`; NaN, with a gradient of zero, where a label is
-        not in `[0, K)` or a row does not hold packed scores.
+        not in `[0, K)` or a row does not hold packed scores, or those of a head
+        with another label smoothing.
 
     Raises:
         ValueError: If `block_size` is given and the number of columns is not
@@ -295,7 +302,7 @@ def _at_once(terms):
             scores=scores,
             labels=labels,
             parts=parts,
-            known=is_known(parts, in_range),
+            known=terms.known(parts, in_range),
             own=own,
             top=top,
             log_total=log_total,
@@ -378,7 +385,7 @@ def _in_blocks(terms, block_size):
             scores=scores,
             labels=labels,
             parts=parts,
-            known=is_known(parts, in_range),
+            known=terms.known(parts, in_range),
             own=own,
             top=normalizer,
             log_total=nothing,
@@ -439,7 +446,7 @@ def distribution_losses(
 
     Returns:
         Tensor of shape `(...)`; NaN where a row is no distribution or does not
-        hold packed scores.
+        hold packed scores, or those of a head with another label smoothing.
 
     Example:
 
@@ -462,7 +469,7 @@ def distribution_losses(
         losses = losses + radial_weight * sum_columns(labels * radial)
     # By an index: where the number of keys is known only when a graph runs, so
     # is, to TensorFlow, the length of a slice.
-    known = is_known(parts, are_distributions(labels))[..., 0]
+    known = terms.known(parts, are_distributions(labels))[..., 0]
     return ops.where(known, ops.squeeze(losses, axis=-1), float("nan"))
 
 
@@ -478,7 +485,7 @@ def _plain_losses(labels, in_range, scores, terms):
     if terms.radial_weight:
         own = sum_columns(one_hot * parts.logits)
         losses = losses + radial_losses(parts, own) * terms.radial_weight
-    losses = ops.where(is_known(parts, in_range), losses, float("nan"))
+    losses = ops.where(terms.known(parts, in_range), losses, float("nan"))
     return losses[..., 0]
 
 
@@ -502,7 +509,7 @@ def training_bias(parts, label_smoothing, num_classes):
     # size is unknown, and zero.
     margin = 40.0 / (parts.embedding_dim + 2.0)
     margin -= geometry.target_log_odds(num_classes, label_smoothing)
-    return ops.where(parts.far_radius > 0.0, margin, parts.abstain_logit)
+    return ops.where(parts.has_far_background, margin, parts.abstain_logit)
 
 
 def normalizer(logits, bias):
@@ -534,15 +541,10 @@ def normalizer(logits, bias):
 def abstain_slope(parts, top, log_total):
     """Gradient of the cross-entropy with respect to the abstain column."""
     return ops.where(
-        parts.far_radius > 0.0,
+        parts.has_far_background,
         0.0,
         ops.exp((parts.abstain_logit - top) - log_total),
     )
-
-
-def is_known(parts, in_range=True):
-    """Where a loss can be told: labels in range, scores of a HALO head."""
-    return (parts.embedding_dim >= 2.0) & in_range
 
 
 def radial_losses(parts, own):

@@ -6,7 +6,7 @@ therefore emits one tensor of more columns than classes,
 
 ```
 [ s_1 ... s_K | a | neutral(|x|^2) | neutral(gamma) | neutral(D)
-                  | neutral(kappa) | neutral(layout) ]
+                  | neutral(background) | neutral(layout) ]
 ```
 
 with `neutral(u) = -2^40 * (1 + u)`. The columns after `a` are so negative that
@@ -20,8 +20,15 @@ has a relative error of up to `6e-8 / gamma`, and so has the squared norm of an
 embedding near the origin. Where more digits are needed, read
 `head.temperature`, or compute under a float64 policy.
 
-`a` is the logit of abstaining. `kappa` says where the far background begins,
-which that logit includes; it is zero for a head without one.
+`a` is the logit of abstaining, and `background` says what it stands for:
+
+- `kappa`, above zero: also for a far background, which begins there.
+- `-(1 / 2 + e / 4)`: for the origin alone, with the margin that the published
+  method takes from a label smoothing `e`. A loss with another one would be
+  wrong, and is refused. `e` is held in steps of `2^-22`, and comes back as it
+  is held.
+- zero: for the origin alone, and nothing is known of its margin. So it is in
+  scores of 0.1.0, and in those that were packed before `e` was.
 
 The last column tells packed scores of this layout from those of keras_halo
 0.1.0, which had `K + 4` columns and ended in `neutral(D)`: it holds
@@ -63,6 +70,11 @@ MIN_COLUMNS = 2 + NUM_EXTRA_COLUMNS
 
 _NEUTRAL_SCALE = 2.0**40
 
+# What the background column holds for a label smoothing: multiples of 2^-24
+# between -3/4 and -1/2, which float32 keeps to the last bit.
+_SMOOTHING_STEP = 2.0**-22
+_NO_SMOOTHING, _ALL_SMOOTHING = -0.5, -0.75
+
 _WHAT_TO_DO = (
     "The last layer of the model must be `keras_halo.HALODense`; with two "
     "towers it is the head that `HALOSimilarity.to_head(keys)` makes."
@@ -75,30 +87,105 @@ _ABOUT_TOWERS = (
     "for the last layer of the model."
 )
 
-PackedScores = collections.namedtuple(
-    "PackedScores",
-    [
-        "logits",
-        "abstain_logit",
-        "squared_norm",
-        "temperature",
-        "embedding_dim",
-        "far_radius",
-    ],
-)
-PackedScores.__doc__ = """The parts of packed scores.
 
-Args:
-    logits: Shape `(..., K)`, the class logits `s`.
-    abstain_logit: Shape `(..., 1)`, the logit `a` of abstaining.
-    squared_norm: Shape `(..., 1)`, the mean square `|x|^2` of the embedding.
-    temperature: Shape `(..., 1)`, the inverse temperature `gamma`.
-    embedding_dim: Shape `(..., 1)`, the size `D` of the embedding; zero in a
-        row that holds no packed scores.
-    far_radius: Shape `(..., 1)`, where the far background begins, `kappa`:
-        half of the squared norm beyond the evidence for the best class. Zero
-        without one.
-"""
+class PackedScores(
+    collections.namedtuple(
+        "PackedScores",
+        [
+            "logits",
+            "abstain_logit",
+            "squared_norm",
+            "temperature",
+            "embedding_dim",
+            "background",
+        ],
+    )
+):
+    """The parts of packed scores.
+
+    Args:
+        logits: Shape `(..., K)`, the class logits `s`.
+        abstain_logit: Shape `(..., 1)`, the logit `a` of abstaining.
+        squared_norm: Shape `(..., 1)`, the mean square `|x|^2` of the
+            embedding.
+        temperature: Shape `(..., 1)`, the inverse temperature `gamma`.
+        embedding_dim: Shape `(..., 1)`, the size `D` of the embedding; zero in
+            a row that holds no packed scores.
+        background: Shape `(..., 1)`, what the logit of abstaining stands for,
+            as one number: see `has_far_background`, `far_radius` and
+            `label_smoothing`.
+    """
+
+    __slots__ = ()
+
+    @property
+    def has_far_background(self) -> Tensor:
+        """Booleans of shape `(..., 1)`: whether there is a far background."""
+        return self.background > 0.0
+
+    @property
+    def far_radius(self) -> Tensor:
+        """Shape `(..., 1)`, where the far background begins, `kappa`.
+
+        Half of the squared norm beyond the evidence for the best class. Zero
+        without a far background.
+        """
+        return _where(self.has_far_background, self.background, 0.0)
+
+    @property
+    def label_smoothing(self) -> Tensor:
+        """Shape `(..., 1)`, from which the head takes its fixed margin.
+
+        NaN where it takes none, or does not say from which.
+        """
+        share = (_NO_SMOOTHING - self.background) * (
+            1.0 / (_NO_SMOOTHING - _ALL_SMOOTHING)
+        )
+        return _where(_holds_smoothing(self.background), share, math.nan)
+
+    def may_train_with(self, label_smoothing: float) -> Tensor:
+        """Tells where a loss with this label smoothing fits the head.
+
+        Args:
+            label_smoothing: Float in `[0, 1)`, that of the loss.
+
+        Returns:
+            Booleans of shape `(..., 1)`: true where the head takes no margin
+            from a label smoothing, does not say from which, or from the same.
+        """
+        same = self.background == smoothing_background(label_smoothing)
+        return same | (self.background >= 0.0)
+
+
+def _where(condition, x, other):
+    where = np.where if isinstance(condition, np.ndarray) else ops.where
+    return where(condition, x, other)
+
+
+def _holds_smoothing(background):
+    return (background <= _NO_SMOOTHING) & (background > _ALL_SMOOTHING)
+
+
+def smoothing_background(label_smoothing: float) -> float:
+    """Returns the `background` of a head with the margin of the paper.
+
+    Args:
+        label_smoothing: Float in `[0, 1)`, from which it takes the margin.
+
+    Returns:
+        Float. Label smoothings that differ by less than `2^-22` may have the
+        same; zero has one of its own.
+
+    Example:
+
+    >>> smoothing_background(0.0), smoothing_background(0.25)
+    (-0.5, -0.5625)
+    """
+    steps = round(label_smoothing / _SMOOTHING_STEP)
+    if label_smoothing > 0.0:
+        steps = min(max(steps, 1), round(1.0 / _SMOOTHING_STEP) - 1)
+    width = _ALL_SMOOTHING - _NO_SMOOTHING
+    return _NO_SMOOTHING + width * (steps * _SMOOTHING_STEP)
 
 
 def packed_width(num_classes: int) -> int:
@@ -167,14 +254,14 @@ def pack(
     squared_norm: Tensor,
     temperature: Tensor,
     embedding_dim: int | Tensor,
-    far_radius: Tensor = 0.0,
+    background: Tensor = 0.0,
 ) -> Tensor:
     """Joins logits and geometry into packed scores.
 
     Formula:
 
     ```python
-    packed = [s | a | neutral(|x|^2, gamma, D, kappa, layout)]
+    packed = [s | a | neutral(|x|^2, gamma, D, background, layout)]
     neutral(u) = -2^40 * (1 + u)
     ```
 
@@ -184,8 +271,9 @@ def pack(
         squared_norm: Tensor of shape `(..., 1)`.
         temperature: Scalar, or tensor of shape `(..., 1)`.
         embedding_dim: Scalar, or tensor of shape `(..., 1)`.
-        far_radius: Scalar, or tensor of shape `(..., 1)`. Defaults to zero, no
-            far background.
+        background: Scalar, or tensor of shape `(..., 1)`: where the far
+            background begins, or the `smoothing_background` of a head without
+            one. Defaults to zero: without one, and nothing more is known.
 
     Returns:
         Tensor of shape `(..., packed_width)`.
@@ -207,7 +295,7 @@ def pack(
             _to_neutral(squared_norm),
             ones * _to_neutral(temperature),
             ones * _to_neutral(embedding_dim),
-            ones * _to_neutral(far_radius),
+            ones * _to_neutral(background),
             ones * _to_neutral(_LAYOUT),
         ],
         axis=-1,
@@ -236,10 +324,9 @@ def unpack(scores: Tensor) -> PackedScores:
     count_classes(scores)
     geometry = _from_neutral(scores[..., -_NUM_NEUTRAL:])
     parts = _split(scores, geometry)
-    where = np.where if isinstance(scores, np.ndarray) else ops.where
     is_packed = geometry[..., 4:5] == _LAYOUT
     return parts._replace(
-        embedding_dim=where(is_packed, parts.embedding_dim, 0.0)
+        embedding_dim=_where(is_packed, parts.embedding_dim, 0.0)
     )
 
 
@@ -250,7 +337,7 @@ def _split(scores, geometry):
         squared_norm=geometry[..., 0:1],
         temperature=geometry[..., 1:2],
         embedding_dim=geometry[..., 2:3],
-        far_radius=geometry[..., 3:4],
+        background=geometry[..., 3:4],
     )
 
 
@@ -295,8 +382,8 @@ def pack_gradient(
 ) -> Tensor:
     """Gradient with respect to packed scores from that of their parts.
 
-    The chain rule through `unpack`. The embedding size and the far background
-    are constants.
+    The chain rule through `unpack`. The embedding size and the background are
+    constants.
 
     Args:
         logits: Tensor of shape `(..., K)`, the gradient of the class logits.
@@ -320,7 +407,7 @@ def pack_gradient(
             abstain_logit,
             squared_norm / -_NEUTRAL_SCALE,
             temperature / -_NEUTRAL_SCALE,
-            # Embedding size, far background and layout.
+            # Embedding size, background and layout.
             ops.concatenate([ops.zeros_like(squared_norm)] * 3, axis=-1),
         ],
         axis=-1,
@@ -486,11 +573,12 @@ def check_packed(scores: Array, argument: str = "scores") -> None:
     count_classes(shape)
     check_finite(scores, argument)
     columns = np.asarray(scores[..., -_NUM_NEUTRAL:], "float64")
-    squared_norm, temperature, embedding_dim, far_radius, layout = (
+    squared_norm, temperature, embedding_dim, background, layout = (
         _from_neutral(columns[..., column]) for column in range(_NUM_NEUTRAL)
     )
     packed = _is_geometry(squared_norm, temperature, embedding_dim)
-    packed &= (far_radius >= 0.0) & (layout == _LAYOUT)
+    packed &= (background >= 0.0) | _holds_smoothing(background)
+    packed &= layout == _LAYOUT
     if not packed.all():
         raise ValueError(
             f"The last {_NUM_NEUTRAL} columns of `{argument}` hold no packed "

@@ -12,6 +12,10 @@ from keras_halo.utils.types import Tensor
 # Tensors of PyTorch can be written into.
 WRITES = backend.backend() == "torch"
 
+# Keras takes the weights out of a model that it trains on JAX, and an error
+# within a step leaves them out.
+ERRORS_COST_WEIGHTS = backend.backend() == "jax"
+
 # Numbers that a block of a matrix may have to stay in the processor's cache.
 CACHED_SIZE = 2**18
 

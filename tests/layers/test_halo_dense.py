@@ -89,6 +89,7 @@ def test_output_is_the_packed_scores_of_the_book(shape):
         to_numpy(layer.centroids),
         gamma=geometry.initial_temperature(6),
         bias=geometry.abstain_bias(6, 5, 0.1),
+        smoothing=0.1,
     )
     np.testing.assert_allclose(
         to_numpy(layer(x)), expected, rtol=1e-5, atol=1e-4
@@ -151,6 +152,7 @@ def test_float64_is_float64_to_the_last_digits():
             gamma=geometry.initial_temperature(6),
             bias=geometry.abstain_bias(6, 5, 0.1),
             dtype="float64",
+            smoothing=0.1,
         )
         np.testing.assert_allclose(
             to_numpy(layer(x)), expected, rtol=1e-12, atol=1e-12

@@ -50,6 +50,7 @@ def _by_the_book(queries, keys, gamma=None, smoothing=0.1, dtype="float64"):
         gamma=gamma,
         bias=geometry.abstain_bias(dim, len(keys), smoothing),
         dtype=dtype,
+        smoothing=smoothing,
     )
 
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import packed, to_numpy, value_and_gradients
+from helpers import float64, packed, to_numpy, value_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -63,6 +63,70 @@ def test_round_trip(norm, gamma, embedding_dim):
     again = packing.unpack(packing.pack(*once))
     for first, second in zip(once, again, strict=True):
         np.testing.assert_array_equal(to_numpy(first), to_numpy(second))
+
+
+shares = st.floats(0.0, 1.0, exclude_max=True)
+
+
+def _with_smoothing(smoothing, dtype="float32"):
+    return packing.pack(
+        ops.zeros((3, 2), dtype),
+        0.5,
+        ops.ones((3, 1), dtype),
+        4.0,
+        8,
+        packing.smoothing_background(smoothing),
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(smoothing=shares, other=shares)
+def test_a_label_smoothing_comes_back_and_is_known_again(smoothing, other):
+    scores = _with_smoothing(smoothing)
+    packing.check_packed(to_numpy(scores))
+    parts = packing.unpack(scores)
+    np.testing.assert_array_equal(to_numpy(parts.far_radius), 0.0)
+    assert not to_numpy(parts.has_far_background).any()
+    (found,) = np.unique(to_numpy(parts.label_smoothing))
+    assert abs(found - smoothing) <= 2.0**-22 and 0.0 <= found < 1.0
+    # Zero is special: its margin is not the limit of small ones.
+    assert (found == 0.0) == (smoothing == 0.0)
+    np.testing.assert_array_equal(
+        to_numpy(packing.pack(*parts)), to_numpy(scores)
+    )
+    # As it was packed, and cast on the way to a loss in float64.
+    for one in (parts, packing.unpack(to_numpy(scores).astype("float64"))):
+        assert np.all(to_numpy(one.may_train_with(smoothing)))
+        if abs(other - smoothing) > 2.0**-22:
+            assert not np.any(to_numpy(one.may_train_with(other)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(smoothing=shares)
+def test_precisions_pack_the_same_label_smoothing(smoothing):
+    with float64():
+        double = _with_smoothing(smoothing, "float64")
+        assert keras.backend.standardize_dtype(double.dtype) == "float64"
+        single = to_numpy(_with_smoothing(smoothing))
+        np.testing.assert_array_equal(to_numpy(double), single)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9999999])
+def test_a_label_smoothing_has_probability_zero(smoothing):
+    probabilities = to_numpy(ops.softmax(_with_smoothing(smoothing)))
+    np.testing.assert_array_equal(probabilities[:, 3:], 0.0)
+
+
+@pytest.mark.parametrize("kappa", [0.0, 1e-3, 0.5, 30.0])
+def test_other_heads_train_with_any_label_smoothing(kappa):
+    parts = packing.unpack(
+        packing.pack(ops.zeros((3, 2)), 0.5, ops.ones((3, 1)), 4.0, 8, kappa)
+    )
+    for smoothing in (0.0, 0.1, 0.999):
+        assert np.all(to_numpy(parts.may_train_with(smoothing)))
+    assert np.isnan(to_numpy(parts.label_smoothing)).all()
+    np.testing.assert_allclose(to_numpy(parts.far_radius), kappa, atol=2e-6)
+    assert np.all(to_numpy(parts.has_far_background)) == (kappa > 0.0)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
@@ -159,7 +223,11 @@ def test_check_packed_refuses_ordinary_logits():
         (-4, 0.0),
         (-3, 1.0),
         (-3, 7.5),
+        # Below zero, what a label smoothing in [0, 1) is packed as.
         (-2, -0.25),
+        (-2, -0.4999),
+        (-2, -0.75),
+        (-2, -0.9),
         (-1, 0.5),
         (-1, 2.0),
     ],
