@@ -67,6 +67,9 @@ _LARGE_BATCH = 1024
 # Of the lengths of inputs, over their mean.
 _LEAST_SPREAD = 0.01
 
+# What one sample may add to the components, 1 where it alone makes one of them.
+_MOST_LEVERAGE = 0.5
+
 # With more features the covariance of the samples is theirs alone: it calls
 # every new input unknown.
 _SAMPLES_A_FEATURE = 3
@@ -345,6 +348,10 @@ def _with_background(kernel, bias, head, wider, scores, components):
     gamma = float(ops.convert_to_numpy(head.temperature))
     near = parts.logits.max(axis=-1, keepdims=True)
     lengths = np.square(components, dtype="float64").sum(axis=-1, keepdims=True)
+    # Each sample as long as if the others alone had made the components, as new
+    # inputs will be: few samples for many components would look all alike.
+    leverage = np.minimum(lengths / len(lengths), _MOST_LEVERAGE)
+    lengths /= 1.0 - leverage
     # Lengths that are all but equal would be blown up without bound.
     spread = max(lengths.std(), _LEAST_SPREAD * lengths.mean())
     weight = _BACKGROUND_SHARE * near.std() / spread if spread else 0.0

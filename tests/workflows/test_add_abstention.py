@@ -311,19 +311,57 @@ def test_components_beside_the_embedding_change_the_far_evidence_alone(
     np.testing.assert_allclose(new.logits, old.logits, rtol=1e-3, atol=1e-4)
     best = old.logits.max(axis=-1)
     lengths = np.square(rows[:, :4]).sum(axis=-1)
-    spread = 0.01 * lengths.mean() if constant else lengths.std()
+    # As long as new inputs are.
+    new_lengths = lengths / (1.0 - lengths / 200)
+    spread = new_lengths.std()
+    if constant:
+        spread = 0.01 * new_lengths.mean()
     weight = 0.5 * best.std() / spread
     far = -0.5 * (new.temperature * new.squared_norm)[:, 0]
     expected = -0.5 * 2.5 * old.squared_norm[:, 0] - weight * lengths
     np.testing.assert_allclose(far, expected, rtol=1e-3)
     # A class is where its squared radii are one.
     radii = new.squared_norm[:, 0] - best / new.temperature[:, 0]
+    radii += 2.0 * weight * (new_lengths - lengths) / new.temperature[:, 0]
     np.testing.assert_allclose(radii.mean(), 1.0, rtol=1e-3)
     # On the data it abstains as seldom as it should.
     answered = packing.unpack(
         keras.ops.convert_to_numpy(wider(rows @ kernel + bias))
     )
     assert np.mean(answered.abstain_logit[:, 0] < best) > 0.9
+
+
+def test_lengths_of_few_samples_are_those_of_new_inputs():
+    """A third as many components as samples: the samples look all alike."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(2300, 100)).astype("float32")
+    kernel, bias = principal_components(rows[:300], 100)
+    components = rows @ kernel + bias
+    features = rng.normal(size=(2300, 6)).astype("float32")
+    joined = np.concatenate([components, features], axis=-1)
+    head = keras_halo.HALODense(3, embedding_dim=None)
+    head.build((None, 6))
+    kernel, bias, wider = _with_background(
+        np.eye(106)[:, 100:],
+        np.zeros(6),
+        head,
+        keras_halo.HALODense(3, embedding_dim=None),
+        keras.ops.convert_to_numpy(head(features[:300])),
+        components[:300],
+    )
+    parts = packing.unpack(
+        keras.ops.convert_to_numpy(
+            wider((joined @ kernel + bias).astype("float32"))
+        )
+    )
+    far = parts.logits.max(axis=-1, keepdims=True)
+    far = (far - 0.5 * parts.temperature * parts.squared_norm)[300:]
+    mean, variance = (
+        keras.ops.convert_to_numpy(v)[1]
+        for v in (wider.evidence_mean, wider.evidence_variance)
+    )
+    np.testing.assert_allclose(mean, far.mean(), atol=0.5 * far.std())
+    np.testing.assert_allclose(np.sqrt(variance), far.std(), rtol=0.3)
 
 
 def test_unknown_directions_are_seen_that_tell_no_classes_apart():
