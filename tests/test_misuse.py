@@ -676,6 +676,8 @@ CALLS = {
         {"threshold": NUMBERS, "method": optional(METHOD)},
     ),
     "OODScore": (layers.OODScore, {}, {"method": METHOD}),
+    # Its arguments are those of Keras.
+    "ScoreLayer": (layers.ScoreLayer, {}, {}),
     "FeatureNormalization": (layers.FeatureNormalization, {}, {}),
     "FeatureNormalization.__call__": (
         lambda inputs: layers.FeatureNormalization()(inputs),

@@ -58,6 +58,18 @@ gaussians = layers.ClassGaussians(10)
 normalization = layers.FeatureNormalization(name="normalization")
 decision_by_score = layers.Decision(1.5, method="nearest")
 score_layer = layers.OODScore("gap")
+
+
+class Evidence(layers.ScoreLayer):
+    scores_index = 1
+
+    def call(self, weights: Any, scores: Any) -> Any:
+        return weights * scores[..., 0]
+
+
+evidence = Evidence(name="evidence", dtype="float32")
+in_precision: str = evidence.head_dtype
+weighed = evidence(np.ones(5), scores=scores)
 same: list[type[object]] = [
     layers.HALODense,
     layers.HALOSimilarity,

@@ -8,6 +8,7 @@ from keras_halo.layers.halo_similarity import HALOSimilarity
 from keras_halo.layers.halo_softmax import HALOSoftmax
 from keras_halo.layers.label_set import LabelSet
 from keras_halo.layers.ood_score import OODScore
+from keras_halo.layers.score_layer import ScoreLayer
 
 __all__ = [
     "BlockFeatures",
@@ -20,4 +21,5 @@ __all__ = [
     "HALOSoftmax",
     "LabelSet",
     "OODScore",
+    "ScoreLayer",
 ]

@@ -161,7 +161,7 @@ class ClassGaussians(ScoreLayer):
       Algorithms for MMSE Covariance Estimation, 2010.
     """
 
-    _SCORES_AT = 1
+    scores_index = 1
 
     def __init__(self, units: int, **kwargs: Any) -> None:
         units = check_units(units)

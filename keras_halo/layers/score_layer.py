@@ -1,3 +1,4 @@
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,44 +19,77 @@ _MARK = "packed_columns"
 class ScoreLayer(PreciseLayer):
     """Base of the layers that read packed scores.
 
-    Packed scores do not survive a cast to 16 bits: those that come in 16 bits
-    are refused. Of the dictionary that a model of
-    `keras_halo.fit_class_gaussians` emits, a layer that does not read the
-    fitted score gets the packed scores.
+    A layer of your own says in `call` what it makes of them. Packed scores do
+    not survive a cast to 16 bits, so that the base never casts them, whatever
+    the dtype policy, and refuses those that come in 16 bits; `torch.autocast`
+    ends at the layer. Of the dictionary that a model of
+    `keras_halo.fit_class_gaussians` emits, `call` gets the packed scores.
+    Registered with `keras.saving.register_keras_serializable`, the layer is
+    saved with a model and loads with it.
 
     Files of keras_halo 0.1.0 say that the layer was built for packed scores
-    with two columns fewer. They are built for what their head emits now.
+    with two columns fewer. They are built for what their head emits now, and
+    told by their build configuration: a `get_build_config` of your own adds to
+    that of the base.
 
     Args:
-        **kwargs: Base layer keyword arguments.
+        **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
+
+    Attributes:
+        scores_index: Integer, the place of the packed scores among the
+            arguments of `call`. Defaults to `0`.
+        scores_shape_names: Tuple of strings, the names under which the build
+            configuration may hold the shape of the packed scores. Defaults to
+            `("input_shape", "scores_shape")`.
+
+    Example:
+
+    >>> @keras.saving.register_keras_serializable(package="my_package")
+    ... class Margin(keras_halo.layers.ScoreLayer):
+    ...     def call(self, scores):
+    ...         logits = keras_halo.ops.packing.unpack(scores).logits
+    ...         best = ops.top_k(logits, 2)[0]
+    ...         return best[..., 0] - best[..., 1]
+    >>> scores = keras_halo.HALODense(3)(np.zeros((2, 8), "float32"))
+    >>> tuple(Margin()(scores).shape)
+    (2,)
     """
 
-    # The names under which Keras may keep the shape of packed scores.
-    _SHAPES = ("input_shape", "scores_shape")
-
     # The place of packed scores among the arguments of a call.
-    _SCORES_AT = 0
+    scores_index = 0
+
+    # The names under which Keras may keep the shape of packed scores.
+    scores_shape_names = ("input_shape", "scores_shape")
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # None where `call` takes any number of arguments.
+        names = [*inspect.signature(self.call).parameters, None]
+        self._scores_name = names[min(self.scores_index, len(names) - 1)]
 
     @property
     def reads_fitted_score(self) -> bool:
-        """Whether the layer is called on the dictionary of a fitted model."""
+        """Whether `call` gets the whole dictionary of a fitted model."""
         return False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        scores = kwargs.get("scores")
-        place = self._SCORES_AT
-        if scores is None and len(args) > place:
-            scores = args[place]
+        name, place = self._scores_name, self.scores_index
+        scores = args[place] if len(args) > place else kwargs.get(name)
         if isinstance(scores, Mapping) and not self.reads_fitted_score:
             scores = read_model_output(scores).scores
-            if "scores" in kwargs:
-                kwargs["scores"] = scores
-            else:
+            if len(args) > place:
                 args = (*args[:place], scores, *args[place + 1 :])
+            else:
+                kwargs[name] = scores
         for tensor in keras.tree.flatten(scores):
             if hasattr(tensor, "dtype"):
                 check_precision(tensor.dtype)
         return super().__call__(*args, **kwargs)
+
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
+        # A layer of Keras that tells the shape of its outputs has them in the
+        # dtype of its policy, which may be 16 bits.
+        return keras.Operation.compute_output_spec(self, *args, **kwargs)
 
     def get_build_config(self) -> Any:
         config = super().get_build_config()
@@ -64,7 +98,7 @@ class ScoreLayer(PreciseLayer):
     def build_from_config(self, config: dict[str, Any]) -> None:
         config = dict(config)
         if config.pop(_MARK, None) is None:
-            config = _with_all_columns(config, self._SHAPES)
+            config = _with_all_columns(config, self.scores_shape_names)
         super().build_from_config(config)
 
 
