@@ -123,13 +123,17 @@ def add_abstention(
     the data, and so speak for the far background. A head with
     `abstain_rate=None` has none, and goes without them.
 
-    Formula, with `x` the trained embedding and `p` the principal components, of
-    which the lengths and logits of the given data tell the weight:
+    Formula of the evidence against the far background, with `x` the trained
+    embedding, `p` the principal components and, over the given data, the
+    standard deviations `std`:
 
     ```python
     far = max_k s_k - gamma * |x|^2 / 2 - weight * |p|^2
     weight = std(max_k s_k) / (2 * std(|p|^2))
     ```
+
+    Each sample counts there as long as the others alone would make it: new
+    inputs are longer than those that the components were made of.
 
     A head that is made of many features without training, by `epochs=0`, is
     less confident than it is right. `calibrate` sets its temperature by
@@ -166,10 +170,11 @@ def add_abstention(
         sample_weight: Optional weights of shape `(N,)`. What has a weight of
             zero is left out; every other weight counts as one. Defaults to
             `None`.
-        max_features: Integer. More features than that, or than a third of the
-            samples, are reduced to their principal components; to how many,
-            the likelihood of held-out samples decides. The logits of the given
-            model count as features, and take at most half. Defaults to 1024.
+        max_features: Integer. The features are turned into their principal
+            components, at most so many and at most a third of the samples.
+            From how many of them the head learns the classes, the likelihood
+            of held-out samples decides. The logits of the given model count as
+            features, and take at most half. Defaults to 1024.
         verbose: `"auto"`, 0, 1 or 2, as in `model.predict`. Defaults to
             `"auto"`.
         **kwargs: Further arguments of `HALODense`, such as `abstain_rate` and

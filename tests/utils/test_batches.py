@@ -170,7 +170,6 @@ def test_lists_of_batches_are_told_from_lists_of_inputs():
         object(),
         [("a", "b")],
     ],
-    ids=str,
 )
 def test_what_is_no_array_with_samples_is_refused(data):
     with pytest.raises(ValueError, match="`known`.*Received: "):
