@@ -202,15 +202,15 @@ model.compile(
 )
 
 
-class Confidence(metrics.PackedMean):
+class FirstLogit(metrics.PackedMean):
     reads_labels = False
 
     def values_and_weights(self, samples: Any, weights: Any) -> tuple[Any, Any]:
-        return keras.ops.max(samples.logits, axis=-1), weights
+        return samples.logits[..., 0], weights
 
 
-confidence = Confidence(ignore_class=255, name="confidence")
-confidence.update_state(y, scores, sample_weight=np.ones(5))
+first_logit = FirstLogit(ignore_class=255, name="first_logit")
+first_logit.update_state(y, scores, sample_weight=np.ones(5))
 floats: list[float] = [
     metrics.auroc([0.1], [0.2]),
     metrics.aupr([0.1], [0.2], positive="known"),
