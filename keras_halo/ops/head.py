@@ -71,10 +71,7 @@ def packed_scores(
     """
     centroids = tensors.as_tensor(centroids)
     abstain_bias = tensors.as_tensor(abstain_bias)
-    joined = _packed_scores
-    if background:
-        joined = _packed_scores_with(background)
-    return joined(
+    return _packed_scores_with(background)(
         embeddings,
         centroids,
         temperature,
@@ -198,15 +195,14 @@ def _plain_packed_scores(
     )
 
 
+# One function for each label smoothing that heads have, not for each call.
+@functools.cache
 def _packed_scores_with(background):
     return with_gradient(
         functools.partial(_packed_scores_forward, background),
         _packed_scores_backward,
         functools.partial(_plain_packed_scores, background),
     )
-
-
-_packed_scores = _packed_scores_with(0.0)
 
 
 def with_far_background(scores, far_bias, far_scale):

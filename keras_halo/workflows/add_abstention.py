@@ -64,7 +64,7 @@ _BACKGROUND_SHARE = 0.5
 _BATCH_SIZE = 128
 _LARGE_BATCH = 1024
 
-# Of the lengths of inputs, over their mean.
+# The deviation of the lengths of samples is at least this share of their mean.
 _LEAST_SPREAD = 0.01
 
 # What one sample may add to the components, 1 where it alone makes one of them.
@@ -352,7 +352,8 @@ def _with_background(kernel, bias, head, wider, scores, components):
     parts = packing.unpack(scores.astype("float64"))
     gamma = float(ops.convert_to_numpy(head.temperature))
     near = parts.logits.max(axis=-1, keepdims=True)
-    lengths = np.square(components, dtype="float64").sum(axis=-1, keepdims=True)
+    lengths = np.einsum("np,np->n", components, components, dtype="float64")
+    lengths = lengths[:, None]
     # Each sample as long as if the others alone had made the components, as new
     # inputs will be: few samples for many components would look all alike.
     leverage = np.minimum(lengths / len(lengths), _MOST_LEVERAGE)
